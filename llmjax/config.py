@@ -1,0 +1,264 @@
+"""From configuration to code: `build`, config files and their arguments, durations. Imports no JAX."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+
+class ConfigError(ValueError):
+  """A mistake a user can make, told in one line; the command line turns it into exit code 2."""
+
+
+# What other frameworks call our keys.
+ALIASES = {
+  "adam_beta1": "optim.b1",
+  "adam_beta2": "optim.b2",
+  "block_size": "seq_len",
+  "context_length": "seq_len",
+  "d_model": "model.d_model",
+  "dropout": "model.dropout",
+  "eval_interval": "evals.heldout.every",
+  "eval_steps": "evals.heldout.every",
+  "global_batch_size": "batch_size",
+  "gradient_accumulation_steps": "accum",
+  "gradient_clip_val": "optim.clip_norm",
+  "grad_clip": "optim.clip_norm",
+  "hidden_size": "model.d_model",
+  "learning_rate": "optim.lr",
+  "log_interval": "log.every",
+  "logging_steps": "log.every",
+  "lr": "optim.lr",
+  "lr_scheduler_type": "schedule.name",
+  "max_iters": "total_steps",
+  "max_grad_norm": "optim.clip_norm",
+  "max_length": "seq_len",
+  "max_seq_length": "seq_len",
+  "max_steps": "total_steps",
+  "n_embd": "model.d_model",
+  "n_head": "model.num_heads",
+  "n_layer": "model.decoder_layers",
+  "num_attention_heads": "model.num_heads",
+  "num_hidden_layers": "model.decoder_layers",
+  "num_layers": "model.decoder_layers",
+  "num_train_epochs": "total_steps",
+  "num_train_steps": "total_steps",
+  "optimizer": "optim.name",
+  "output_dir": "--workdir",
+  "per_device_train_batch_size": "batch_size",
+  "random_seed": "seed",
+  "save_interval": "checkpoint.every",
+  "save_steps": "checkpoint.every",
+  "save_total_limit": "checkpoint.keep",
+  "train_batch_size": "batch_size",
+  "warmup_iters": "schedule.warmup",
+  "warmup_ratio": "schedule.warmup",
+  "warmup_steps": "schedule.warmup",
+  "weight_decay": "optim.weight_decay",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """A hint for a mistyped name: what we call it, the nearest known names, or all of them when few."""
+  known = sorted(known)
+  alias = ALIASES.get(name.rsplit(".", 1)[-1])
+  if alias is not None and (alias in known or alias.startswith("--")):
+    return f"here it is called `{alias}`"
+  close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+  if not close:  # perhaps the last part is right and the path is not
+    leaf = name.rsplit(".", 1)[-1]
+    close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:3]
+  if close:
+    return "did you mean " + " or ".join(f"`{k}`" for k in close) + "?"
+  return "known: " + ", ".join(known) if len(known) <= 40 else "see the config file for what exists"
+
+
+def to_dict(spec: Any) -> Any:
+  """A config as plain Python containers, references resolved (tuples stay tuples)."""
+  if isinstance(spec, FieldReference):
+    spec = spec.get()
+  if isinstance(spec, (ConfigDict, Mapping)):
+    return {str(k): to_dict(v) for k, v in spec.items()}
+  if isinstance(spec, (list, tuple)):
+    return tuple(to_dict(v) for v in spec)
+  return spec
+
+
+def flatten(spec: Any, prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}; empty dicts stay as leaves."""
+  flat: dict[str, Any] = {}
+  for key, value in to_dict(spec).items():
+    if isinstance(value, dict) and value:
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def resolve(name: str, table: Mapping[str, str], what: str, *, trust: bool = True) -> Callable[..., Any]:
+  """A callable by its key in `table` ({key: "module:function"}) or as "module:function" itself."""
+  path = table.get(name, name)
+  if ":" not in path:
+    raise ConfigError(f"{what}.name={name!r} is unknown; {nearest(name, table)} (or give 'module:function')")
+  module, _, attribute = path.partition(":")
+  if not trust and module.split(".")[0] != "llmjax":
+    raise ConfigError(f"{what}.name={name!r} from a checkpoint would run code outside llmjax; pass --trust to allow it")
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError) as error:
+    raise ConfigError(f"{what}.name={name!r} cannot be imported: {error}") from error
+
+
+def build(spec: Any, table: Mapping[str, str], what: str, *, trust: bool = True, **runtime: Any) -> Any:
+  """The only way from config to code: calls what `spec["name"]` names with the rest of `spec`.
+
+  Args:
+    spec: {"name": key or "module:function", **kwargs}.
+    table: {key: "module:function"}.
+    what: the config key of `spec`, for error messages.
+    trust: whether callables outside llmjax may be named.
+    runtime: values that only the program knows; passed to a callable that names them, ignored by others.
+  Raises:
+    ConfigError: an unknown name or key, with the nearest known one; a required key that is missing.
+  """
+  kwargs = to_dict(spec)
+  if "name" not in kwargs:
+    raise ConfigError(f"{what} has no `name`; {nearest('', table)}")
+  name = kwargs.pop("name")
+  function = resolve(name, table, what, trust=trust)
+  parameters = inspect.signature(function).parameters
+  takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+  allowed = {k for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD} - set(runtime)
+  for key in kwargs:
+    if key not in allowed and not takes_all:
+      raise ConfigError(f"{what}.{key}: {name!r} has no such key; {nearest(key, allowed)}")
+  given = kwargs | {k: v for k, v in runtime.items() if k in parameters or takes_all}
+  missing = [k for k, p in parameters.items() if p.default is p.empty and k not in given and p.kind not in (2, 4)]
+  if missing:
+    raise ConfigError(f"{what}.{missing[0]}: {name!r} needs it")
+  return function(**given)
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """The argument of a config file: "size=nano,debug" -> {size: "nano", debug: True} over `defaults`.
+
+  Values take the type of their default; a default of None takes a string; a bare boolean name means True.
+  """
+  out = ConfigDict(defaults)
+  with out.unlocked():
+    for item in filter(None, re.split(r",(?![^(\[{]*[)\]}])", arg or "")):
+      key, given, text = item.partition("=")
+      if key not in defaults:
+        raise ConfigError(f"config argument `{key}` is unknown; {nearest(key, defaults)}")
+      default = defaults[key]
+      if isinstance(default, bool):
+        if given and text.lower() not in ("true", "false", "1", "0"):
+          raise ConfigError(f"config argument {key}={text!r} must be true or false")
+        out[key] = not given or text.lower() in ("true", "1")
+      elif default is None or isinstance(default, str):
+        out[key] = text
+      else:
+        try:
+          out[key] = type(default)(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError):
+          raise ConfigError(f"config argument {key}={text!r} must be a {type(default).__name__}") from None
+  return out
+
+
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_UNITS = ("steps", "tokens", "examples", "epochs", "%")
+
+
+def duration(
+  value: int | float | str | None,
+  key: str,
+  *,
+  batch_size: int,
+  seq_len: int,
+  total_steps: int | None = None,
+  epoch_tokens: int | None = None,
+) -> int | None:
+  """A duration in optimizer steps, rounded up; None stays None.
+
+  Args:
+    value: 500, "500 steps", "10M tokens", "2k examples" (sequences), "1.5 epochs" or "5%" (of total_steps).
+    key: its config key, for messages.
+    batch_size: global sequences a step.
+    seq_len: tokens a sequence.
+    total_steps: what percents refer to.
+    epoch_tokens: tokens in the training data; an epoch of packed data has no other length.
+  Raises:
+    ConfigError: not a duration, or a unit that cannot be turned into steps here.
+  """
+  if value is None:
+    return None
+  text = str(value).strip().replace("_", "").replace(",", "")
+  match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmbt]?)\s*(step|token|example|epoch|%)?s?", text.lower())
+  if match is None or isinstance(value, bool):
+    raise ConfigError(
+      f"{key}={value!r} is not a duration; say 500, '500 steps', '10M tokens', '2k examples', '2 epochs' or '5%'"
+    )
+  number = float(match[1]) * _SCALE[match[2]]
+  unit = match[3] or "step"
+  if unit == "%":
+    if total_steps is None:
+      raise ConfigError(f"{key}={value!r}: percents refer to total_steps, so it cannot be one itself")
+    steps = number / 100 * total_steps
+  elif unit == "token":
+    steps = number / (batch_size * seq_len)
+  elif unit == "example":
+    steps = number / batch_size
+  elif unit == "epoch":
+    if epoch_tokens is None:
+      raise ConfigError(
+        f"{key}={value!r}: an epoch of packed data has no known number of steps; "
+        "set data.epoch_tokens (tokens in the training data), or give the duration in steps or tokens"
+      )
+    steps = number * epoch_tokens / (batch_size * seq_len)
+  else:
+    steps = number
+  return max(int(-(-steps // 1)), 0)
+
+
+def roots() -> list[Path]:
+  """Folders that hold `configs/`: where the command runs, then what llmjax ships (a clone's root or package data)."""
+  package = Path(__file__).parent
+  shipped = package.parent if (package.parent / "configs" / "base.py").exists() else package / "shipped"
+  return [Path.cwd(), shipped]
+
+
+def find(reference: str) -> tuple[Path, str]:
+  """`FILE.py[:argument]` or a shipped config's name (`gpt:size=nano`) -> (path, argument)."""
+  name, _, argument = reference.partition(":")
+  candidates = [Path(name)] if name.endswith(".py") else [r / "configs" / f"{name}.py" for r in roots()]
+  candidates += [r / name for r in roots()] if name.endswith(".py") else []
+  for path in candidates:
+    if path.is_file():
+      return path.resolve(), argument
+  raise ConfigError(f"--config={reference}: no such file; {nearest(name, shipped())}")
+
+
+def shipped() -> dict[str, Path]:
+  """{name: path} of the configs that can be run: those that ship and whose first line says how."""
+  folder = roots()[-1] / "configs"
+  return {p.stem: p for p in sorted(folder.glob("*.py")) if "llmjax train" in p.read_text().split('"""')[1]}
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+  """{key: (old, new)} of two configs, compared as JSON does (tuples equal lists)."""
+
+  def normal(value):
+    return json.loads(json.dumps(value, default=str))
+
+  old, new = flatten(old), flatten(new)
+  keys = [k for k in {**old, **new} if normal(old.get(k)) != normal(new.get(k))]
+  return {k: (old.get(k), new.get(k)) for k in keys}

@@ -1,0 +1,54 @@
+"""Installs llmjax; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
+EVAL = ["seqeval>=1.2.2", "rouge_score>=0.1.2", "sacrebleu>=2.4", "scikit-learn>=1.5"]
+
+setup(
+  name="llmjax",
+  version="0.1.0",
+  description="Encoder, decoder and encoder-decoder Transformers in JAX, from one Block",
+  long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  # The config files ship as package data under llmjax/shipped, never as a top-level `configs`.
+  packages=[*find_packages(include=["llmjax", "llmjax.*"]), "llmjax.shipped.configs"],
+  package_dir={"llmjax": "llmjax", "llmjax.shipped.configs": "configs"},
+  install_requires=[
+    "absl-py>=2.1",
+    "array_record>=0.7",
+    "etils[epath]>=1.10",
+    "flax>=0.12.0",
+    "grain>=0.2.12",
+    "jax>=0.10.0",
+    "jaxtyping>=0.3.0",
+    "matplotlib>=3.9",
+    "ml_collections>=1.1.0",
+    "numpy>=2.0",
+    "optax>=0.2.7",
+    "orbax-checkpoint>=0.11.30",
+    "pyarrow>=16",
+    "rich>=13",
+    "sentencepiece>=0.2.0",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10.0"],
+    "cuda": ["jax[cuda13]>=0.10.0"],
+    "hf": HF,
+    "eval": EVAL,
+    "dev": [*HF, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
+  },
+  entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
+  classifiers=[
+    "License :: OSI Approved :: Apache Software License",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+  ],
+)

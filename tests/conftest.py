@@ -1,0 +1,32 @@
+"""Set before JAX starts: eight simulated devices, a persistent compilation cache, shape-checked annotations."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+from absl import flags
+from jaxtyping import install_import_hook
+
+CACHE = Path(os.environ.get("LLMJAX_TEST_CACHE", Path(__file__).parent.parent / ".cache" / "jax"))
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+install_import_hook(["llmjax.models", "llmjax.objectives", "llmjax.generate", "llmjax.optim"], "beartype.beartype")
+
+if not flags.FLAGS.is_parsed():  # grain reads absl flags
+  flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  """A user's cache of its own, so that no test reads or fills the real one."""
+  monkeypatch.setenv("LLMJAX_CACHE", str(tmp_path / "cache"))
+  return tmp_path
