@@ -1,0 +1,155 @@
+"""The parts of a Block that are not attention: projections, norms, embeddings, the MLP, keyed dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from llmjax.sharding import constrain
+
+if TYPE_CHECKING:
+  from llmjax.models.transformer import TransformerConfig
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": lambda x: nn.gelu(x, approximate=True),  # GPT-2's tanh form
+  "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+  "relu": nn.relu,
+  "relu_squared": lambda x: jnp.square(nn.relu(x)),  # So et al. 2021, Primer
+  "silu": nn.silu,
+}
+
+
+def normal(stddev: float) -> nn.initializers.Initializer:
+  """Normal initialisation; a standard deviation of 0 is zeros."""
+  return nn.initializers.normal(stddev) if stddev else nn.initializers.zeros
+
+
+class Projection(nn.Module):
+  """y[..., *features] = x[..., *inputs] kernel + bias, contracting the last `contracted` dimensions of x.
+
+  The product runs on flattened matrices: XLA's CPU and GPU libraries are quickest there, and the parameter keeps
+  its meaningful shape, such as [D H A].
+  """
+
+  features: tuple[int, ...]
+  axes: tuple[str, ...]  # logical names of the kernel's dimensions: inputs, then features
+  stddev: float
+  use_bias: bool
+  dtype: str
+  param_dtype: str
+  contracted: int = 1
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    n = self.contracted
+    inputs, batch = x.shape[x.ndim - n :], x.shape[: x.ndim - n]
+    init = nn.with_logical_partitioning(normal(self.stddev), self.axes)
+    kernel = self.param("kernel", init, inputs + self.features, jnp.dtype(self.param_dtype))
+    matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
+    y = x.astype(self.dtype).reshape(-1, math.prod(inputs)) @ matrix
+    y = y.reshape(*batch, *self.features)
+    if self.use_bias:
+      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
+      bias = self.param("bias", init, self.features, jnp.dtype(self.param_dtype))
+      y = y + bias.astype(self.dtype).reshape((1,) * len(batch) + self.features)
+    return y
+
+
+class Norm(nn.Module):
+  """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension; statistics in float32."""
+
+  kind: str
+  epsilon: float
+  use_bias: bool
+  dtype: str
+  param_dtype: str
+  axis: str = "norm"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+
+    def parameter(name, init):
+      init = nn.with_logical_partitioning(init, (self.axis,))
+      value = self.param(name, init, x.shape[-1:], jnp.dtype(self.param_dtype))
+      return value.astype(jnp.float32).reshape(shape)
+
+    y = x.astype(jnp.float32)
+    if self.kind == "layernorm":
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    y = y * parameter("scale", nn.initializers.ones)
+    if self.use_bias:
+      y = y + parameter("bias", nn.initializers.zeros)
+    return y.astype(self.dtype)
+
+
+def norm(cfg: TransformerConfig, name: str, axis: str = "norm") -> Norm:
+  """The norm that the config asks for."""
+  return Norm(cfg.norm, cfg.norm_epsilon, cfg.norm_bias, cfg.dtype, cfg.param_dtype, axis, name=name)
+
+
+class Embedding(nn.Module):
+  """A table with a row an entry. Also the tied output projection, by `attend`."""
+
+  size: int
+  width: int
+  axis: str  # the logical name of the rows
+  stddev: float
+  dtype: str
+  param_dtype: str
+
+  def setup(self) -> None:
+    init = nn.with_logical_partitioning(normal(self.stddev), (self.axis, "embed"))
+    self.table = self.param("table", init, (self.size, self.width), jnp.dtype(self.param_dtype))
+
+  def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    # Gathering rows of a table cut along its width costs two all-to-alls a step; so it is laid out whole first.
+    table = constrain(self.table.astype(self.dtype), self.axis, None)
+    return constrain(jnp.take(table, ids, axis=0), "act_batch", "act_len", "act_embed")
+
+  def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    return jnp.einsum("BLD,VD->BLV", x.astype(self.dtype), self.table.astype(self.dtype))
+
+
+def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+  """A key for every global row, so that meshes, hosts and microbatches cannot change what is dropped."""
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+def fold(keys: Key[Array, " B"] | None, data: int | Int[Array, ""]) -> Key[Array, " B"] | None:
+  """Every row's key, folded with a layer number or the number of a place inside a layer."""
+  return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def dropout(x: Array, rate: float, keys: Key[Array, " B"] | None) -> Array:
+  """Drops with probability `rate` and rescales; runs iff keys are given. The first dimension of x is the row."""
+  if keys is None or rate == 0.0:
+    return x
+  keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:]))(keys)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+class Mlp(nn.Module):
+  """activation(x W_up) W_down, or with a gate activation(x W_gate) * (x W_up) W_down (Shazeer 2020)."""
+
+  cfg: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    c = self.cfg
+
+    def up(name):
+      axes = ("embed", "mlp")
+      return Projection((c.ff_width,), axes, c.kernel_stddev, c.mlp_bias, c.dtype, c.param_dtype, name=name)(x)
+
+    h = ACTIVATIONS[c.activation](up("gate")) * up("up") if c.gated else ACTIVATIONS[c.activation](up("up"))
+    h = constrain(h, "act_batch", "act_len", "act_mlp")
+    axes = ("mlp", "embed")
+    return Projection((c.d_model,), axes, c.residual_stddev, c.mlp_bias, c.dtype, c.param_dtype, name="down")(h)
