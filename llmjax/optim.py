@@ -1,0 +1,411 @@
+"""Optimizers and learning-rate schedules, over optax; rules from parameter paths to values.
+
+The learning rate is an argument of the train step, so a transformation made here returns a *direction*: the step
+moves parameters by `-learning_rate * direction`. Every parameter has an optimizer of its own, and of a stacked
+parameter every layer: then a method that looks at a whole matrix (Adafactor, Muon) cannot tell scanned layers from
+unrolled ones. Only clipping sees the whole tree.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llmjax.config import ConfigError, build, to_dict
+
+Number = int | float
+Axes = tuple[str | None, ...]  # the logical names of a parameter's dimensions
+
+OPTIMIZERS = {
+  "adafactor": "llmjax.optim:adafactor",
+  "adamw": "llmjax.optim:adamw",
+  "lion": "llmjax.optim:lion",
+  "muon": "llmjax.optim:muon",
+  "sgd": "llmjax.optim:sgd",
+}
+
+SCHEDULES = {
+  "constant": "llmjax.optim:constant",
+  "cosine": "llmjax.optim:cosine",
+  "inverse_sqrt": "llmjax.optim:inverse_sqrt",
+  "linear": "llmjax.optim:linear",
+  "wsd": "llmjax.optim:wsd",
+}
+
+# Keys of config.optim that belong to no optimizer; the rate and the average are read by the train step's caller.
+COMMON = ("lr", "ema_decay", "weight_decay", "decay_mask", "clip_norm")
+
+
+def paths(tree: Any) -> Any:
+  """The same tree with every leaf replaced by its path, such as "decoder/layers/attention/query/kernel"."""
+  return jax.tree_util.tree_map_with_path(lambda p, _: jax.tree_util.keystr(p, simple=True, separator="/"), tree)
+
+
+def match_rules(rules: Any, tree: Any, key: str) -> Any:
+  """The value of every leaf by its path: the first rule wins, and every leaf must have one.
+
+  Args:
+    rules: ((regex, value), ...); a regex must match the whole path.
+    tree: any tree; only its paths count.
+    key: the config key of `rules`, for error messages.
+  Raises:
+    ConfigError: leaves without a rule, a regex that matches no path, something that is no regex or no rule.
+  """
+  names = paths(tree)
+  flat = jax.tree.leaves(names)
+  compiled = []
+  for rule in rules:
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+      raise ConfigError(f"{key}: {rule!r} is not a rule; a rule is (regex, value)")
+    try:
+      compiled.append((re.compile(rule[0]), rule[1]))
+    except re.error as error:
+      raise ConfigError(f"{key}: {rule[0]!r} is not a regular expression: {error}") from None
+    if not any(compiled[-1][0].fullmatch(name) for name in flat):
+      raise ConfigError(
+        f"{key}: {rule[0]!r} matches no parameter (a regex must match a whole path, such as {flat[0]!r}); "
+        "mend or remove it"
+      )
+  lost = [name for name in flat if not any(regex.fullmatch(name) for regex, _ in compiled)]
+  if lost:
+    shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+    raise ConfigError(f"{key}: no rule matches {shown}; end with a rule for all the rest, ('.*', VALUE)")
+  return jax.tree.map(lambda name: next(value for regex, value in compiled if regex.fullmatch(name)), names)
+
+
+def make_optimizer(spec: Any, params: Any, axes: Any) -> optax.GradientTransformation:
+  """The optimizer that config.optim asks for. Its `update` needs params and returns a direction, not a step.
+
+  The direction is optimizer(clip(gradient)) + weight_decay * parameter, the decay where `decay_mask` says so
+  (decoupled: Loshchilov & Hutter 2019). State and direction are float32 where parameters are narrower, since a
+  bfloat16 second moment stands still: its increments are below half a unit in its last place. The state is the tree
+  of parameters with an optimizer state at every leaf.
+
+  Args:
+    spec: {"name", *COMMON, **keys of the optimizer}. "name" is in OPTIMIZERS, or "module:function" of a function
+      that returns a transformation of a single parameter, to a direction; it may ask for that parameter's `axes`.
+    params: tree of parameters, or of their shapes.
+    axes: the same tree of tuples of logical names; "layers" in front marks a stacked parameter.
+  Raises:
+    ConfigError: an unknown or missing key, a value out of range, a rule that does not fit the parameters.
+  """
+  spec = to_dict(spec)
+  _require(spec, COMMON, "optim")
+  common = {key: spec.pop(key) for key in COMMON}
+  clip_norm, weight_decay = common["clip_norm"], common["weight_decay"]
+  if clip_norm is not None and clip_norm <= 0:
+    raise ConfigError(f"optim.clip_norm={clip_norm} must be positive; none turns clipping off")
+  if weight_decay < 0:
+    raise ConfigError(f"optim.weight_decay={weight_decay} must not be negative; 0 turns it off")
+
+  def rate_of(_: Any, decayed: Any) -> Number:
+    if not isinstance(decayed, bool):
+      raise ConfigError(f"optim.decay_mask: {decayed!r} must be True or False")
+    return weight_decay if decayed else 0
+
+  rates = jax.tree.map(rate_of, params, match_rules(common["decay_mask"], params, "optim.decay_mask"))
+  each = jax.tree.map(lambda _, names: _one(spec, names), params, axes)
+  clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+
+  def init(params: Any) -> Any:
+    return jax.tree.map(lambda param, tx: tx.init(param), _widen(params), each)
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def one(param: Any, grad: Any, part: Any, tx: Any, rate: Number) -> tuple[Any, Any]:
+      direction, part = tx.update(grad, part, param)
+      return direction + rate * param if rate else direction, part
+
+    grads, _ = clip.update(_widen(grads), optax.EmptyState())
+    pairs = jax.tree.map(one, _widen(params), grads, state, each, rates)
+    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
+
+  return optax.GradientTransformation(init, update)
+
+
+def _one(spec: Mapping[str, Any], names: Axes) -> optax.GradientTransformation:
+  """The optimizer of one parameter, each of its layers treated alone."""
+  depth = next((i for i, name in enumerate(names) if name != "layers"), len(names))
+  tx = build(spec, OPTIMIZERS, "optim", axes=names[depth:])
+  init, update = tx.init, tx.update
+  for _ in range(depth):
+    init, update = jax.vmap(init), jax.vmap(update)
+  return optax.GradientTransformation(init, update)
+
+
+def _widen(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _require(spec: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
+  for key in keys:
+    if key not in spec:
+      raise ConfigError(f"{what}.{key} is missing; configs/base.py has its default")
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
+  """Where the state of an optimizer made here lives, beside the parameters.
+
+  A moment lies like its parameter; Adafactor's rows and columns like it without the dimension they sum over, told by
+  field and not by shape, since those of a square kernel have one shape; all else is on every device.
+
+  Args:
+    tx: from `make_optimizer`.
+    params: tree of jax.ShapeDtypeStruct.
+    shardings: the same tree of NamedSharding.
+  Returns:
+    A NamedSharding for every leaf of the state.
+  """
+
+  def factored(x: Any) -> bool:
+    return isinstance(x, optax.FactoredState)
+
+  def place(param: Any, sharding: NamedSharding, state: Any) -> Any:
+    spec = tuple(sharding.spec) + (None,) * (len(param.shape) - len(sharding.spec))
+
+    def like(leaf: Any, dropped: int | None = None) -> NamedSharding:
+      """The parameter's layout for a leaf of its shape, without the dropped dimension."""
+      kept = [i for i in range(len(param.shape)) if i != dropped]
+      fits = tuple(leaf.shape) == tuple(param.shape[i] for i in kept)
+      return NamedSharding(mesh, PartitionSpec(*(spec[i] for i in kept)) if fits else PartitionSpec())
+
+    def node(x: Any) -> Any:
+      if not factored(x):
+        return like(x)
+      layers = len(x.count.shape)  # a stacked parameter counts once a layer
+      smaller, larger = _factored(param.shape[layers:], layers)
+      return optax.FactoredState(
+        count=like(x.count), v_row=like(x.v_row, larger), v_col=like(x.v_col, smaller), v=like(x.v)
+      )
+
+    return jax.tree.map(node, state, is_leaf=factored)
+
+  return jax.tree.map(place, params, shardings, jax.eval_shape(tx.init, params))
+
+
+def _factored(shape: tuple[int, ...], offset: int) -> tuple[int | None, int | None]:
+  """The two largest dimensions, the larger last: what optax factors over, ties broken by the same sort."""
+  if len(shape) < 2:
+    return None, None
+  order = np.argsort(shape)
+  return offset + int(order[-2]), offset + int(order[-1])
+
+
+def adamw(
+  b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, moment_dtype: str | None = None
+) -> optax.GradientTransformation:
+  """Adam (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980); decoupled decay is added by `make_optimizer`.
+
+  `moment_dtype`, such as "bfloat16", is of the first moment alone.
+  """
+  return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=_dtype(moment_dtype))
+
+
+def adafactor(
+  factored: bool = True,
+  min_dim_size_to_factor: int = 128,
+  decay_rate: Number = 0.8,
+  eps: Number = 1e-30,
+  clip_threshold: Number | None = 1.0,
+  momentum: Number | None = None,
+  parameter_scale: bool = False,
+) -> optax.GradientTransformation:
+  """Adafactor (Shazeer & Stern 2018, https://arxiv.org/abs/1804.04235) with an external learning rate.
+
+  Args:
+    factored: keep row and column means of the squared gradient over the two largest dimensions, not all of it.
+    min_dim_size_to_factor: only where both of them are at least this large.
+    decay_rate: the second moment's decay at step t = 1, 2, ... is 1 - t^-decay_rate.
+    eps: added to the squared gradient.
+    clip_threshold: the largest root mean square of a parameter's direction; None for none.
+    momentum: decay of an average of directions; None keeps none.
+    parameter_scale: multiply by the parameter's root mean square (at least 1e-3), as the paper does.
+  """
+  steps = [optax.scale_by_factored_rms(factored, decay_rate, 0, min_dim_size_to_factor, eps)]
+  if clip_threshold is not None:
+    steps.append(optax.clip_by_block_rms(clip_threshold))
+  if parameter_scale:
+    steps.append(optax.scale_by_param_block_rms())
+  if momentum is not None:
+    steps.append(optax.ema(momentum, debias=False))
+  return optax.chain(*steps)
+
+
+def lion(b1: Number = 0.9, b2: Number = 0.99, moment_dtype: str | None = None) -> optax.GradientTransformation:
+  """Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675): the sign of an interpolated momentum."""
+  return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=_dtype(moment_dtype))
+
+
+def sgd(momentum: Number = 0.0) -> optax.GradientTransformation:
+  """Gradient descent with heavy-ball momentum (Polyak 1964), m = momentum * m + g; plain where momentum is 0."""
+  return optax.trace(decay=momentum) if momentum else optax.identity()
+
+
+def muon(
+  axes: Axes,
+  beta: Number = 0.95,
+  ns_steps: int = 5,
+  nesterov: bool = True,
+  consistent_rms: Number | None = None,
+  adam_lr_ratio: Number = 1.0,
+  b1: Number = 0.9,
+  b2: Number = 0.95,
+  eps: Number = 1e-8,
+) -> optax.GradientTransformation:
+  """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for hidden matrices, Adam for all else.
+
+  Args:
+    axes: the parameter's logical names, without "layers".
+    beta: the momentum's decay.
+    ns_steps: Newton-Schulz iterations, which bring singular values to about 0.7 ... 1.2.
+    nesterov: look ahead.
+    consistent_rms: None multiplies the orthogonal direction by sqrt(max(1, outputs / inputs)); a number by itself times
+      sqrt(max(inputs, outputs)), so that 0.2 matches Adam's step (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+    adam_lr_ratio: Adam's step relative to Muon's.
+    b1, b2, eps: of Adam.
+  """
+  inputs = matrix_inputs(axes)
+  if inputs is None:
+    return optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), optax.scale(adam_lr_ratio))
+  outputs = tuple(i for i in range(len(axes)) if i not in inputs)
+  dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+  def rescale(direction: Any, _: Any) -> Any:
+    fan_in, fan_out = (math.prod(direction.shape[i] for i in side) for side in (inputs, outputs))
+    factor = max(1.0, fan_out / fan_in) if consistent_rms is None else max(fan_in, fan_out) * consistent_rms**2
+    return math.sqrt(factor) * direction
+
+  orthogonal = optax.contrib.scale_by_muon(
+    ns_steps=ns_steps, beta=beta, nesterov=nesterov, weight_dimension_numbers=dimensions
+  )
+  return optax.chain(orthogonal, optax.stateless(rescale))
+
+
+def matrix_inputs(axes: Axes) -> tuple[int, ...] | None:
+  """Which dimensions of a hidden matrix are its input side; None for what is no such matrix.
+
+  Tables and output heads (a "vocab" or "positions" axis) are none, nor are biases of heads, whose two dimensions
+  lack "embed".
+  """
+  if len(axes) < 2 or "vocab" in axes or "positions" in axes:
+    return None
+  if axes[0] == "embed":
+    return (0,)
+  return tuple(range(len(axes) - 1)) if axes[-1] == "embed" else None
+
+
+def _dtype(name: str | None) -> Any:
+  try:
+    return None if name is None else jnp.dtype(name)
+  except TypeError:
+    raise ConfigError(f"optim.moment_dtype={name!r} is no dtype; none, 'float32' or 'bfloat16'") from None
+
+
+def make_schedule(spec: Any, total_steps: int, to_steps: Callable[[Any, str], int | None]) -> Callable[[int], float]:
+  """The learning rate of every step as a multiple of its peak; a plain float, computed on the host.
+
+  With `warmup` = w > 0, steps 0 ... w-1 give 1/w, 2/w, ..., 1 (no step is wasted on a rate of zero), and then the
+  schedule goes on from that peak; without, step 0 is the peak. Where it has `final`, the last step,
+  `total_steps - 1`, and any later one, gives exactly `final` (unless the warm-up ends there).
+
+  Args:
+    spec: {"name", "warmup": a duration or None, **keys of the schedule}. "name" is in SCHEDULES, or "module:function"
+      like those here: (its keys, and any of `peak`, `last`, `to_steps`) -> (step -> multiple), for steps >= `peak`.
+    total_steps: steps of the whole run.
+    to_steps: (duration, config key) -> steps.
+  Raises:
+    ConfigError: an unknown or missing key, or phases that do not fit into the run.
+  """
+  spec = to_dict(spec)
+  _require(spec, ("warmup",), "schedule")
+  said = spec.pop("warmup")
+  warmup = to_steps(said, "schedule.warmup") or 0
+  if warmup > total_steps:
+    raise ConfigError(f"schedule.warmup={said!r} is {warmup} steps, but the run has total_steps={total_steps}")
+  peak = max(warmup - 1, 0)
+  after = build(spec, SCHEDULES, "schedule", peak=peak, last=max(total_steps - 1, peak), to_steps=to_steps)
+  return lambda step: float((step + 1) / warmup if step < peak else after(step))
+
+
+def _progress(step: int, start: int, end: int) -> float:
+  """0 at `start`, 1 from `end` on; an empty phase has not begun."""
+  return min((step - start) / (end - start), 1.0) if end > start else 0.0
+
+
+def _check_final(final: Number | None) -> None:
+  if final is not None and not 0 <= final <= 1:
+    raise ConfigError(f"schedule.final={final} must lie between 0 and 1: the last rate as a fraction of the peak")
+
+
+def constant() -> Callable[[int], float]:
+  """The peak to the end."""
+  return lambda step: 1.0
+
+
+def cosine(peak: int, last: int, final: Number = 0.0) -> Callable[[int], float]:
+  """Half a cosine from the peak to `final` (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983)."""
+  _check_final(final)
+  return lambda step: final + (1 - final) * (1 + math.cos(math.pi * _progress(step, peak, last))) / 2
+
+
+def linear(peak: int, last: int, final: Number = 0.0) -> Callable[[int], float]:
+  """A straight line from the peak to `final`."""
+  _check_final(final)
+  return lambda step: 1 - (1 - final) * _progress(step, peak, last)
+
+
+def inverse_sqrt(
+  peak: int, last: int, to_steps: Callable[[Any, str], int | None], timescale: Any = None, final: Number | None = None
+) -> Callable[[int], float]:
+  """sqrt(timescale / (timescale + steps since the peak)).
+
+  Args:
+    timescale: a duration; None takes the warm-up's, which gives 1 / sqrt(step) as in Vaswani et al. 2017
+      (https://arxiv.org/abs/1706.03762).
+    final: None leaves the formula alone; a number stretches the curve, so that it falls from 1 to `final`.
+  """
+  _check_final(final)
+  scale = peak + 1 if timescale is None else to_steps(timescale, "schedule.timescale")
+  if not scale:
+    raise ConfigError(f"schedule.timescale={timescale!r} must be at least one step")
+
+  def plain(step: int) -> float:
+    return math.sqrt(scale / (scale + step - peak))
+
+  if final is None or last == peak:
+    return plain
+  return lambda step: final + (1 - final) * (plain(min(step, last)) - plain(last)) / (1 - plain(last))
+
+
+def wsd(
+  peak: int,
+  last: int,
+  to_steps: Callable[[Any, str], int | None],
+  decay: Any,
+  shape: str = "linear",
+  final: Number = 0.0,
+) -> Callable[[int], float]:
+  """Warm-up, stable, decay (Hu et al. 2024, https://arxiv.org/abs/2404.06395): the fall takes the last `decay` steps.
+
+  Args:
+    decay: a duration.
+    shape: of the fall, "linear" or "sqrt", 1 - sqrt(progress) (Hägele et al. 2024, https://arxiv.org/abs/2405.18392).
+    final: where it ends.
+  """
+  _check_final(final)
+  if shape not in ("linear", "sqrt"):
+    raise ConfigError(f"schedule.shape={shape!r} must be 'linear' or 'sqrt'")
+  steps = to_steps(decay, "schedule.decay") or 0
+  if steps > last - peak:
+    raise ConfigError(
+      f"schedule.decay={decay!r} is {steps} steps, but only {last - peak} follow the warm-up; shorten one of the two"
+    )
+  power = 1.0 if shape == "linear" else 0.5
+  return lambda step: 1 - (1 - final) * max(_progress(step, last - steps, last), 0.0) ** power
