@@ -8,11 +8,13 @@ import importlib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from absl import flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 
 class ConfigError(ValueError):
@@ -245,6 +247,68 @@ def find(reference: str) -> tuple[Path, str]:
     if path.is_file():
       return path.resolve(), argument
   raise ConfigError(f"--config={reference}: no such file; {nearest(name, shipped())}")
+
+
+def optional(value: Any = None, kind: type = object) -> FieldReference:
+  """A key that may be None (so that a flag can set and unset it); `object` takes any literal, as durations need."""
+  return FieldReference(value, field_type=kind)
+
+
+def load_config(arguments: list[str]) -> ConfigDict:
+  """`--config=FILE_OR_NAME[:argument] [--config.a.b=value ...]` -> a locked config.
+
+  `--config.KEY=none` unsets a key. Raises ConfigError: a missing file, a mistyped key (with the nearest right one and
+  what other frameworks call it), a value of the wrong type, anything that is no config flag.
+  """
+  unset, rest = [], []
+  for argument in arguments:
+    match = re.fullmatch(r"--?config\.([\w.]+)=(?i:none)", argument)
+    unset.append(match[1]) if match else rest.append(argument)
+  if not any(re.match(r"--?config(=|$)", a) for a in rest):
+    raise ConfigError("--config is missing: give a file or a shipped config's name (see `llmjax configs`)")
+  for i, argument in enumerate(rest):
+    if re.match(r"--?config(=|$)", argument):
+      inline = "=" in argument
+      reference = argument.split("=", 1)[1] if inline else (rest[i + 1 : i + 2] or [""])[0]
+      path, argument_text = find(reference)
+      full = f"{path}:{argument_text}" if argument_text else str(path)
+      rest[i : i + (1 if inline else 2)] = [f"--config={full}"]
+      break
+  for root in reversed(roots()):  # config files import each other as `configs.NAME`
+    if str(root) not in sys.path:
+      sys.path.insert(0, str(root))
+  plain = _parse([a for a in rest if re.match(r"--?config=", a)])
+  known = flatten(plain)
+  for argument in [*rest, *(f"--config.{key}=" for key in unset)]:
+    match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+    if match and match[1] not in known and not any(k.startswith(match[1] + ".") for k in known):
+      raise ConfigError(f"config.{match[1]} is no key of this config; {nearest(match[1], known)}")
+    if not match and argument.startswith("-") and not re.match(r"--?config=", argument):
+      raise ConfigError(f"unknown flag {argument.split('=')[0]}; config keys are set as --config.KEY=VALUE")
+  config = _parse(rest)
+  for key in unset:
+    *parents, leaf = key.split(".")
+    holder = config
+    for parent in parents:
+      holder = holder[parent]
+    holder[leaf] = None
+  return config
+
+
+def _parse(arguments: list[str]) -> ConfigDict:
+  """Runs absl's config flag over `arguments` in a flag registry of its own."""
+  values = flags.FlagValues()
+  argv = ["llmjax", *arguments]
+  config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+  try:
+    left = values(argv)[1:]
+  except flags.IllegalFlagValueError as error:
+    raise ConfigError(" ".join(str(error).removeprefix("flag --").split())) from None
+  except (flags.Error, TypeError, SyntaxError, ImportError, AttributeError, KeyError) as error:
+    raise ConfigError(f"{type(error).__name__} in {arguments[0]}: {error}".replace("\n", " ")) from error
+  if left:
+    raise ConfigError(f"stray argument {left[0]!r}; config keys are set as --config.KEY=VALUE")
+  return values["config"].value
 
 
 def shipped() -> dict[str, Path]:

@@ -212,7 +212,7 @@ class Transformer(nn.Module):
     self, batch: Batch, *, cache_length: int | None = None, logits: bool = True, all_hidden: bool = False
   ) -> Outputs:
     """Logits Float[B L V] (None if not asked for) and hidden states Float[B L D]."""
-    c, query = self.cfg, batch.inputs
+    c, query = self.cfg, jax.tree.map(jnp.asarray, batch.inputs)
     key, index = (query, None) if cache_length is None else self.seen(query, cache_length)
     keys = layers.row_keys(self.make_rng("dropout"), batch.rows) if self.has_rng("dropout") else None
     rotary = rotary_angles(query.positions, c.head_width, c.rotary_base) if c.positions == "rotary" else None

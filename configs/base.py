@@ -1,0 +1,83 @@
+"""Every key that the train loop reads, with its default. Other configs start from here; this one is not run itself."""
+
+from ml_collections import ConfigDict
+
+from llmjax.config import optional
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """The defaults. Durations may be given in steps, tokens, examples, epochs or percent of total_steps."""
+  config = ConfigDict()
+  config.seed = 0
+  config.total_steps = optional(1000)  # a duration
+  config.batch_size = 16  # global sequences per update, whatever the mesh
+  config.accum = 1  # microbatches per update, computed one after the other
+  config.seq_len = 256  # tokens per sequence
+  config.init_from = optional(None, str)  # start from the parameters of this PATH
+  config.profile = optional(None, str)  # "10:15": write a trace of these steps
+
+  config.model = ConfigDict()
+  config.model.name = "transformer"
+  config.model.vocab_size = optional(None, int)  # None: the tokenizer's
+  config.model.max_len = optional(None, int)  # None: seq_len
+
+  config.data = ConfigDict()
+  config.data.corpus = ConfigDict()  # {"name": a source, ...}, see configs/corpora.py
+  config.data.train = "train"  # split, or a slice of one: "train[:90%]"
+  config.data.eval = "validation"
+  config.data.tokenizer = ConfigDict()  # {"name": "sentencepiece" | "hf" | "bytes" | "characters", ...}
+  config.data.pack = True  # several documents a row, none sees another
+  config.data.epoch_tokens = optional(None, int)  # tokens in the training data; only durations in epochs need it
+  config.data.workers = 2  # threads that read and tokenise
+  config.data.prefetch = 2  # batches made ahead
+
+  config.objective = ConfigDict({"name": "causal_lm", "label_smoothing": 0.0, "z_loss": 0.0})
+
+  config.optim = ConfigDict()
+  config.optim.name = "adamw"
+  config.optim.lr = 1e-3  # peak
+  config.optim.weight_decay = 0.1
+  config.optim.decay_mask = ((r".*(norm|bias|positions).*", False), (r".*", True))  # first match wins
+  config.optim.clip_norm = optional(1.0, float)
+  config.optim.ema_decay = optional(None, float)  # keep and evaluate an average of the parameters
+
+  config.schedule = ConfigDict({"name": "cosine", "warmup": optional("2%"), "final": 0.1})
+
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 takes the devices that are left
+  config.rules = ConfigDict()  # logical axis -> mesh axis, over llmjax.sharding.RULES
+
+  config.evals = ConfigDict()  # {NAME: {"name": an evaluator, "every": duration, ...}}; all run at the end too
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = optional("20%")
+  config.checkpoint.keep = 2  # the latest ones
+  config.checkpoint.keep_every = optional(None)  # also keep those at multiples of this duration
+  config.checkpoint.best = optional(None, str)  # also keep the one with the least of this, e.g. "eval/heldout/loss"
+
+  config.log = ConfigDict({"every": optional(10), "tensorboard": True})
+  return config
+
+
+def language_model_evals(config: ConfigDict, prompt: str) -> None:
+  """Held-out loss over the whole split, the same prompt continued as training goes on, and yardsticks."""
+  config.evals.heldout = ConfigDict(
+    {
+      "name": "loss",
+      "every": optional("10%"),
+      "at": (),
+      "split": optional(None, str),
+      "batch_size": optional(None, int),
+      "max_batches": optional(None, int),
+    }
+  )
+  config.evals.sample = ConfigDict(
+    {
+      "name": "sample",
+      "every": optional(None),
+      "at": (0, "10%"),
+      "prompt": prompt,
+      "max_new_tokens": 100,
+      "temperature": 0.8,
+      "top_p": optional(0.95, float),
+    }
+  )

@@ -1,0 +1,152 @@
+"""Checkpoints over Orbax: state, data cursor and manifest together, atomic and asynchronous, onto any mesh.
+
+  WORKDIR/checkpoints/STEP/{state, data, manifest}
+The manifest is versioned JSON and says all that is needed to use the parameters without a config file: how to build
+the model, the tokenizer's files, the objective, the whole config, package versions.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from llmjax.config import ConfigError
+
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def make_manifest(program: Any) -> dict[str, Any]:
+  """What a checkpoint says about itself besides the step."""
+  return {
+    "format_version": FORMAT_VERSION,
+    "config": program.config,
+    "model": program.config["model"],
+    "objective": program.config["objective"],
+    "tokenizer": {
+      "spec": program.tokenizer.spec(),
+      "files": {name: base64.b64encode(data).decode() for name, data in program.tokenizer.to_files().items()},
+    },
+    "num_params": program.num_params,
+    "total_steps": program.total_steps,
+    "layout": "scanned" if program.model.cfg.scan else "unrolled",
+    "ema": program.config["optim"]["ema_decay"] is not None,
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def tokenizer_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
+  """The tokenizer's files as `Tokenizer.to_files` gave them."""
+  return {name: base64.b64decode(data) for name, data in manifest["tokenizer"]["files"].items()}
+
+
+class Checkpoints:
+  """The checkpoints of one workdir. Wraps Orbax's manager, whose API still moves, in one place."""
+
+  def __init__(
+    self,
+    workdir: str | Path,
+    *,
+    keep: int | None = None,
+    keep_every: int | None = None,
+    best: str | None = None,
+  ):
+    """Args: how many of the latest to keep (None: all), a period to keep for ever, a metric whose least to keep."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+    keepers: list[Any] = [policies.LatestN(keep)] if keep else [policies.PreserveAll()]
+    if keep_every:
+      keepers.append(policies.EveryNSteps(keep_every))
+    options: dict[str, Any] = {}
+    if best:
+      # `max_to_keep` with `best_fn` would delete the newest; these policies do not.
+      worst = float("inf")
+      measure = lambda metrics: metrics[best] if metrics and best in metrics else worst  # noqa: E731
+      keepers.append(policies.BestN(get_metric_fn=measure, reverse=True, n=1))
+      options = {"best_fn": measure, "best_mode": "min"}
+    self.folder = epath.Path(workdir).resolve() / FOLDER
+    self.manager = ocp.CheckpointManager(
+      self.folder,
+      item_handlers={
+        "state": ocp.PyTreeCheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
+        "manifest": ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keepers), cleanup_tmp_directories=True, **options
+      ),
+    )
+
+  def steps(self) -> list[int]:
+    """All complete checkpoints, oldest first."""
+    return sorted(self.manager.all_steps())
+
+  def save(self, step: int, state: Any, cursor: Any, manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    """Starts an asynchronous save; blocks only while the state is copied off the devices."""
+    if step in self.manager.all_steps():
+      return
+    parts = {
+      "state": ocp.args.PyTreeSave(state),
+      "data": ocp.args.JsonSave({"cursor": cursor}),
+      "manifest": ocp.args.JsonSave({**manifest, "step": step, "time": time.time(), "metrics": dict(metrics)}),
+    }
+    self.manager.save(step, args=ocp.args.Composite(**parts), metrics=dict(metrics), force=True)
+
+  def read(self, step: int, item: str) -> Any:
+    """`manifest` or `data` of a checkpoint."""
+    return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+
+  def restore(self, step: int, abstract_state: Any) -> Any:
+    """The state, laid out as `abstract_state` says: a tree of ShapeDtypeStructs with shardings.
+
+    Raises:
+      ConfigError: parameters or shapes that differ from the checkpoint's, named, before anything is read.
+    """
+    self._compare(step, abstract_state)
+    args = ocp.args.PyTreeRestore(abstract_state, ocp.checkpoint_utils.construct_restore_args(abstract_state))
+    return self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+  def restore_part(self, step: int, part: str, abstract: Any) -> Any:
+    """Only `params` or `ema` of a state."""
+    self._compare(step, {part: abstract})
+    wanted = {part: abstract}
+    args = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
+    return self.manager.restore(step, args=ocp.args.Composite(state=args))["state"][part]
+
+  def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every array in a checkpoint's state."""
+    tree = self.manager.item_metadata(step)["state"].tree
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {_path(path): tuple(leaf.shape) for path, leaf in leaves if getattr(leaf, "shape", None) is not None}
+
+  def _compare(self, step: int, abstract: Any) -> None:
+    saved = self.shapes(step)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+      name = _path(path)
+      if name not in saved:
+        raise ConfigError(f"checkpoint {self.folder}/{step} has no {name}; it belongs to another model or optimizer")
+      if saved[name] != tuple(leaf.shape):
+        raise ConfigError(
+          f"checkpoint {self.folder}/{step}: {name} has shape {saved[name]}, this config's is {tuple(leaf.shape)}"
+        )
+
+  def wait(self) -> None:
+    """Until everything is on disk; a failed save raises here."""
+    self.manager.wait_until_finished()
+
+  def close(self) -> None:
+    self.manager.close()
+
+
+def _path(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,257 @@
+"""The console script: subcommands, flags, errors as one line, exit codes. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmjax import config as cfglib
+from llmjax.config import ConfigError
+
+DESCRIPTION = "Train, evaluate and use Transformers in JAX."
+EXAMPLES = """\
+begin here:
+  llmjax configs                                        what can be run
+  llmjax train --config=gpt:size=nano                   trains on Python's own library, no download
+  llmjax train --config=gpt:size=nano,text=my.txt       on your text
+  llmjax generate --model=runs/gpt-size=nano --prompt="def main("
+  llmjax report --workdir=runs/gpt-size=nano            curves and samples as one page
+
+`llmjax COMMAND --help` says more about each.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """All subcommands."""
+  main = argparse.ArgumentParser(
+    prog="llmjax",
+    description=DESCRIPTION,
+    epilog=EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+  def add(name: str, summary: str, function: Any, notes: str = "") -> argparse.ArgumentParser:
+    command = commands.add_parser(
+      name,
+      help=summary,
+      description=summary,
+      epilog=notes,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+    command.set_defaults(function=function)
+    return command
+
+  config_notes = (
+    "The config is given as --config=FILE.py[:argument,...] or by the name of a shipped one, then overridden key by key:\n"
+    "  llmjax train --config=gpt:size=nano --config.optim.lr=3e-3 --config.total_steps='10M tokens'\n"
+    "A value of `none` unsets a key. All keys and their defaults: configs/base.py.\n"
+  )
+  train = add("train", "train a config, or resume it", run_train, config_notes)
+  train.add_argument("--workdir", help="where the run lives (default: runs/CONFIG)")
+  train.add_argument("--dry_run", action="store_true", help="say what would run: parameters, memory, the first batch")
+  train.add_argument("--fresh", action="store_true", help="move an earlier run in the workdir aside and start anew")
+
+  add("configs", "list the configs that ship", run_configs)
+
+  evaluate = add(
+    "evaluate",
+    "held-out loss and metrics of a run or a model",
+    run_evaluate,
+    "  llmjax evaluate --config=gpt:size=nano --workdir=runs/gpt-size=nano     the run's own evaluations\n"
+    "  llmjax evaluate --model=runs/gpt-size=nano --data=my.txt                any text, JSONL or Parquet file\n\n"
+    + config_notes,
+  )
+  evaluate.add_argument("--workdir", help="a run of --config")
+  evaluate.add_argument("--model", help="a workdir or one of its checkpoints")
+  evaluate.add_argument("--data", help="a file or glob: .jsonl and .parquet by their `text` field, others as text")
+  evaluate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
+
+  generate = add("generate", "continue a prompt", run_generate, "Without --prompt, it is read from standard input.\n")
+  generate.add_argument("--model", required=True, help="a workdir or one of its checkpoints")
+  generate.add_argument("--prompt", help="text to continue")
+  generate.add_argument("--max_new_tokens", type=int, default=200)
+  generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+  generate.add_argument("--top_k", type=int, help="draw among the k likeliest tokens")
+  generate.add_argument("--top_p", type=float, help="draw among the likeliest tokens that sum to p")
+  generate.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
+  generate.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
+  generate.add_argument("--seed", type=int, default=0)
+  generate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
+
+  tokenizer = add("tokenizer", "train a SentencePiece vocabulary", run_tokenizer)
+  tokenizer.add_argument("--input", required=True, nargs="+", help="text files or globs")
+  tokenizer.add_argument("--vocab_size", type=int, required=True)
+  tokenizer.add_argument("--output", required=True, help="FILE.model")
+
+  report = add("report", "draw the curves of a run (PNG and one HTML page) and sum it up", run_report)
+  report.add_argument("--workdir", required=True)
+
+  checkpoint = add("checkpoint", "look into checkpoints", run_checkpoint)
+  checkpoint.add_argument("action", choices=["inspect"], help="inspect: what a checkpoint holds")
+  checkpoint.add_argument("path", help="a workdir or one of its checkpoints")
+  checkpoint.add_argument("--arrays", action="store_true", help="list every array with its shape")
+  return main
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command; returns its exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+  arguments, rest = parser().parse_known_args(argv)
+  try:
+    if rest and arguments.command not in ("train", "evaluate"):
+      raise ConfigError(f"unknown argument {rest[0]!r}; see `llmjax {arguments.command} --help`")
+    arguments.function(arguments, rest)
+  except (ConfigError, OSError) as error:
+    print(f"llmjax: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt as error:
+    print(f"llmjax: {error or 'interrupted'}", file=sys.stderr)
+    return 130
+  return 0
+
+
+def start_jax() -> None:
+  """Settings of the process, before JAX is used."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  import jax
+  from absl import flags
+
+  from llmjax.data.source import cache_dir
+
+  if not flags.FLAGS.is_parsed():  # grain reads absl's flags
+    flags.FLAGS.mark_as_parsed()
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+
+
+def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
+  config = cfglib.load_config(rest)
+  start_jax()
+  if arguments.dry_run:
+    from llmjax.preview import preview
+
+    print(preview(config))
+    return
+  from llmjax.train import Diverged, run
+
+  try:
+    run(config, arguments.workdir or default_workdir(rest), fresh=arguments.fresh)
+  except Diverged as error:
+    raise ConfigError(str(error)) from error
+
+
+def default_workdir(rest: list[str]) -> str:
+  """runs/CONFIG, with the config's argument where it has one."""
+  i = next(i for i, a in enumerate(rest) if re.match(r"--?config(=|$)", a))
+  reference = rest[i].split("=", 1)[1] if "=" in rest[i] else rest[i + 1]
+  path, argument = cfglib.find(reference)
+  return str(Path("runs") / re.sub(r"[^\w=.,+-]+", "_", path.stem + ("-" + argument if argument else "")))
+
+
+def run_configs(arguments: argparse.Namespace, rest: list[str]) -> None:
+  for name, path in cfglib.shipped().items():
+    print(f"{name:<12} {path.read_text().split('"""')[1].strip().splitlines()[0]}")
+
+
+def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
+  if arguments.model and arguments.data and not (rest or arguments.workdir):
+    config, path = None, arguments.model
+  elif rest and arguments.workdir and not (arguments.model or arguments.data):
+    config, path = cfglib.load_config(rest), arguments.workdir
+  else:
+    raise ConfigError("evaluate takes --config=... --workdir=DIR, or --model=PATH --data=FILE")
+  start_jax()
+  from llmjax.evaluate import evaluate_checkpoint
+
+  for name, value in evaluate_checkpoint(path, config=config, data=arguments.data, trust=arguments.trust).items():
+    print(f"{name:<36} {value:.6g}" if isinstance(value, float) else f"{name}:\n{value}")
+
+
+def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
+  start_jax()
+  from llmjax.generate import until
+  from llmjax.pretrained import load
+
+  pretrained = load(arguments.model, trust=arguments.trust)
+  prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+  sys.stdout.write(prompt)
+  for text in until(continuation(pretrained, prompt, arguments), tuple(arguments.stop)):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+  sys.stdout.write("\n")
+
+
+def continuation(pretrained: Any, prompt: str, arguments: argparse.Namespace) -> Iterator[str]:
+  """The text of each new token; a prompt too long for the context loses its beginning, with a word about it."""
+  import numpy as np
+
+  from llmjax.generate import stream
+
+  model, params, tokenizer = pretrained
+  room = model.cfg.max_len - arguments.max_new_tokens
+  if room < 1:
+    raise ConfigError(f"--max_new_tokens={arguments.max_new_tokens} leaves no room in a context of {model.cfg.max_len}")
+  ids = tokenizer.prompt(prompt)
+  if len(ids) > room:
+    print(f"llmjax: the prompt has {len(ids)} tokens; only its last {room} are read", file=sys.stderr)
+    ids = ids[-room:]
+  text = tokenizer.stream()
+  for token in stream(
+    model,
+    params,
+    np.asarray(ids)[None],
+    max_new_tokens=arguments.max_new_tokens,
+    seed=arguments.seed,
+    temperature=arguments.temperature,
+    top_k=arguments.top_k,
+    top_p=arguments.top_p,
+    repetition_penalty=arguments.repetition_penalty,
+  ):
+    if tokenizer.eos_id is not None and token[0] == tokenizer.eos_id:
+      break
+    yield text.push(int(token[0]))
+
+
+def run_tokenizer(arguments: argparse.Namespace, rest: list[str]) -> None:
+  from llmjax.config import build
+  from llmjax.data.source import SOURCES
+  from llmjax.data.tokenizer import train_sentencepiece
+
+  source = build({"name": "text", "files": tuple(arguments.input)}, SOURCES, "--input", split="train")
+  model = train_sentencepiece((source[i]["text"] for i in range(len(source))), arguments.vocab_size)
+  Path(arguments.output).write_bytes(model)
+  print(f"wrote {arguments.output}: use it with --config.data.tokenizer.path={arguments.output}")
+
+
+def run_report(arguments: argparse.Namespace, rest: list[str]) -> None:
+  from llmjax.report import summary, write_report
+
+  write_report(arguments.workdir)
+  print(summary(arguments.workdir))
+
+
+def run_checkpoint(arguments: argparse.Namespace, rest: list[str]) -> None:
+  start_jax()
+  from llmjax.pretrained import open_checkpoint
+
+  checkpoints, step, manifest = open_checkpoint(arguments.path)
+  print(f"{checkpoints.folder}/{step}  (there are {checkpoints.steps()})")
+  print(f"step          {step:,} of {manifest['total_steps']:,}")
+  print(f"parameters    {manifest['num_params']:,} ({manifest['layout']}{', with average' if manifest['ema'] else ''})")
+  print(f"model         {json.dumps(manifest['model'])}")
+  print(f"objective     {json.dumps(manifest['objective'])}")
+  print(f"tokenizer     {json.dumps(manifest['tokenizer']['spec'])}")
+  print(f"metrics       {json.dumps(manifest['metrics'])}")
+  print(f"versions      {json.dumps(manifest['versions'])}")
+  if arguments.arrays:
+    for name, shape in checkpoints.shapes(step).items():
+      print(f"  {name:<64} {list(shape)}")
+  checkpoints.close()

@@ -1,0 +1,90 @@
+"""A PATH resolved: a workdir or one of its checkpoints, to a model, its parameters and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
+
+from llmjax import checkpoint
+from llmjax.config import ConfigError, build
+from llmjax.data import tokenizer as tokenizers
+from llmjax.models.transformer import MODELS
+from llmjax.types import Batch
+
+
+class Pretrained(NamedTuple):
+  """What `load` returns: `model, params, tokenizer = llmjax.load(PATH)`."""
+
+  model: nn.Module
+  params: Any
+  tokenizer: Any
+
+
+def locate(path: str | Path) -> tuple[Path, int | None]:
+  """(workdir, step) of a PATH; step None is the newest."""
+  path = Path(path)
+  if (path / checkpoint.FOLDER).is_dir():
+    return path, None
+  if path.name.isdigit() and path.parent.name == checkpoint.FOLDER and path.is_dir():
+    return path.parent.parent, int(path.name)
+  if not path.exists():
+    raise ConfigError(f"{path}: no such workdir or checkpoint")
+  raise ConfigError(
+    f"{path} holds no checkpoint; give a workdir of `llmjax train`, or WORKDIR/{checkpoint.FOLDER}/STEP"
+  )
+
+
+def open_checkpoint(path: str | Path) -> tuple[checkpoint.Checkpoints, int, dict[str, Any]]:
+  """The checkpoints that PATH points into, the step it means, and that step's manifest."""
+  workdir, step = locate(path)
+  checkpoints = checkpoint.Checkpoints(workdir)
+  steps = checkpoints.steps()
+  if not steps or (step is not None and step not in steps):
+    raise ConfigError(f"{path} holds no complete checkpoint" + (f"; there are {steps}" if steps else ""))
+  step = steps[-1] if step is None else step
+  manifest = checkpoints.read(step, "manifest")
+  if manifest["format_version"] > checkpoint.FORMAT_VERSION:
+    raise ConfigError(f"{path} was written by a newer llmjax (format {manifest['format_version']}); update llmjax")
+  return checkpoints, step, manifest
+
+
+def load(path: str | Path, *, trust: bool = False) -> Pretrained:
+  """Model, parameters (the average, where one was kept) and tokenizer from a PATH; needs no config file.
+
+  Args:
+    path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP.
+    trust: allow the checkpoint to name a model outside llmjax, which runs its code.
+  Raises:
+    ConfigError: no such path, no checkpoint in it, or one from a newer format.
+  """
+  checkpoints, step, manifest = open_checkpoint(path)
+  try:
+    tokenizer = tokenizers.from_files(manifest["tokenizer"]["spec"], checkpoint.tokenizer_files(manifest))
+    spec = manifest["model"]
+    model = build(spec, MODELS, "model", trust=trust)
+    shapes = jax.eval_shape(lambda k: nn.unbox(model.init(k, _probe()))["params"], jax.random.key(0))
+    where = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
+    params = checkpoints.restore_part(step, "ema" if manifest["ema"] else "params", abstract)
+  finally:
+    checkpoints.close()
+  return Pretrained(model, params, tokenizer)
+
+
+def load_params(path: str | Path, abstract: Any) -> Any:
+  """Only the parameters, laid out as `abstract` (ShapeDtypeStructs with shardings) says: `config.init_from`."""
+  checkpoints, step, manifest = open_checkpoint(path)
+  try:
+    return checkpoints.restore_part(step, "ema" if manifest["ema"] else "params", abstract)
+  finally:
+    checkpoints.close()
+
+
+def _probe() -> Batch:
+  import jax.numpy as jnp
+
+  return Batch.from_tokens(jnp.zeros((1, 1), jnp.int32))

@@ -1,0 +1,263 @@
+"""From a config to a program: model, objective, optimizer, mesh, abstract state, and the jitted step with its layout.
+
+Training, evaluation and everything else that runs a config starts here. Nothing in this file loops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llmjax import config as cfglib
+from llmjax import metrics as metriclib
+from llmjax import optim, sharding, step
+from llmjax.config import ConfigError, build
+from llmjax.data import tokenizer as tokenizers
+from llmjax.data.source import SOURCES
+from llmjax.models.transformer import MODELS
+from llmjax.objectives import OBJECTIVES
+from llmjax.types import Batch, Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Everything that is fixed before the first step. The config is plain data here, with all its `None`s decided."""
+
+  config: Mapping[str, Any]
+  model: nn.Module
+  tokenizer: Any
+  objective: Objective
+  tx: optax.GradientTransformation
+  mesh: Mesh
+  rules: sharding.Rules
+  total_steps: int
+  learning_rate: Callable[[int], float]  # step -> rate
+  state_shapes: step.TrainState  # of ShapeDtypeStruct
+  state_shardings: step.TrainState  # of NamedSharding
+  train_step: Any  # jitted (state, batch, key, learning_rate) -> (state, metrics); donates the state
+  eval_step: Any  # jitted (params, batch) -> metrics
+
+  @property
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    return sharding.named(self.mesh, "act_batch", rules=self.rules)
+
+  @property
+  def abstract_state(self) -> step.TrainState:
+    """Shapes with shardings: what a checkpoint is restored into."""
+    attach = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(attach, self.state_shapes, self.state_shardings)
+
+  def steps(self, value: Any, key: str) -> int | None:
+    """A duration of this config in steps."""
+    return to_steps(self.config, self.total_steps)(value, key)
+
+  def init(self, params: Any = None) -> step.TrainState:
+    """A fresh state, sharded as it is made; from `params` (host or device arrays) where given."""
+    ema = self.config["optim"]["ema_decay"] is not None
+    with sharding.use(self.mesh, self.rules):
+      if params is not None:
+        params = jax.device_put(params, self.state_shardings.params)
+        make = jax.jit(lambda p: step.start(p, self.tx, ema), out_shardings=self.state_shardings)
+        return make(params)
+      key = jax.random.key(self.config["seed"])
+      make = jax.jit(
+        lambda k: step.init_state(k, self.model, self.tx, self.dummy_batch(), ema), out_shardings=self.state_shardings
+      )
+      return make(key)
+
+  def dummy_batch(self) -> Batch:
+    return Batch.from_tokens(jnp.zeros((1, self.config["seq_len"]), jnp.int32))
+
+  def put(self, batch: Batch) -> Batch:
+    """This host's rows of a batch (NumPy) as global arrays."""
+    where = self.batch_sharding
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), batch)
+
+  def local_rows(self, batch_size: int) -> range:
+    """The rows of the global batch that this process makes."""
+    count, index = jax.process_count(), jax.process_index()
+    return range(index * batch_size // count, (index + 1) * batch_size // count)
+
+  def eval_params(self, state: step.TrainState) -> Any:
+    """Which parameters are evaluated: the average where one is kept."""
+    return state.params if self.config["optim"]["ema_decay"] is None else state.ema
+
+  @property
+  def num_params(self) -> int:
+    return sum(x.size for x in jax.tree.leaves(self.state_shapes.params))
+
+  @property
+  def flops_per_token(self) -> float:
+    """Model FLOPs of forward and backward pass per token (rematerialisation not counted)."""
+    c = self.model.cfg  # type: ignore[attr-defined]
+    tables = sum(x.size for k, x in flat_paths(self.state_shapes.params).items() if k.endswith("/table"))
+    matmul = self.num_params - tables + (c.vocab_size * c.d_model if c.tie_embeddings else 0)
+    return metriclib.train_flops_per_token(
+      matmul_params=matmul, layers=c.decoder_layers, width=c.num_heads * c.head_width, seq_len=self.config["seq_len"]
+    )
+
+
+def flat_paths(tree: Any) -> dict[str, Any]:
+  """{"a/b/c": leaf}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def to_steps(config: Mapping[str, Any], total_steps: int | None) -> Callable[[Any, str], int | None]:
+  """The converter of this config's durations."""
+  return lambda value, key: cfglib.duration(
+    value,
+    key,
+    batch_size=config["batch_size"],
+    seq_len=config["seq_len"],
+    total_steps=total_steps,
+    epoch_tokens=config["data"]["epoch_tokens"],
+  )
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """What can be said before anything is built."""
+  for key in ("seed", "batch_size", "accum", "seq_len", "total_steps"):
+    if config[key] is None:
+      raise ConfigError(f"config.{key} must be set")
+  for key in ("batch_size", "accum", "seq_len"):
+    if config[key] < 1:
+      raise ConfigError(f"config.{key}={config[key]} must be at least 1")
+  if config["batch_size"] % config["accum"]:
+    raise ConfigError(f"config.batch_size={config['batch_size']} is not divisible by config.accum={config['accum']}")
+  for part in ("model", "objective", "optim", "schedule"):
+    if "name" not in config[part]:
+      raise ConfigError(f"config.{part} has no name; see configs/base.py")
+  for part, what in (("corpus", "what to train on"), ("tokenizer", "how text becomes tokens")):
+    if "name" not in config["data"][part]:
+      raise ConfigError(f"config.data.{part}.name must be set: it says {what}; see configs/gpt.py")
+
+
+def make_tokenizer(config: Mapping[str, Any]) -> Any:
+  """The config's tokenizer; trained on the training split where it asks for it, once, and cached."""
+  source = open_source(config, config["data"]["train"])
+  return tokenizers.make(config["data"]["tokenizer"], source)
+
+
+def open_source(config: Mapping[str, Any], split: str) -> Any:
+  """The config's corpus, one split of it."""
+  return build(config["data"]["corpus"], SOURCES, "data.corpus", split=split)
+
+
+def make_model(spec: Mapping[str, Any], vocab_size: int, seq_len: int, *, trust: bool = True) -> tuple[Any, dict]:
+  """The model and its spec with vocabulary and context decided.
+
+  Args:
+    spec: config.model.
+    vocab_size: the tokenizer's; the model's may be larger, never smaller.
+    seq_len: the longest sequence that it will be trained on.
+  """
+  spec = dict(spec)
+  if spec["vocab_size"] is None:
+    spec["vocab_size"] = vocab_size
+  elif spec["vocab_size"] < vocab_size:
+    raise ConfigError(
+      f"model.vocab_size={spec['vocab_size']} is smaller than the tokenizer's {vocab_size}; "
+      f"set model.vocab_size={vocab_size} (or none, which takes the tokenizer's) or a smaller data.tokenizer"
+    )
+  if spec["max_len"] is None:
+    spec["max_len"] = seq_len
+  elif spec["max_len"] < seq_len:
+    raise ConfigError(f"seq_len={seq_len} is longer than model.max_len={spec['max_len']}; lower one or raise the other")
+  return build(spec, MODELS, "model", trust=trust), spec
+
+
+def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | None = None) -> Program:
+  """Builds everything; compiles nothing, and allocates nothing on a device.
+
+  Args:
+    config: a config like configs/base.py.
+    tokenizer: one that a checkpoint carries; None makes the config's.
+    devices: all by default.
+  Raises:
+    ConfigError: anything in the config that cannot work, one line.
+  """
+  config = cfglib.to_dict(config)
+  check(config)
+  tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
+  model, config["model"] = make_model(config["model"], tokenizer.vocab_size, config["seq_len"])
+  objective = build(config["objective"], OBJECTIVES, "objective", byte_lengths=tokenizer.byte_lengths())
+
+  mesh = sharding.make_mesh(config["mesh"], devices)
+  rules = {**sharding.RULES, **config["rules"]}
+  parts = sharding.batch_size_over(mesh, rules)
+  if config["batch_size"] // config["accum"] % parts:
+    raise ConfigError(
+      f"batch_size={config['batch_size']} in accum={config['accum']} microbatches is "
+      f"{config['batch_size'] // config['accum']} sequences, not divisible over the {parts} devices of "
+      f"mesh.data x mesh.fsdp; use a multiple of {parts * config['accum']}, or change mesh or accum"
+    )
+
+  total_steps = to_steps(config, None)(config["total_steps"], "total_steps")
+  assert total_steps is not None
+  schedule = optim.make_schedule(config["schedule"], total_steps, to_steps(config, total_steps))
+  peak = config["optim"]["lr"]
+
+  with sharding.use(mesh, rules):
+    batch = Batch.from_tokens(np.zeros((1, config["seq_len"]), np.int32))
+    boxed = jax.eval_shape(functools.partial(step.init_params, model=model), jax.random.key(0), batch=batch)
+    axes = jax.tree.map(lambda b: tuple(b.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    params = nn.unbox(boxed)
+    tx = optim.make_optimizer(config["optim"], params, axes)
+    ema = config["optim"]["ema_decay"] is not None
+    state_shapes = jax.eval_shape(functools.partial(step.start, tx=tx, ema=ema), params)
+  where = sharding.param_shardings(params, axes, mesh, rules)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  state_shardings = step.TrainState(
+    step=replicated,
+    params=where,
+    opt_state=optim.state_shardings(tx, params, where, mesh),
+    ema=where if ema else None,
+  )
+  batches = sharding.named(mesh, "act_batch", rules=rules)
+  train = functools.partial(
+    step.train_step,
+    model=model,
+    objective=objective,
+    tx=tx,
+    accum=config["accum"],
+    ema_decay=config["optim"]["ema_decay"],
+  )
+  return Program(
+    config=config,
+    model=model,
+    tokenizer=tokenizer,
+    objective=objective,
+    tx=tx,
+    mesh=mesh,
+    rules=rules,
+    total_steps=total_steps,
+    learning_rate=lambda s: peak * schedule(s),
+    state_shapes=state_shapes,
+    state_shardings=state_shardings,
+    train_step=jax.jit(
+      train,
+      donate_argnums=0,
+      in_shardings=(state_shardings, batches, replicated, replicated),
+      out_shardings=(state_shardings, replicated),
+    ),
+    eval_step=jax.jit(
+      functools.partial(step.eval_step, model=model, objective=objective),
+      in_shardings=(where, batches),
+      out_shardings=replicated,
+    ),
+  )

@@ -1,0 +1,138 @@
+"""The step: from state and batch to the next state and its metrics. Pure functions, jitted by `program`.
+
+Losses are named sums. Their denominators are taken first, once, on the whole global batch, so that microbatches,
+padding and data parallelism cannot change the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+
+from llmjax.types import Array, Batch, Metrics, Objective, Outputs, Sums
+
+
+@struct.dataclass
+class TrainState:
+  """All that a run changes. The optimizer itself and the model are not in it."""
+
+  step: Array  # Int[]
+  params: Any
+  opt_state: Any
+  ema: Any  # an exponential moving average of params, or None
+
+
+def init_params(key: Array, model: nn.Module, batch: Batch) -> Any:
+  """Fresh parameters, in Linen's boxes that carry the logical axis names."""
+  return model.init(key, batch)["params"]
+
+
+def init_state(key: Array, model: nn.Module, tx: optax.GradientTransformation, batch: Batch, ema: bool) -> TrainState:
+  """The state before the first step. `ema`: whether an average of the parameters is kept."""
+  return start(nn.unbox(init_params(key, model, batch)), tx, ema)
+
+
+def start(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
+  """The state before the first step from given parameters."""
+  average = jax.tree.map(jnp.copy, params) if ema else None
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
+
+
+def make_forward(model: nn.Module, params: Any):
+  """What objectives receive instead of a model."""
+
+  def forward(batch: Batch, rngs: Any, **kwargs: Any) -> Outputs:
+    return model.apply({"params": params}, batch, rngs=rngs, **kwargs)
+
+  return forward
+
+
+def microbatches(batch: Batch, accum: int) -> Batch:
+  """[B ...] -> [accum B/accum ...], strided: a contiguous cut of a sharded batch would move it between devices."""
+  return jax.tree.map(lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def objective_value(sums: Sums, weights: Sums, objective: Objective) -> Array:
+  """Sum of coefficient * sum / weight over the terms; a term of weight zero contributes zero."""
+  total = jnp.zeros((), jnp.float32)
+  for term, coefficient in objective.coefficients.items():
+    scale = jnp.where(weights[term] > 0, coefficient / jnp.maximum(weights[term], 1e-30), 0.0)
+    total += scale * sums[term]
+  return total
+
+
+def gradients(
+  params: Any, batch: Batch, key: Array, *, model: nn.Module, objective: Objective, accum: int
+) -> tuple[Any, Metrics]:
+  """The gradient of the objective on the whole global batch, and its metrics."""
+  weights = objective.weights(batch)
+
+  def loss(params: Any, micro: Batch) -> tuple[Array, Metrics]:
+    sums, metrics = objective.loss(make_forward(model, params), micro, {"dropout": key})
+    value = objective_value(sums, weights, objective)
+    return value, metrics | ({"objective": (value, jnp.zeros(()))} if len(sums) > 1 else {})
+
+  gradient = jax.grad(loss, has_aux=True)
+  if accum == 1:
+    grads, metrics = gradient(params, batch)
+  else:
+    parts = microbatches(batch, accum)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, micro: Batch) -> tuple[Any, None]:
+      return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+
+    (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+  if "objective" in metrics:  # already divided by the global weights: its parts add up to the value itself
+    metrics["objective"] = (metrics["objective"][0], jnp.ones(()))
+  return grads, metrics
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  key: Array,
+  learning_rate: Array,
+  *,
+  model: nn.Module,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  accum: int,
+  ema_decay: float | None,
+) -> tuple[TrainState, Metrics]:
+  """One optimizer update.
+
+  Args:
+    batch: the global batch; its size is a multiple of `accum`.
+    key: the run's key; randomness is this key folded with the step, then with global row and layer.
+    learning_rate: Float[], an argument so that trials which differ in it share one program.
+    tx: gives a direction; parameters move by -learning_rate times it.
+    accum: microbatches, computed one after the other.
+    ema_decay: of the average of parameters, None for none.
+  """
+  key = jax.random.fold_in(key, state.step)
+  grads, metrics = gradients(state.params, batch, key, model=model, objective=objective, accum=accum)
+  direction, opt_state = tx.update(grads, state.opt_state, state.params)
+  updates = jax.tree.map(lambda d: -learning_rate * d, direction)
+  params = optax.apply_updates(state.params, updates)
+  ema = state.ema
+  if ema_decay is not None:
+    ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+  one = jnp.ones(())
+  metrics |= {
+    "grad_norm": (optax.global_norm(grads), one),
+    "update_norm": (optax.global_norm(updates), one),
+    "param_norm": (optax.global_norm(params), one),
+  }
+  return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+
+
+def eval_step(params: Any, batch: Batch, *, model: nn.Module, objective: Objective) -> Metrics:
+  """Metrics of a batch without dropout, as (sum, weight)."""
+  return objective.loss(make_forward(model, params), batch, {})[1]

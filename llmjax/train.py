@@ -1,0 +1,348 @@
+"""The only train loop: steps, evals, saves. It never waits for a metric."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax import metrics as metriclib
+from llmjax import sharding
+from llmjax.checkpoint import FOLDER, Checkpoints, make_manifest, tokenizer_files
+from llmjax.config import ConfigError, build, differences, to_dict
+from llmjax.data import tokenizer as tokenizers
+from llmjax.data.pipeline import TrainStream, merge_cursors
+from llmjax.evaluate import EVALUATORS, WHEN
+from llmjax.pretrained import load_params
+from llmjax.program import Program, make_program, open_source
+from llmjax.step import TrainState
+
+# What a checkpoint cannot be continued with once it is changed.
+FIXED = (
+  *("model", "objective", "seed", "batch_size", "seq_len", "optim.name", "optim.ema_decay"),
+  *("data.corpus", "data.train", "data.tokenizer", "data.pack"),
+)
+
+
+class Diverged(RuntimeError):
+  """The loss is no longer a number."""
+
+
+def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, float]:
+  """Trains `config` in `workdir`, or resumes what is there, to the end; returns the final evaluations.
+
+  Args:
+    config: a config like configs/base.py.
+    workdir: where checkpoints, metrics and samples go.
+    fresh: move an earlier run in `workdir` aside and start anew.
+  Raises:
+    ConfigError: a config that cannot work, or that differs from the run in `workdir` where it must not.
+    Diverged: the loss became NaN or infinite; the last checkpoint is kept.
+  """
+  workdir = Path(workdir)
+  leader = jax.process_index() == 0
+  if fresh and leader:
+    set_aside(workdir)
+  config = to_dict(config)
+  earlier = read_earlier(workdir)
+  program = make_program(config, tokenizer=kept_tokenizer(config, earlier))
+  config = program.config
+  steps = program.steps
+  source = open_source(config, config["data"]["train"])
+  manifest = make_manifest(program) | {"data_fingerprint": source.fingerprint}
+  changed = check_same(earlier, manifest, workdir) if earlier else {}
+  checkpoints = Checkpoints(
+    workdir,
+    keep=config["checkpoint"]["keep"],
+    keep_every=steps(config["checkpoint"]["keep_every"], "checkpoint.keep_every"),
+    best=config["checkpoint"]["best"],
+  )
+  save_every = steps(config["checkpoint"]["every"], "checkpoint.every")
+  log_every = steps(config["log"]["every"], "log.every")
+  evals = make_evals(program)
+  stream = TrainStream(
+    source,
+    program.tokenizer,
+    program.objective,
+    batch_size=config["batch_size"],
+    seq_len=config["seq_len"],
+    seed=config["seed"],
+    rows=program.local_rows(config["batch_size"]),
+    pack=config["data"]["pack"],
+    workers=config["data"]["workers"],
+    prefetch=config["data"]["prefetch"],
+  )
+
+  state, first, cursor = restore(program, checkpoints)
+  if cursor is not None:
+    stream.restore(cursor)
+  total, tokens_per_step = program.total_steps, config["batch_size"] * config["seq_len"]
+  say = print if leader else (lambda *_: None)
+  if first >= total:
+    say(finished(workdir, earlier or manifest, first))
+    return dict((earlier or {"metrics": {}})["metrics"])
+  if first:
+    news = "; changed: " + ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items()) if changed else ""
+    say(f"resuming {workdir} at {first:,}/{total:,}{news}")
+  else:
+    say(f"training {program.num_params:,} parameters for {total:,} steps of {tokens_per_step:,} tokens in {workdir}")
+    if leader:
+      workdir.mkdir(parents=True, exist_ok=True)
+      (workdir / "config.json").write_text(json.dumps(config, indent=2, default=str))
+
+  writer = metriclib.Writer(workdir if leader else None, start_step=first, tensorboard=config["log"]["tensorboard"])
+  progress = metriclib.Progress(total, first, tokens_per_step) if leader else None
+  meter = Meter(program, writer, progress, tokens_per_step)
+  key = jax.device_put(jax.random.key(config["seed"]), program.replicated)
+  profile = profiler(config["profile"], workdir)
+  results: dict[str, float] = {}
+
+  def evaluate(step: int) -> None:
+    for name, (evaluator, when) in evals.items():
+      if not when(step):
+        continue
+      for what, value in evaluator(program.eval_params(state)).items():
+        if isinstance(value, str):
+          writer.text(step, name, value)
+          if progress:
+            progress.say(f"[{name} at step {step:,}]\n{value}\n")
+        else:
+          results[f"eval/{name}/{what}"] = float(value)
+    new = {k: v for k, v in results.items() if k not in written or written[k] != v}
+    if new:
+      written.update(new)
+      writer.write(step, new)
+      if progress and "eval/heldout/loss" in new:
+        progress.say(f"step {step:,}: " + ", ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in new.items()))
+
+  def save(step: int) -> None:
+    cursors = merge_cursors(gather(stream.cursor))
+    checkpoints.save(step, state, cursors, manifest, results)
+
+  written: dict[str, float] = {}
+  try:
+    if first == 0:
+      evaluate(0)
+    with sharding.use(program.mesh, program.rules), interruption() as interrupted:
+      for step in range(first, total):
+        profile(step)
+        batch = program.put(next(stream))
+        rate = jax.device_put(np.float32(program.learning_rate(step)), program.replicated)
+        with jax.transfer_guard("disallow"):
+          state, new = program.train_step(state, batch, key, rate)
+        done = step + 1
+        meter.add(done, new, log_every is not None and (done % log_every == 0 or step == first or done == total))
+        stopping = interrupted()
+        if not stopping and any(when(done) for _, when in evals.values()):
+          meter.flush()
+          evaluate(done)
+          meter.pause()
+        if stopping or done == total or (save_every and done % save_every == 0):
+          meter.flush()
+          save(done)
+          meter.pause()
+        if stopping:
+          checkpoints.wait()
+          raise KeyboardInterrupt(f"interrupted at {done:,}/{total:,}; saved: the same command resumes there")
+    meter.flush()
+    checkpoints.wait()
+  finally:
+    profile(None)
+    stream.close()
+    writer.close()
+    if progress:
+      progress.close()
+    checkpoints.close()
+  say(finished(workdir, manifest | {"metrics": results}, total))
+  return results
+
+
+class Meter:
+  """Metrics of the steps since the last log line; fetched one step late, so that the loop never waits for them."""
+
+  def __init__(self, program: Program, writer: Any, progress: Any, tokens_per_step: int):
+    self.program, self.writer, self.progress, self.tokens = program, writer, progress, tokens_per_step
+    self.pending: list[Any] = []
+    self.due: int | None = None
+    self.clock: float | None = None  # None until a step has been compiled and run
+
+  def add(self, step: int, metrics: Any, due: bool) -> None:
+    """Takes a step's metrics; writes those that were due before it, now that the device is busy with this one."""
+    self.flush()
+    self.pending.append(metrics)
+    self.due = step if due else None
+
+  def flush(self) -> None:
+    """Writes what is due."""
+    if self.due is None:
+      return
+    step, self.due = self.due, None
+    fetched, self.pending = jax.device_get(self.pending), []
+    now = time.perf_counter()
+    total = fetched[0]
+    for metrics in fetched[1:]:
+      total = metriclib.add(total, metrics)
+    means = metriclib.means(total)
+    if not math.isfinite(means["loss"]) if "loss" in means else False:
+      raise Diverged(f"loss is {means['loss']} at step {step:,}; the last checkpoint is kept (try a lower optim.lr)")
+    new = {f"train/{k}": v for k, v in means.items()}
+    new["train/learning_rate"] = self.program.learning_rate(step - 1)
+    speed = None
+    if self.clock is not None:
+      speed = self.tokens * len(fetched) / (now - self.clock)
+      flops = speed * self.program.flops_per_token
+      new |= {"train/tokens_per_second": speed, "train/model_flops_per_second": flops}
+      peak = metriclib.peak_flops(jax.devices()[0].device_kind, self.program.config["model"]["dtype"])
+      if peak:
+        new["train/mfu"] = flops / (peak * self.program.mesh.size)
+    self.clock = now
+    self.writer.write(step, new)
+    if self.progress:
+      self.progress.update(step, means["loss"], speed)
+
+  def pause(self) -> None:
+    """After an evaluation or a save: their time is not training time."""
+    if self.clock is not None:
+      self.clock = time.perf_counter()
+
+
+def make_evals(program: Program) -> dict[str, tuple[Any, Any]]:
+  """{name: (evaluator, is it due at this step?)}."""
+  evals = {}
+  for name, entry in program.config["evals"].items():
+    spec = {k: v for k, v in entry.items() if k not in WHEN}
+    evaluator = build(spec, EVALUATORS, f"evals.{name}", program=program)
+    every = program.steps(entry["every"], f"evals.{name}.every")
+    at = {program.steps(value, f"evals.{name}.at") for value in entry["at"]} | {program.total_steps}
+    evals[name] = evaluator, lambda step, every=every, at=at: step in at or bool(every and step and step % every == 0)
+  return evals
+
+
+def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:
+  """State, its step and the data cursor: this workdir's newest sound checkpoint, else init_from, else from scratch."""
+  failures = []
+  for step in reversed(checkpoints.steps()):
+    try:
+      state = checkpoints.restore(step, program.abstract_state)
+      return state, step, checkpoints.read(step, "data")["cursor"]
+    except ConfigError:
+      raise
+    except Exception as error:  # Orbax and tensorstore raise anything for a damaged file
+      failures.append(step)
+      print(f"checkpoint {step} cannot be read ({type(error).__name__}); trying an older one")
+  if failures:
+    raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")
+  source = program.config["init_from"]
+  if source is not None:
+    return program.init(load_params(source, program.abstract_state.params)), 0, None
+  return program.init(), 0, None
+
+
+def read_earlier(workdir: Path) -> dict[str, Any] | None:
+  """The manifest of the newest checkpoint in `workdir`, if there is one."""
+  if not (workdir / FOLDER).is_dir():
+    return None
+  checkpoints = Checkpoints(workdir)
+  try:
+    steps = checkpoints.steps()
+    return checkpoints.read(steps[-1], "manifest") if steps else None
+  finally:
+    checkpoints.close()
+
+
+def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
+  """The checkpoint's tokenizer, when the config still asks for it: the same ids even where caches are gone."""
+  if earlier is None or differences(earlier["config"]["data"]["tokenizer"], config["data"]["tokenizer"]):
+    return None
+  return tokenizers.from_files(earlier["tokenizer"]["spec"], tokenizer_files(earlier))
+
+
+def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path) -> dict[str, tuple[Any, Any]]:
+  """What changed since the run in `workdir`, as {key: (old, new)}; refuses what it cannot be continued with."""
+  changed = differences(earlier["config"], manifest["config"])
+  way_out = "change it back, use another --workdir, or --fresh to move the old run aside"
+  for key, (old, new) in changed.items():
+    if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+      raise ConfigError(f"{workdir} holds a run with {key}={old!r}, now {new!r}; {way_out}")
+  if earlier["data_fingerprint"] != manifest["data_fingerprint"]:
+    raise ConfigError(f"{workdir} holds a run on other data: the content of data.corpus has changed; {way_out}")
+  return changed
+
+
+def set_aside(workdir: Path) -> None:
+  """Moves an earlier run to WORKDIR.1, .2, ...: nothing is ever deleted."""
+  if workdir.exists() and any(workdir.iterdir()):
+    number = next(i for i in range(1, 10**6) if not Path(f"{workdir}.{i}").exists())
+    workdir.rename(f"{workdir}.{number}")
+    print(f"moved the earlier run to {workdir}.{number}")
+
+
+def finished(workdir: Path, manifest: dict[str, Any], step: int) -> str:
+  """The last words of a run."""
+  numbers = ", ".join(f"{k} {v:.4f}" for k, v in manifest.get("metrics", {}).items() if isinstance(v, float))
+  return (
+    f"{workdir} is finished at {step:,} steps: {numbers or 'no evaluations'}\n"
+    f"to extend it, repeat the command with --config.total_steps={2 * step}"
+  )
+
+
+def gather(cursor: Any) -> list[Any]:
+  """Every process's cursor."""
+  if jax.process_count() == 1:
+    return [cursor]
+  from jax.experimental import multihost_utils
+
+  data = np.frombuffer(json.dumps(cursor).encode(), np.uint8)
+  longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(data)))))
+  padded = np.pad(data, (0, longest - len(data)), constant_values=ord(" "))
+  return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Any]:
+  """Turns the first Ctrl-C or SIGTERM into a request that the loop answers by saving; the second acts at once."""
+  asked: list[int] = []
+  previous = {}
+
+  def handle(number, frame):
+    asked.append(number)
+    signal.signal(number, previous[number])
+
+  with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
+    for number in (signal.SIGINT, signal.SIGTERM):
+      previous[number] = signal.signal(number, handle)
+  try:
+    yield lambda: bool(asked)
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def profiler(steps: str | None, workdir: Path) -> Any:
+  """A function of the step that traces steps "first:last" into WORKDIR/profile; None ends a trace."""
+  if steps is None:
+    return lambda step: None
+  try:
+    first, last = (int(part) for part in steps.split(":"))
+  except ValueError:
+    raise ConfigError(f"config.profile={steps!r} must be FIRST:LAST, such as 10:15") from None
+  tracing = False
+
+  def at(step: int | None) -> None:
+    nonlocal tracing
+    if step == first:
+      jax.profiler.start_trace(str(workdir / "profile"))
+      tracing = True
+    elif tracing and (step is None or step >= last):
+      jax.profiler.stop_trace()
+      tracing = False
+
+  return at
