@@ -1,0 +1,164 @@
+"""The (sum, weight) algebra does not depend on how data is cut; what is written is read back; one value a step."""
+
+import io
+import json
+import math
+import random
+
+import pytest
+
+from llmjax import metrics
+from llmjax.config import ConfigError
+
+
+def test_means_do_not_depend_on_how_the_data_is_cut():
+  rng = random.Random(0)
+  parts = [{"loss": (rng.random(), rng.randrange(4)), "extra": (rng.random(), 1.0)} for _ in range(6)]
+  parts[3].pop("extra")  # a part may lack a name
+  left = {}
+  for part in parts:
+    left = metrics.add(left, part)
+  right = metrics.add(metrics.add(parts[5], parts[4]), metrics.add(metrics.add(parts[3], parts[2]), {}))
+  right = metrics.add(metrics.add(parts[0], parts[1]), right)
+  assert metrics.means(left) == pytest.approx(metrics.means(right))
+  assert metrics.means(left)["loss"] == pytest.approx(
+    sum(p["loss"][0] for p in parts) / sum(p["loss"][1] for p in parts)
+  )
+
+
+def test_weight_zero_is_left_out_and_nan_is_not():
+  assert metrics.means({"a": (0.0, 0.0), "b": (math.nan, 2.0)}).keys() == {"b"}
+
+
+def test_read_gives_back_what_was_written(tmp_path):
+  writer = metrics.Writer(tmp_path / "run", tensorboard=False)
+  writer.write(1, {"train/loss": 2.5, "train/grad_norm": math.inf})
+  writer.write(2, {"train/loss": math.nan, "train/grad_norm": -math.inf})
+  curves = metrics.read(tmp_path / "run")  # before `close`: every line is on disk at once
+  writer.close()
+  assert curves["train/grad_norm"] == ([1, 2], [math.inf, -math.inf])
+  assert curves["train/loss"][1][0] == 2.5 and math.isnan(curves["train/loss"][1][1])
+  for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+    json.loads(line, parse_constant=pytest.fail)  # valid JSON: no bare NaN
+
+
+def test_a_resumed_run_leaves_one_value_a_step(tmp_path):
+  first = metrics.Writer(tmp_path, tensorboard=False)
+  for step in range(6):
+    first.write(step, {"x": 10.0 + step})
+    first.text(step, "sample", f"old {step}")
+  first.close()
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 6, "x": 1')  # killed while writing
+  second = metrics.Writer(tmp_path, start_step=3, tensorboard=False)
+  assert metrics.read(tmp_path)["x"] == ([0, 1, 2, 3], [10, 11, 12, 13])
+  second.write(3, {"x": 0.0})  # evaluated again where it resumed: the newest counts
+  second.write(4, {"x": 1.0})
+  second.text(4, "sample", "new")
+  second.close()
+  assert metrics.read(tmp_path)["x"] == ([0, 1, 2, 3, 4], [10, 11, 12, 0, 1])
+  assert [(s["step"], s["text"]) for s in metrics.read_samples(tmp_path)][-2:] == [(3, "old 3"), (4, "new")]
+  metrics.Writer(tmp_path, start_step=0, tensorboard=False).close()
+  with pytest.raises(ConfigError, match="not logged a step"):
+    metrics.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["é\u2028x\r\n", "\ud800 lone", "\x00\x1b[2J", "日本 🎉"])
+def test_samples_keep_every_text(tmp_path, text):
+  writer = metrics.Writer(tmp_path, tensorboard=False)
+  writer.text(0, "sample", text, prompt="p")
+  writer.close()
+  assert metrics.read_samples(tmp_path) == [{"step": 0, "name": "sample", "prompt": "p", "text": text}]
+
+
+def test_tensorboard_gets_the_same(tmp_path):
+  writer = metrics.Writer(tmp_path)
+  writer.write(3, {"train/loss": 0.5})
+  writer.text(3, "sample", "def f():\ud800")
+  writer.close()
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"train/loss" in events.read_bytes() and b"def f():" in events.read_bytes()
+
+
+def test_bad_folders_and_lines_are_one_clear_line(tmp_path):
+  for folder, words in ((tmp_path / "no", "does not exist"), (tmp_path, "has no metrics.jsonl")):
+    with pytest.raises(ConfigError, match=words):
+      metrics.read(folder)
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n[]\n{"step": 2, "x": 1}\n')
+  with pytest.raises(ConfigError, match=r"metrics.jsonl:2 "):
+    metrics.read(tmp_path)
+
+
+def test_a_writer_of_nothing_writes_nothing(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  writer = metrics.Writer(None)
+  writer.write(1, {"x": 1.0})
+  writer.text(1, "sample", "x")
+  writer.close()
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [0, 1, 5, 20, 200])
+def test_sparkline_fits_and_falls(width):
+  spark = metrics.sparkline([10 - math.log(i) for i in range(1, 400)], width)
+  assert len(spark) == width
+  assert list(spark) == sorted(spark, reverse=True)
+  if width > 1:
+    assert (spark[0], spark[-1]) == ("█", "▁")
+
+
+def test_sparkline_survives_what_is_no_number():
+  assert metrics.sparkline([math.nan, math.inf, 2.0]) == "▁"
+  assert metrics.sparkline([math.nan]) == metrics.sparkline([]) == ""
+
+
+@pytest.mark.parametrize("width", [10, 30, 60, 80, 120])
+def test_the_progress_line_fits_and_keeps_the_step(width):
+  out = io.StringIO()
+  progress = metrics.Progress(123_456, 0, 4096, stream=out)
+  for step in range(0, 1000, 10):
+    progress.update(step, 9.0 - step / 200, None if step == 0 else 52_300.0)
+  line = progress.line(width)
+  assert len(line) <= width and "990" in line and ("4.0500" in line or width < 20)
+  assert ("tok/s" in line and "2:39:51 left" in line) or width < 80
+  assert out.getvalue().count("\n") == 100
+  progress.say("a [bold] \x1b[2J sample")
+  assert out.getvalue().endswith("a [bold] \ufffd[2J sample\n")
+  progress.close()
+
+
+def test_flops_by_the_palm_convention():
+  # GPT-3 175B (arXiv:2005.14165): 3.14e23 FLOPs for 300e9 tokens, attention left out there.
+  flops = metrics.train_flops_per_token(174.6e9, layers=96, width=12288, seq_len=2048)
+  assert flops * 300e9 == pytest.approx(3.14e23 * (1 + 12 * 96 * 12288 * 2048 / (6 * 174.6e9)), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  "kind, dtype, tera",
+  [
+    ("TPU v5 lite", "bfloat16", 197),
+    ("TPU v5", "bfloat16", 459),
+    ("TPU v5p", "bfloat16", 459),
+    ("TPU v6 lite", "bfloat16", 918),
+    ("TPU7x", "bfloat16", 1153.5),
+    ("TPU v4", "float16", None),
+    ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
+    ("NVIDIA H100 PCIe", "bfloat16", 756),
+    ("NVIDIA H200", "float16", 989.4),
+    ("NVIDIA GH200 480GB", "bfloat16", 989.4),
+    ("NVIDIA H20", "bfloat16", 148),
+    ("NVIDIA GB200", "bfloat16", 2500),
+    ("NVIDIA B200", "bfloat16", 2250),
+    ("NVIDIA A10G", "bfloat16", 70),
+    ("NVIDIA L4", "bfloat16", 121),
+    ("NVIDIA L40S", "bfloat16", 362),
+    ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+    ("Tesla V100-SXM2-16GB", "bfloat16", None),
+    ("NVIDIA H100 80GB HBM3", "float32", None),
+    ("cpu", "bfloat16", None),
+  ],
+)
+def test_peaks_belong_to_their_devices(kind, dtype, tera):
+  assert metrics.peak_flops(kind, dtype) == (None if tera is None else pytest.approx(tera * 1e12))
