@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     return command
 
   config_notes = (
-    "The config is given as --config=FILE.py[:argument,...] or by the name of a shipped one, then overridden key by key:\n"
+    "The config is --config=FILE.py[:argument,...], or the name of a shipped one, then overridden key by key:\n"
     "  llmjax train --config=gpt:size=nano --config.optim.lr=3e-3 --config.total_steps='10M tokens'\n"
     "A value of `none` unsets a key. All keys and their defaults: configs/base.py.\n"
   )

@@ -1,7 +1,8 @@
 """Evaluators: what is measured beside the training loss.
 
 An evaluator is built from an entry of `config.evals` and called with parameters (the average, where one is kept): it
-returns {name: number}, or text to show ({name: str}). A new one is a function and a config entry (`name` may be "module:function").
+returns {name: number}, or text to show ({name: str}). A new one is a function and a config
+entry (`name` may be "module:function").
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def prefill(
   out, variables = model.apply({"params": params}, batch, cache_length=cache_length, logits=False, mutable=["cache"])
   last = tokens.ids.shape[1] - 1 - jnp.argmax(tokens.segments[:, ::-1], axis=1)  # the last real token of a row
   hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)
-  logits = model.apply({"params": params}, hidden, method="unembed")[:, 0]
+  logits = cast(Array, model.apply({"params": params}, hidden, method="unembed"))[:, 0]
   seen = None
   if sampling.penalise:
     rows = jnp.arange(tokens.ids.shape[0])[:, None]

@@ -1,4 +1,4 @@
-"""What `train --dry_run` says: parameters, compiled memory against the device's, and the first batch as the model sees it."""
+"""What `train --dry_run` says: parameters, compiled memory against the device's, the first batch as text."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def memory(program: Program, batch: Batch) -> str:
 def tokens(program: Program, batch: Batch, rows: int = 2, columns: int = 48) -> str:
   """The beginning of the first rows: each token as text, those that bear loss in [brackets], documents apart."""
   lines = ["First batch: [tokens whose prediction bears loss], ‖ between documents"]
-  weights = sum(np.asarray(w) for w in batch.weights.values())
+  weights = np.sum([np.asarray(w) for w in batch.weights.values()], axis=0)
   labels = next(iter(batch.labels.values()))
   for row in range(min(rows, len(labels))):
     segments = np.asarray(batch.inputs.segments[row])

@@ -6,7 +6,7 @@ padding and data parallelism cannot change the result.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from llmjax.types import Array, Batch, Metrics, Objective, Outputs, Sums
 class TrainState:
   """All that a run changes. The optimizer itself and the model are not in it."""
 
-  step: Array  # Int[]
+  step: Any  # Int[]
   params: Any
   opt_state: Any
   ema: Any  # an exponential moving average of params, or None
@@ -47,7 +47,7 @@ def make_forward(model: nn.Module, params: Any):
   """What objectives receive instead of a model."""
 
   def forward(batch: Batch, rngs: Any, **kwargs: Any) -> Outputs:
-    return model.apply({"params": params}, batch, rngs=rngs, **kwargs)
+    return cast(Outputs, model.apply({"params": params}, batch, rngs=rngs, **kwargs))
 
   return forward
 

@@ -310,15 +310,15 @@ def gather(cursor: Any) -> list[Any]:
 def interruption() -> Iterator[Any]:
   """Turns the first Ctrl-C or SIGTERM into a request that the loop answers by saving; the second acts at once."""
   asked: list[int] = []
-  previous = {}
+  previous: dict[int, Any] = {}
 
   def handle(number, frame):
     asked.append(number)
     signal.signal(number, previous[number])
 
   with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
-    for number in (signal.SIGINT, signal.SIGTERM):
-      previous[number] = signal.signal(number, handle)
+    for asking in (signal.SIGINT, signal.SIGTERM):
+      previous[asking] = signal.signal(asking, handle)
   try:
     yield lambda: bool(asked)
   finally:

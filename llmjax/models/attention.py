@@ -106,7 +106,7 @@ class Attention(nn.Module):
 
   def append(self, name: str, new: Float[Array, "B L K A"], ctx: Context) -> Float[Array, "B S K A"]:
     """Writes this call's keys or values into the cache and returns all of it."""
-    assert ctx.cache_length is not None
+    assert ctx.cache_length is not None and ctx.cache_index is not None
     batch, _, heads, width = new.shape
     cached = self.variable("cache", name, jnp.zeros, (batch, ctx.cache_length, heads, width), new.dtype)
     cached.value = jax.lax.dynamic_update_slice(cached.value, new, (0, ctx.cache_index, 0, 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,18 @@ def normal(stddev: float) -> nn.initializers.Initializer:
   return nn.initializers.normal(stddev) if stddev else nn.initializers.zeros
 
 
+def parameter(
+  module: nn.Module,
+  name: str,
+  init: nn.initializers.Initializer,
+  axes: tuple[str, ...],
+  shape: tuple[int, ...],
+  dtype: str,
+) -> Array:
+  """A parameter of `module` with a logical name for each of its dimensions."""
+  return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)))
+
+
 class Projection(nn.Module):
   """y[..., *features] = x[..., *inputs] kernel + bias, contracting the last `contracted` dimensions of x.
 
@@ -49,14 +61,12 @@ class Projection(nn.Module):
   def __call__(self, x: Array) -> Array:
     n = self.contracted
     inputs, batch = x.shape[x.ndim - n :], x.shape[: x.ndim - n]
-    init = nn.with_logical_partitioning(normal(self.stddev), self.axes)
-    kernel = self.param("kernel", init, inputs + self.features, jnp.dtype(self.param_dtype))
+    kernel = parameter(self, "kernel", normal(self.stddev), self.axes, inputs + self.features, self.param_dtype)
     matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
     y = x.astype(self.dtype).reshape(-1, math.prod(inputs)) @ matrix
     y = y.reshape(*batch, *self.features)
     if self.use_bias:
-      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[n:])
-      bias = self.param("bias", init, self.features, jnp.dtype(self.param_dtype))
+      bias = parameter(self, "bias", nn.initializers.zeros, self.axes[n:], self.features, self.param_dtype)
       y = y + bias.astype(self.dtype).reshape((1,) * len(batch) + self.features)
     return y
 
@@ -75,18 +85,18 @@ class Norm(nn.Module):
   def __call__(self, x: Array) -> Array:
     shape = (1,) * (x.ndim - 1) + x.shape[-1:]
 
-    def parameter(name, init):
-      init = nn.with_logical_partitioning(init, (self.axis,))
-      value = self.param(name, init, x.shape[-1:], jnp.dtype(self.param_dtype))
-      return value.astype(jnp.float32).reshape(shape)
+    def vector(name, init):
+      return (
+        parameter(self, name, init, (self.axis,), x.shape[-1:], self.param_dtype).astype(jnp.float32).reshape(shape)
+      )
 
     y = x.astype(jnp.float32)
     if self.kind == "layernorm":
       y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-    y = y * parameter("scale", nn.initializers.ones)
+    y = y * vector("scale", nn.initializers.ones)
     if self.use_bias:
-      y = y + parameter("bias", nn.initializers.zeros)
+      y = y + vector("bias", nn.initializers.zeros)
     return y.astype(self.dtype)
 
 
@@ -106,8 +116,8 @@ class Embedding(nn.Module):
   param_dtype: str
 
   def setup(self) -> None:
-    init = nn.with_logical_partitioning(normal(self.stddev), (self.axis, "embed"))
-    self.table = self.param("table", init, (self.size, self.width), jnp.dtype(self.param_dtype))
+    shape = (self.size, self.width)
+    self.table = parameter(self, "table", normal(self.stddev), (self.axis, "embed"), shape, self.param_dtype)
 
   def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     # Gathering rows of a table cut along its width costs two all-to-alls a step; so it is laid out whole first.

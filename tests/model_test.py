@@ -1,0 +1,114 @@
+"""The model against independent references, and what its config refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from llmjax.config import ConfigError
+from llmjax.models import layers
+from llmjax.models.attention import dot_product_attention, rotary_angles, rotate
+from llmjax.models.transformer import Transformer, TransformerConfig, make_transformer
+from llmjax.types import Batch
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_is_softmax_of_scaled_scores_in_float64(kv_heads):
+  rng = np.random.default_rng(0)
+  query, mask = rng.normal(size=(2, 5, 4, 8)), rng.random((2, 5, 7)) < 0.7
+  key, value = rng.normal(size=(2, 2, 7, kv_heads, 8))
+  mask[..., 0] = True
+  got = dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), jnp.asarray(mask))
+  for head in range(4):
+    shared = head // (4 // kv_heads)
+    scores = np.einsum("bld,bsd->bls", query[:, :, head], key[:, :, shared]) / np.sqrt(8)
+    weights = np.where(mask, np.exp(scores), 0)
+    want = (weights / weights.sum(-1, keepdims=True)) @ value[:, :, shared]
+    np.testing.assert_allclose(got[:, :, head], want, atol=1e-6)
+
+
+def test_a_query_that_may_attend_to_nothing_is_finite():
+  x = jnp.ones((1, 2, 2, 4))
+  assert jnp.isfinite(dot_product_attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
+
+
+def test_rotary_positions_are_complex_rotations_and_only_differences_count():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(1, 6, 1, 8)).astype(np.float32)
+  positions = np.array([[0, 1, 2, 7, 30, 100]])
+  got = np.asarray(rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), 8, 100.0)))
+  pairs = x[..., :4] + 1j * x[..., 4:]
+  turn = np.exp(1j * positions[:, :, None, None] * 100.0 ** (-np.arange(4) / 4))
+  np.testing.assert_allclose(got, np.concatenate([(pairs * turn).real, (pairs * turn).imag], -1), atol=1e-5)
+  dots = [
+    float(
+      jnp.vdot(*(rotate(jnp.asarray(x[:, i : i + 1]), *rotary_angles(jnp.array([[p]]), 8, 100.0)) for i, p in pair))
+    )
+    for pair in (((0, 3), (1, 9)), ((0, 13), (1, 19)))
+  ]
+  np.testing.assert_allclose(*dots, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_norms_are_their_formulas(kind):
+  x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 16))
+  module = layers.Norm(kind, 1e-5, kind == "layernorm", "float32", "float32")
+  variables = nn.unbox(module.init(jax.random.key(0), jnp.zeros((2, 3, 16))))
+  centred = x - x.mean(-1, keepdims=True) if kind == "layernorm" else x
+  want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(module.apply(variables, jnp.asarray(x, jnp.float32)), want, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_depends_on_row_place_and_nothing_else():
+  keys = layers.row_keys(jax.random.key(0), jnp.arange(4))
+  x = jnp.ones((4, 1000))
+  dropped = layers.dropout(x, 0.25, keys)
+  assert abs(float(dropped.mean()) - 1) < 0.05 and set(np.unique(dropped.round(4))) == {0.0, np.float32(1.3333)}
+  np.testing.assert_array_equal(layers.dropout(x[2:], 0.25, keys[2:]), dropped[2:])
+  assert (dropped[0] != dropped[1]).any()
+  assert (layers.dropout(x, 0.25, layers.fold(keys, 1)) != dropped).any()
+  np.testing.assert_array_equal(layers.dropout(x, 0.25, None), x)
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits_near_those_of_float32():
+  cfg = TransformerConfig(32, 64, 2, 4, 16, init_stddev=0.1)
+  batch = Batch.from_tokens(np.arange(16)[None])
+  params = nn.unbox(Transformer(cfg).init(jax.random.key(0), batch)["params"])
+  want = Transformer(cfg).apply({"params": params}, batch)
+  got = Transformer(dataclasses.replace(cfg, dtype="bfloat16")).apply({"params": params}, batch)
+  assert got.hidden.dtype == jnp.bfloat16 and got.logits.dtype == jnp.float32
+  assert float(jnp.abs(got.logits - want.logits).max()) < 0.05 * float(jnp.abs(want.logits).max())
+
+
+def test_every_layers_hidden_state_is_given_on_request():
+  cfg = TransformerConfig(32, 64, 3, 4, 16)
+  batch = Batch.from_tokens(np.arange(16)[None])
+  model = Transformer(cfg)
+  params = nn.unbox(model.init(jax.random.key(0), batch)["params"])
+  out = model.apply({"params": params}, batch, all_hidden=True)
+  assert out.all_hidden.shape == (4, 1, 16, 64)
+  final = layers.norm(cfg, "final_norm").apply({"params": params["decoder"]["final_norm"]}, out.all_hidden[-1])
+  np.testing.assert_allclose(final, out.hidden, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    ({"norm": "layer_norm"}, ["model.norm", "layernorm"]),
+    ({"num_heads": 5}, ["d_model=64", "num_heads=5", "head_dim"]),
+    ({"num_kv_heads": 3}, ["num_kv_heads=3"]),
+    ({"dropout": 1.0}, ["dropout=1.0"]),
+    ({"positions": "rotary", "head_dim": 7}, ["head_dim=7", "even"]),
+    ({"remat": "all"}, ["model.remat", "full"]),
+    ({"activaton": "gelu"}, ["model.activaton", "activation"]),
+  ],
+)
+def test_a_model_that_cannot_be_is_refused_in_one_line(change, words):
+  with pytest.raises(ConfigError) as error:
+    make_transformer(**{"vocab_size": 8, "d_model": 64, "decoder_layers": 1, "num_heads": 4, "max_len": 8, **change})
+  assert "\n" not in str(error.value)
+  for word in words:
+    assert word in str(error.value)
