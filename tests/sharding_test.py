@@ -1,0 +1,70 @@
+"""The mesh, the rules, and what they refuse."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from llmjax import sharding
+from llmjax.config import ConfigError
+
+
+def test_one_axis_takes_what_is_left_and_axes_are_auto():
+  mesh = sharding.make_mesh({"data": -1, "tensor": 2})
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+  assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+  "sizes, words",
+  [
+    ({"data": 3}, ["3 devices", "there are 8", "-1"]),
+    ({"data": -1, "tensor": 3}, ["multiple of 3", "8"]),
+    ({"data": -1, "fsdp": -1}, ["at most one"]),
+    ({"data": 0}, ["positive"]),
+    ({"fdsp": 8}, ["mesh.fdsp", "fsdp"]),
+  ],
+)
+def test_a_mesh_that_cannot_be_is_refused_in_one_line(sizes, words):
+  with pytest.raises(ConfigError) as error:
+    sharding.make_mesh(sizes)
+  assert "\n" not in str(error.value)
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_an_unknown_logical_name_is_an_error_with_a_mesh_and_without():
+  x = jnp.ones((8, 4))
+  with pytest.raises(ValueError, match="act_btch.*act_batch"):
+    sharding.constrain(x, "act_btch", None)
+  with sharding.use(sharding.make_mesh({"data": -1})), pytest.raises(ValueError, match="act_btch"):
+    sharding.constrain(x, "act_btch", None)
+  with pytest.raises(ValueError, match="1 logical names"):
+    sharding.constrain(x, "act_batch")
+
+
+def test_constraints_are_really_in_the_program():
+  """Flax's own logical constraints vanish silently under a wrong context; ours may not."""
+  mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+  with sharding.use(mesh):
+    function = jax.jit(lambda x: sharding.constrain(x * 2, "act_batch", "act_len", "act_mlp"))
+    assert function.lower(jnp.ones((8, 2, 4))).as_text().count("sharding_constraint") == 1
+    assert function(jnp.ones((8, 2, 4))).sharding.spec == PartitionSpec("data", None, "tensor")
+
+
+def test_a_dimension_that_does_not_divide_is_named_before_anything_compiles():
+  mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+  shapes = {"embedding": {"table": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}}
+  axes = {"embedding": {"table": ("vocab", "embed")}}
+  with pytest.raises(ConfigError, match=r"embedding/table.*'vocab' of 50257.*2 devices.*rules\.vocab"):
+    sharding.param_shardings(shapes, axes, mesh)
+  where = sharding.param_shardings(shapes, axes, mesh, {**sharding.RULES, "vocab": None})
+  assert where["embedding"]["table"].spec == PartitionSpec(None, "fsdp")
+
+
+def test_a_rule_for_no_mesh_axis_is_refused():
+  with (
+    pytest.raises(ConfigError, match=r"rules\.mlp='tensors'.*tensor"),
+    sharding.use(sharding.make_mesh({"data": -1}), {**sharding.RULES, "mlp": "tensors"}),
+  ):
+    pass
