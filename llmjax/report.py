@@ -1,0 +1,310 @@
+"""What a run has come to, from the files in its workdir: a picture, a page that stands alone, a block of text."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmjax.config import ConfigError, flatten
+from llmjax.metrics import CURVES, SAMPLES, human_number, printable, read, read_samples
+from llmjax.plots import Curve, Panel, last, number, poster, svg
+
+TITLES = {  # panels come in this order, then those of other metrics
+  "bits_per_byte": "Bits per byte",
+  "loss": "Loss",
+  "accuracy": "Accuracy",
+  "learning_rate": "Learning rate",
+  "norm": "Gradient and update norms",
+  "tokens_per_second": "Tokens per second",
+  "mfu": "Model FLOPs utilisation",
+}
+SHARED = {"grad_norm": "norm", "update_norm": "norm"}
+LABELS = {"heldout": "held-out", "grad_norm": "gradient", "update_norm": "update"}
+SAME_SHAPE = {"perplexity", "model_flops_per_second"}  # as another panel's; their numbers are in the tables
+YARDSTICKS = {
+  "unigram": "byte frequencies",
+  "gzip": "gzip",
+  "lzma": "xz",
+  "lzma_primed": "xz after the training text",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a workdir holds."""
+
+  workdir: Path
+  curves: Mapping[str, Curve]
+  yardsticks: Mapping[str, float]  # {label: bits per byte}
+  samples: list[dict[str, Any]]
+  config: Mapping[str, Any]  # flat: {"optim.lr": 1e-3}; empty where the workdir has none
+
+  @property
+  def step(self) -> int:
+    return max(steps[-1] for steps, _ in self.curves.values())
+
+
+def load(workdir: str | Path) -> Run:
+  """Reads a workdir.
+
+  Raises:
+    ConfigError: it is missing, has no metrics, or a file in it cannot be read.
+  """
+  workdir = Path(workdir)
+  curves = read(workdir)
+  config: dict[str, Any] = {}
+  path = workdir / "config.json"
+  if path.is_file():
+    try:
+      config = flatten(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+      raise ConfigError(f"{path} is not a JSON object ({error}); mend it, or move it away to do without") from error
+  yardsticks = {}
+  for name in [name for name in curves if name.startswith("yardstick/")]:
+    key = name.removeprefix("yardstick/")
+    yardsticks[YARDSTICKS.get(key, key)] = curves.pop(name)[1][-1]
+  if not curves:
+    raise ConfigError(f"{workdir / CURVES} holds yardsticks only: the run has not logged a step yet")
+  return Run(workdir, curves, yardsticks, read_samples(workdir), config)
+
+
+def split(name: str) -> tuple[str, str]:
+  """A metric's name to (what, who): "eval/heldout/loss" -> ("loss", "heldout"), "train/loss" -> ("loss", "train")."""
+  *who, what = name.split("/")
+  return what, "/".join(who[1:] if len(who) > 1 and who[0] == "eval" else who)
+
+
+def panels(run: Run) -> list[Panel]:
+  """Metrics of one kind share a panel, whoever measured them. At least one, where any value is finite."""
+  grouped: dict[str, dict[str, Curve]] = {}
+  for name in sorted(run.curves, key=lambda name: (not name.startswith("train/"), name)):
+    what, who = split(name)
+    if what not in SAME_SHAPE and any(math.isfinite(v) for v in run.curves[name][1]):
+      key = SHARED.get(what, what)
+      grouped.setdefault(key, {})[LABELS.get(who, who) if key == what else LABELS[what]] = run.curves[name]
+  levels = {k: v for k, v in run.yardsticks.items() if math.isfinite(v)}
+  order = [*(k for k in TITLES if k in grouped), *sorted(set(grouped) - set(TITLES))]
+  return [Panel(k, heading(k), grouped[k], levels if k == "bits_per_byte" else {}) for k in order]
+
+
+def heading(what: str) -> str:
+  return TITLES.get(what, what.replace("_", " ").capitalize())
+
+
+def finals(run: Run) -> tuple[list[str], list[list[str]]]:
+  """The last numbers as a table: (who measured, [[what, a number for each who], ...])."""
+  values = {split(name): number(last(curve[1], split(name)[0]), split(name)[0]) for name, curve in run.curves.items()}
+  everyone = list(dict.fromkeys(who for _, who in values))
+  who = sorted(everyone, key=lambda w: (w != "train", w))
+  what = sorted({what for what, _ in values}, key=lambda w: ([*TITLES, w].index(w), w))
+  return who, [[w, *(values.get((w, x), "") for x in who)] for w in what]
+
+
+def ranking(run: Run) -> list[tuple[str, float, bool]]:
+  """Held-out bits per byte beside the yardsticks, least first: (label, value, is it this run's)."""
+  rows = [(label, value, False) for label, value in run.yardsticks.items()]
+  for name, curve in run.curves.items():
+    what, who = split(name)
+    if what == "bits_per_byte" and who != "train":
+      rows.append((f"this run, {LABELS.get(who, who)}", last(curve[1], what), True))
+  return sorted((row for row in rows if math.isfinite(row[1])), key=lambda row: row[1])
+
+
+def stages(run: Run) -> list[tuple[str, dict[str, Any]]]:
+  """A few samples in time order, of each name: the first, one after about a tenth of the run, the last."""
+  out = []
+  for name in dict.fromkeys(sample["name"] for sample in run.samples):
+    mine = [sample for sample in run.samples if sample["name"] == name]
+    early = min(mine[1:-1], key=lambda s: abs(s["step"] - run.step / 10), default=None)
+    first, final = ("start" if mine[0]["step"] == 0 else "first"), ("end" if mine[-1]["step"] == run.step else "last")
+    out += [(first, mine[0])] if len(mine) > 1 else []
+    out += [("early", early)] if early else []
+    out += [(final, mine[-1])]
+  return out
+
+
+def facts(run: Run) -> str:
+  """The run in one line."""
+  config, total = run.config, run.config.get("total_steps")
+  steps = (
+    f"{run.step:,} of {total:,} steps"
+    if isinstance(total, int) and total != run.step
+    else f"{run.step:,} step{'s' * (run.step != 1)}"
+  )
+  parts = [steps]
+  rows, length = config.get("batch_size"), config.get("seq_len")
+  if isinstance(rows, int) and isinstance(length, int):
+    parts.append(f"{human_number(run.step * rows * length)} tokens")
+  names = [str(config[key]) for key in ("objective.name", "data.corpus.name", "optim.name") if key in config]
+  parts += [" · ".join(names)] if names else []
+  speeds = [v for v in run.curves.get("train/tokens_per_second", ([], []))[1] if math.isfinite(v)]
+  parts += [f"{human_number(statistics.median(speeds))} tokens/s"] if speeds else []
+  return " · ".join(parts)
+
+
+def write_report(workdir: str | Path) -> tuple[Path, Path]:
+  """Writes `workdir`/report.png and report.html (one file, no network); returns their paths.
+
+  Raises:
+    ConfigError: no such folder, or nothing has been logged there.
+  """
+  run = load(workdir)
+  shown = panels(run)
+  png, page = run.workdir / "report.png", run.workdir / "report.html"
+  if not shown:
+    raise ConfigError(f"{run.workdir / CURVES} has no finite number to draw; every value is NaN or infinite")
+  png.write_bytes(poster(shown[:7], run.workdir.resolve().name, facts(run)))
+  page.write_text(_page(run, shown), encoding="utf-8", errors="replace")
+  return png, page
+
+
+def _page(run: Run, shown: list[Panel]) -> str:
+  who, rows = finals(run)
+  title = html.escape(run.workdir.resolve().name)
+  first, *others = (_picture(panel, wide=i == 0) for i, panel in enumerate(shown))
+  parts = [
+    f"<header><h1>{title}</h1><p>{html.escape(facts(run))}</p></header>",
+    f'<div class="wide lead">{first}</div>',
+    f'<div class="small">{"".join(others)}</div>' if others else "",
+    _section("Final numbers", _table(["", *(LABELS.get(w, w) for w in who)], rows)),
+    _section("Held-out bits per byte, less is better", _bars(ranking(run))) if run.yardsticks else "",
+    _section("What it writes", "".join(_sample(run, *stage) for stage in stages(run))) if run.samples else "",
+    _fold(f"All {len(run.samples)} samples", (_sample(run, "", s) for s in run.samples)) if run.samples else "",
+    _fold("Configuration", [_table(["", ""], [[k, json.dumps(v)] for k, v in run.config.items()])])
+    if run.config
+    else "",
+  ]
+  meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+  return (
+    f"<!doctype html><html lang=en>{meta}<title>{title}</title><style>{_CSS}</style><main>{''.join(parts)}</main>\n"
+  )
+
+
+_CSS = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --muted: #6e7781; --line: #e8ebee; --mine: #2f6fde }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181d; --ink: #e6e9ec; --muted: #8b949e; --line: #272d34; --mine: #6ea3ff } }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 1080px; margin: auto; padding: 32px 24px 64px }
+header p { color: var(--muted); margin: 0 0 20px }
+h1 { font-size: 28px; margin: 0 }
+h2 { font-size: 18px; margin: 40px 0 10px }
+img { width: 100%; display: block }
+.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; margin-top: 16px }
+.wide { overflow-x: auto } .lead img { min-width: 640px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: 4px 0 4px 28px; border-bottom: 1px solid var(--line); font-weight: normal }
+th { color: var(--muted) }
+td:first-child { text-align: left; padding-left: 0 }
+.bars td:last-child { width: 360px } .bars i { display: block; height: 10px; background: var(--muted); opacity: .45 }
+.bars .mine { font-weight: bold; color: var(--mine) } .bars .mine i { background: var(--mine); opacity: 1 }
+.sample { margin: 16px 0; border-left: 3px solid var(--line); padding-left: 14px } .sample b { color: var(--mine) }
+.sample span { color: var(--muted); font-size: 13px }
+pre { margin: 4px 0; font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+details { margin-top: 28px } summary { cursor: pointer; color: var(--muted) }
+details td { text-align: left; font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
+"""
+
+
+def _section(heading: str, content: str) -> str:
+  return f"<section><h2>{heading}</h2>{content}</section>"
+
+
+def _fold(heading: str, content: Iterable[str]) -> str:
+  return f"<details><summary>{heading}</summary>{''.join(content)}</details>"
+
+
+def _row(cells: list[str], tag: str) -> str:
+  return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+  lines = ([_row(head, "th")] if any(head) else []) + [_row(row, "td") for row in rows]
+  return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _bars(rows: list[tuple[str, float, bool]]) -> str:
+  most = max((value for _, value, _ in rows), default=1.0) or 1.0
+  lines = (
+    f"<tr{' class=mine' if mine else ''}><td>{html.escape(label)}<td>{value:.3f}"
+    f'<td><i style="width:{100 * value / most:.1f}%"></i>'
+    for label, value, mine in rows
+  )
+  return f'<div class="wide"><table class="bars">{"".join(lines)}</table></div>'
+
+
+def _picture(panel: Panel, wide: bool) -> str:
+  light, dark = (base64.b64encode(svg(panel, t, wide).encode()).decode() for t in ("light", "dark"))
+  source = f'<source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark}">'
+  image = f'<img src="data:image/svg+xml;base64,{light}" alt="{html.escape(panel.title)}">'
+  return f"<picture>{source}{image}</picture>"
+
+
+def _sample(run: Run, stage: str, sample: Mapping[str, Any]) -> str:
+  text, prompt = printable(sample["text"]), _prompt(run, sample)
+  body = f"<b>{html.escape(prompt)}</b>{html.escape(text.removeprefix(prompt))}"
+  label = html.escape(" · ".join(filter(None, (stage, sample["name"], f"step {sample['step']:,}"))))
+  return f'<div class="sample"><span>{label}</span><pre>{body}</pre></div>'
+
+
+def _prompt(run: Run, sample: Mapping[str, Any]) -> str:
+  """What a sample was asked to continue, "" where that is not known."""
+  prompt = sample["prompt"] or run.config.get(f"evals.{sample['name']}.prompt") or ""
+  return printable(prompt) if sample["text"].startswith(prompt) else ""
+
+
+def summary(workdir: str | Path) -> str:
+  """A run in plain text: last numbers, yardsticks, samples, where things lie and what to do next.
+
+  Raises:
+    ConfigError: no such folder, or nothing has been logged there.
+  """
+  run = load(workdir)
+  who, rows = finals(run)
+  blocks = [f"{workdir}: {facts(run)}"]
+  if run.yardsticks:
+    ranked = ranking(run)
+    most = max((value for _, value, _ in ranked), default=1.0) or 1.0
+    bars = (f"  {v:6.3f}  {'█' * max(round(24 * v / most), 1):<24}  {'→ ' * me}{label}" for label, v, me in ranked)
+    blocks.append("\n".join(["held-out bits per byte, less is better", *bars]))
+  head = ["", *(LABELS.get(w, w) for w in who)]
+  widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+  lines = ("  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in [head, *rows])
+  blocks.append("\n".join(["last numbers", *(line.rstrip() for line in lines)]))
+  for stage, sample in stages(run):
+    blocks.append(f"{sample['name']} at step {sample['step']:,} ({stage})\n{_excerpt(sample['text'])}")
+  there = [
+    name for name in ("report.html", "report.png", CURVES, SAMPLES, "tensorboard") if (run.workdir / name).exists()
+  ]
+  blocks.append("\n".join(["in this folder: " + ", ".join(there), *_next(run)]))
+  return "\n\n".join(blocks)
+
+
+def _excerpt(text: str, lines: int = 8, width: int = 100) -> str:
+  """The beginning of a text, indented, folded to `width`."""
+  folded = [
+    part for line in printable(text).rstrip().expandtabs(4).split("\n") for part in textwrap.wrap(line, width) or [""]
+  ]
+  return textwrap.indent("\n".join([*folded[:lines], *(["…"] if len(folded) > lines else [])]), "  │ ", lambda _: True)
+
+
+def _next(run: Run) -> list[str]:
+  """Commands to go on with, as they can be typed here."""
+  script = "llmjax" if shutil.which("llmjax") else os.path.relpath(Path(sys.executable).with_name("llmjax"))
+  prompts = [_prompt(run, sample).strip() for sample in run.samples]
+  if not any(prompts):
+    return []
+  prompt = next(filter(None, reversed(prompts))).splitlines()[0]
+  return [f"next: {script} generate --model={shlex.quote(str(run.workdir))} --prompt={shlex.quote(prompt)}"]
