@@ -138,12 +138,8 @@ def stages(run: Run) -> list[tuple[str, dict[str, Any]]]:
 def facts(run: Run) -> str:
   """The run in one line."""
   config, total = run.config, run.config.get("total_steps")
-  steps = (
-    f"{run.step:,} of {total:,} steps"
-    if isinstance(total, int) and total != run.step
-    else f"{run.step:,} step{'s' * (run.step != 1)}"
-  )
-  parts = [steps]
+  of = f"of {total:,} " if isinstance(total, int) and total > run.step else ""
+  parts = [f"{run.step:,} {of}steps"]
   rows, length = config.get("batch_size"), config.get("seq_len")
   if isinstance(rows, int) and isinstance(length, int):
     parts.append(f"{human_number(run.step * rows * length)} tokens")

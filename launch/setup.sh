@@ -1,0 +1,108 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: makes .venv and installs llmjax into it, when something has changed since last time.
+# Works with bash 3.2 (macOS), from any folder, in a path with spaces.
+
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$ROOT/.venv"
+PYTHON="$VENV/bin/python"
+
+note() { printf '%s\n' "$*" >&2; }
+
+die() {
+  note "$(basename "$0"): $*"
+  exit 1
+}
+
+supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+# The first Python that can run llmjax.
+find_python() {
+  local candidate
+  for candidate in python3.13 python3.12 python3.11 python3; do
+    if command -v "$candidate" >/dev/null && supported "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  die "no Python 3.11 or newer found (tried python3.13, python3.12, python3.11, python3);" \
+    "install one from your package manager or https://www.python.org/downloads/"
+}
+
+make_venv() {
+  if [ ! -e "$PYTHON" ]; then
+    local base
+    base="$(find_python)"
+    note "making $VENV with $base"
+    "$base" -m venv "$VENV" ||
+      die "$base cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)"
+  fi
+  supported "$PYTHON" || die "the Python of $VENV does not run or is older than 3.11; remove that folder and run again"
+}
+
+# What this machine needs beyond the CPU, as an argument for pip: "cuda", "jax[cuda12]", "tpu" or "".
+accelerator() {
+  [ "$(uname -s)" = Linux ] || return 0
+  local gpu driver capability
+  if gpu="$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null | head -n 1)"; then
+    driver="${gpu%%.*}"
+    capability="${gpu##*, }"
+    capability="${capability%%.*}${capability##*.}"
+    case "$driver$capability" in
+      '' | *[!0-9]*) ;;
+      *)
+        # CUDA 13 needs driver 580 and compute capability 7.5; CUDA 12 needs driver 525.
+        if [ "$driver" -ge 580 ] && [ "$capability" -ge 75 ]; then
+          echo cuda
+        elif [ "$driver" -ge 525 ]; then
+          echo 'jax[cuda12]'
+        else
+          note "the NVIDIA driver $driver is too old for JAX (525 or newer); using the CPU"
+        fi
+        return 0
+        ;;
+    esac
+  fi
+  if has_tpu; then echo tpu; fi
+}
+
+# Device files alone could be another card, so Google Cloud must say TPU as well.
+has_tpu() {
+  compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null || return 1
+  [ -z "${TPU_NAME:-}${TPU_ACCELERATOR_TYPE:-}${TPU_WORKER_ID:-}" ] || return 0
+  local metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes/accelerator-type
+  curl --silent --fail --max-time 2 --header 'Metadata-Flavor: Google' "$metadata" >/dev/null 2>&1
+}
+
+# install EXTRA: llmjax itself, editable, with an extra of setup.py, another requirement, or nothing more.
+install() {
+  local extra="$1" stamp now requirements
+  case "$extra" in
+    '') requirements=(-e .) ;;
+    *'['*) requirements=(-e . "$extra") ;;
+    *) requirements=(-e ".[$extra]") ;;
+  esac
+  stamp="$VENV/.installed-$(printf '%s' "$extra" | tr -c 'a-z0-9' '-')"
+  now="$("$PYTHON" -c 'import hashlib, sys
+print(sys.version, *sys.argv[1:3], hashlib.sha256(open("setup.py", "rb").read()).hexdigest())' "$ROOT" "$extra")"
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
+    return
+  fi
+  note "installing llmjax${extra:+ with $extra} into $VENV (some minutes the first time)"
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip --upgrade >/dev/null
+  if "$PYTHON" -m pip install --quiet --disable-pip-version-check "${requirements[@]}"; then
+    printf '%s\n' "$now" >"$stamp"
+  elif [ -x "$VENV/bin/llmjax" ] && "$PYTHON" -c 'import llmjax.cli' 2>/dev/null; then
+    note "could not update $VENV (is there a network?); going on with what is installed"
+  else
+    die "installing failed, see above; mend it (is there a network?) and run again"
+  fi
+}
+
+# setup EXTRA: an environment that is ready to be used.
+setup() (
+  cd "$ROOT"
+  make_venv
+  install "$1"
+)

@@ -1,0 +1,127 @@
+"""The house stands: imports point strictly down, the command line starts without JAX, scripts stop at an error."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the ground up; a module may import from storeys below its own. A package stands for its modules, which may
+# import each other as long as no circle forms, unless they are named themselves.
+STOREYS = [
+  "types config",
+  "sharding hosts yardsticks",
+  "data models",
+  "data.packing data.pipeline models.attention",
+  "models.transformer",
+  "checkpoint interop optim metrics finetune objectives",
+  "plots pretrained step",
+  "program",
+  "generate",
+  "evaluate predict",
+  "train",
+  "sweep verify plan report preview",
+  "cli",
+  "__main__",
+]
+STOREY = {name: height for height, names in enumerate(STOREYS) for name in names.split()}
+
+
+def modules():
+  """{name without `llmjax.`: path}."""
+  files = sorted((ROOT / "llmjax").rglob("*.py"))
+  names = {".".join(f.relative_to(ROOT / "llmjax").with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+  names.pop("__init__")  # lazy: names of modules as strings
+  return names
+
+
+def imports(path, known):
+  """The llmjax modules that a file imports, inside functions too, but not for the type checker alone."""
+  found = set()
+
+  def visit(node):
+    if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+      return
+    if isinstance(node, ast.Import):
+      found.update(alias.name.removeprefix("llmjax.") for alias in node.names if alias.name.startswith("llmjax."))
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llmjax":
+      module = node.module.removeprefix("llmjax").removeprefix(".")
+      for alias in node.names:
+        inside = f"{module}.{alias.name}".removeprefix(".")
+        found.add(inside if inside in known else module)
+    for child in ast.iter_child_nodes(node):
+      visit(child)
+
+  visit(ast.parse(path.read_text(encoding="utf-8")))
+  return found - {""}
+
+
+def storey(module):
+  while module not in STOREY:
+    assert "." in module, f"llmjax.{module} has no storey yet: give it one in tests/structure_test.py"
+    module = module.rpartition(".")[0]
+  return STOREY[module], module
+
+
+def test_imports_point_strictly_down():
+  known = modules()
+  wrong = []
+  for module, path in known.items():
+    for other in imports(path, known):
+      (here, home), (there, its_home) = storey(module), storey(other)
+      same_package = home == its_home and module.split(".")[0] == other.split(".")[0] and "." in module
+      if there >= here and not same_package:
+        wrong.append(f"llmjax.{module} imports llmjax.{other}")
+  assert not wrong, "these imports do not point down: " + "; ".join(wrong)
+
+
+def test_imports_form_no_circle():
+  known = modules()
+  graph = {module: imports(path, known) for module, path in known.items()}
+  done: set[str] = set()
+
+  def follow(module, path):
+    assert module not in path, "a circle of imports: " + " -> ".join([*path, module])
+    if module not in done:
+      for other in graph.get(module, ()):
+        follow(other, [*path, module])
+      done.add(module)
+
+  for module in graph:
+    follow(module, [])
+
+
+def test_relative_imports_and_configs_are_not_imported():
+  for path in modules().values():
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"{path}: write `from llmjax import ...`"
+        assert node.module.split(".")[0] not in ("configs", "experiments"), f"{path} imports {node.module}"
+
+
+@pytest.mark.parametrize(
+  "code",
+  [
+    "import llmjax, llmjax.config",
+    "from llmjax.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    "from llmjax.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
+    "from llmjax.cli import main\nmain(['configs'])",
+  ],
+  ids=["import", "help", "train help", "configs"],
+)
+def test_the_command_line_starts_without_jax(code):
+  heavy = ("jax", "flax", "tensorflow_datasets", "matplotlib", "orbax", "pyarrow")
+  code += f"\nimport sys\nloaded = [m for m in {heavy} if m in sys.modules]\nassert not loaded, loaded"
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+def test_scripts_stop_at_the_first_error():
+  scripts = [*ROOT.glob("launch/**/*.sh"), ROOT / ".ci" / "run"]
+  assert len(scripts) > 2
+  for script in scripts:
+    assert re.search(r"^set -euo pipefail$", script.read_text(), re.MULTILINE), f"{script} lacks `set -euo pipefail`"
