@@ -7,9 +7,11 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
   """A hint for a mistyped name: what we call it, the nearest known names, or all of them when few."""
   known = sorted(known)
   alias = ALIASES.get(name.rsplit(".", 1)[-1])
-  if alias is not None and (alias in known or alias.startswith("--")):
-    return f"here it is called `{alias}`"
+  if alias is not None:
+    for ours in (alias, alias.rsplit(".", 1)[-1]):  # `known` may be the keys of one part alone
+      if ours in known or ours.startswith("--"):
+        return f"here it is called `{ours}`"
   close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
   if not close:  # perhaps the last part is right and the path is not
     leaf = name.rsplit(".", 1)[-1]
@@ -108,16 +112,22 @@ def flatten(spec: Any, prefix: str = "") -> dict[str, Any]:
 
 def resolve(name: str, table: Mapping[str, str], what: str, *, trust: bool = True) -> Callable[..., Any]:
   """A callable by its key in `table` ({key: "module:function"}) or as "module:function" itself."""
-  path = table.get(name, name)
+  path = table.get(str(name), str(name))  # a config's placeholder may be None
   if ":" not in path:
-    raise ConfigError(f"{what}.name={name!r} is unknown; {nearest(name, table)} (or give 'module:function')")
+    raise ConfigError(f"{what}.name={name!r} is unknown; {nearest(str(name), table)} (or give 'module:function')")
   module, _, attribute = path.partition(":")
   if not trust and module.split(".")[0] != "llmjax":
     raise ConfigError(f"{what}.name={name!r} from a checkpoint would run code outside llmjax; pass --trust to allow it")
   try:
-    return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
+    function = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
     raise ConfigError(f"{what}.name={name!r} cannot be imported: {error}") from error
+  if not callable(function):
+    raise ConfigError(f"{what}.name={name!r} is a {type(function).__name__}, not something to call")
+  owner = str(getattr(function, "__module__", "")).split(".")[0]  # a module of ours may only have imported it
+  if not trust and owner != "llmjax":
+    raise ConfigError(f"{what}.name={name!r} from a checkpoint would run code outside llmjax; pass --trust to allow it")
+  return function
 
 
 def build(spec: Any, table: Mapping[str, str], what: str, *, trust: bool = True, **runtime: Any) -> Any:
@@ -139,12 +149,13 @@ def build(spec: Any, table: Mapping[str, str], what: str, *, trust: bool = True,
   function = resolve(name, table, what, trust=trust)
   parameters = inspect.signature(function).parameters
   takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-  allowed = {k for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD} - set(runtime)
+  named = {k: p for k, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+  allowed = set(named) - set(runtime)
   for key in kwargs:
-    if key not in allowed and not takes_all:
+    if key in runtime or (key not in allowed and not takes_all):
       raise ConfigError(f"{what}.{key}: {name!r} has no such key; {nearest(key, allowed)}")
-  given = kwargs | {k: v for k, v in runtime.items() if k in parameters or takes_all}
-  missing = [k for k, p in parameters.items() if p.default is p.empty and k not in given and p.kind not in (2, 4)]
+  given = kwargs | {k: v for k, v in runtime.items() if k in named or takes_all}
+  missing = [k for k, p in named.items() if p.default is p.empty and k not in given]
   if missing:
     raise ConfigError(f"{what}.{missing[0]}: {name!r} needs it")
   return function(**given)
@@ -166,18 +177,22 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         if given and text.lower() not in ("true", "false", "1", "0"):
           raise ConfigError(f"config argument {key}={text!r} must be true or false")
         out[key] = not given or text.lower() in ("true", "1")
+      elif not given:
+        raise ConfigError(f"config argument `{key}` needs a value: {key}=VALUE")
       elif default is None or isinstance(default, str):
         out[key] = text
       else:
         try:
-          out[key] = type(default)(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError):
-          raise ConfigError(f"config argument {key}={text!r} must be a {type(default).__name__}") from None
+          said = ast.literal_eval(text)
+          out[key] = type(default)(said)
+        except (ValueError, SyntaxError, TypeError, OverflowError):
+          said = None
+        if said is None or (isinstance(default, int) and said != out[key]):  # int() would cut 3.7 to 3
+          raise ConfigError(f"config argument {key}={text!r} must be of type {type(default).__name__}")
   return out
 
 
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_UNITS = ("steps", "tokens", "examples", "epochs", "%")
 
 
 def duration(
@@ -209,7 +224,7 @@ def duration(
     raise ConfigError(
       f"{key}={value!r} is not a duration; say 500, '500 steps', '10M tokens', '2k examples', '2 epochs' or '5%'"
     )
-  number = float(match[1]) * _SCALE[match[2]]
+  number = Fraction(match[1]) * _SCALE[match[2]]  # in floats, 7 % of 100 steps would be rounded up to 8
   unit = match[3] or "step"
   if unit == "%":
     if total_steps is None:
@@ -228,7 +243,7 @@ def duration(
     steps = number * epoch_tokens / (batch_size * seq_len)
   else:
     steps = number
-  return max(int(-(-steps // 1)), 0)
+  return math.ceil(steps)
 
 
 def roots() -> list[Path]:
