@@ -328,7 +328,10 @@ def make_schedule(spec: Any, total_steps: int, to_steps: Callable[[Any, str], in
   said = spec.pop("warmup")
   warmup = to_steps(said, "schedule.warmup") or 0
   if warmup > total_steps:
-    raise ConfigError(f"schedule.warmup={said!r} is {warmup} steps, but the run has total_steps={total_steps}")
+    raise ConfigError(
+      f"schedule.warmup={said!r} is {warmup} steps, but the run has total_steps={total_steps}; "
+      "shorten it, or give it in percent ('5%') so that it follows total_steps"
+    )
   peak = max(warmup - 1, 0)
   after = build(spec, SCHEDULES, "schedule", peak=peak, last=max(total_steps - 1, peak), to_steps=to_steps)
   return lambda step: float((step + 1) / warmup if step < peak else after(step))
