@@ -1,0 +1,289 @@
+"""Sources over local text and JSONL files, which may be larger than memory: only offsets are kept."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import glob
+import hashlib
+import json
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmjax.config import ConfigError, nearest
+from llmjax.data.source import Source, digest, parse_split, select
+
+Files = str | Sequence[str] | Mapping[str, Any]  # a path or glob, several, or {split: those}
+Spans = tuple[np.ndarray, np.ndarray]  # where records start and end, Int[n] each, in bytes
+
+BLOCK = 1 << 24
+CHECKED = 1 << 30  # a file is checked to be UTF-8 up to here when it is opened, and beyond as it is read
+HASHED = 1 << 26  # larger files are fingerprinted by samples
+
+
+def text(
+  split: str,
+  files: Files,
+  records: str = "document",
+  max_bytes: int = 65536,
+  chunk: int = 4096,
+  overlap: int = 0,
+) -> Source:
+  """UTF-8 text files.
+
+  Args:
+    split: a slice such as "[:90%]" counts records, with records="chunk" bytes of the concatenated files. The name
+      before it is a key of `files` where that is a dict, else "train", "all" or nothing.
+    files: a path or glob (`**` for subfolders), a tuple of those, or {split: those}.
+    records: "document" is a file each, cut at line ends where it is longer than `max_bytes`; "paragraph" ends at blank
+      lines; "line"; "chunk" is `chunk` bytes of the concatenated files, neighbours sharing `overlap`, both widened to
+      whole characters. With chunk = seq_len + 1 and overlap = 1 over single bytes or ASCII characters a record is
+      exactly one window, and everything but the first character is a label once.
+  """
+  cutters: dict[str, Callable[[mmap.mmap], Spans]] = {
+    "document": functools.partial(_documents, max_bytes=max_bytes),
+    "paragraph": _paragraphs,
+    "line": _lines,
+    "chunk": lambda data: (np.zeros(0, np.int64), np.zeros(0, np.int64)),
+  }
+  if records not in cutters:
+    raise ConfigError(f"data.corpus.records={records!r} is unknown; {nearest(records, cutters)}")
+  if max_bytes < 4:
+    raise ConfigError(f"data.corpus.max_bytes={max_bytes} must be at least 4, a character's longest")
+  if not 0 <= overlap < chunk or chunk < 4:
+    raise ConfigError(f"data.corpus.chunk={chunk} must be at least 4 and larger than data.corpus.overlap={overlap}")
+  joined = Joined(expand(files, split), cutters[records])
+  settings = ("text", records, max_bytes, chunk, overlap)
+  chunks = functools.partial(_chunk_source, joined, chunk, overlap, settings)
+  build = chunks if records == "chunk" else functools.partial(_span_source, joined, _as_text, settings)
+  return build(split, whole=None if isinstance(files, Mapping) else build("", whole=None))
+
+
+def jsonl(split: str, files: Files, text: str = "text") -> Source:
+  """One JSON object a line, blank lines aside; `text` is the field to be called "text"."""
+
+  def parse(joined: Joined, start: int, stop: int) -> dict[str, Any]:
+    line = joined.text(start, stop)
+    try:
+      record = json.loads(line)
+      if isinstance(record, dict) and isinstance(record.get(text), str):
+        record[text].encode()
+        return {**record, "text": record[text]}
+    except json.JSONDecodeError as error:
+      raise ConfigError(f"{joined.where(start)}: not a JSON object: {error.msg} at column {error.colno}") from error
+    except UnicodeEncodeError as error:
+      raise ConfigError(f"{joined.where(start)}: {text!r} holds half a surrogate pair, which is no text") from error
+    if not isinstance(record, dict):
+      raise ConfigError(f"{joined.where(start)}: not a JSON object but a {type(record).__name__}")
+    if text in record:
+      raise ConfigError(f"{joined.where(start)}: {text!r} is no string but a {type(record[text]).__name__}")
+    raise ConfigError(f"{joined.where(start)}: no field {text!r} (data.corpus.text); {nearest(text, record)}")
+
+  source = _span_source(Joined(expand(files, split), _lines), parse, ("jsonl", text), split, whole=None)
+  for index in {0, len(source) - 1}:  # a wrong field shows before training, not in it
+    source[index]
+  return source
+
+
+def expand(files: Files, split: str) -> list[Path]:
+  """The files that `files` names for the split, globs expanded and sorted."""
+  name, _, _ = parse_split(split)
+  if isinstance(files, Mapping):
+    if name not in files:
+      raise ConfigError(f"split {split!r}: data.corpus.files has {', '.join(files) or 'no splits'}")
+    files = files[name]
+  elif name not in ("", "all", "train"):
+    raise ConfigError(
+      f"split {split!r}: data.corpus.files has no named splits; slice it as '[:90%]' and '[90%:]', or give files as "
+      "{'train': ..., 'validation': ...}"
+    )
+  patterns = [files] if isinstance(files, (str, Path)) else list(files or ())
+  found: dict[Path, None] = {}
+  for pattern in patterns:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+      raise ConfigError(f"data.corpus.files={str(pattern)!r} is a folder; say {str(pattern).rstrip('/') + '/**/*'!r}")
+    matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    matches = [p for p in matches if p.is_file()]
+    if not matches:
+      raise ConfigError(f"data.corpus.files={str(pattern)!r}: there is no such file (from {Path.cwd()})")
+    found.update(dict.fromkeys(matches))
+  if not found:
+    raise ConfigError("data.corpus.files is empty; give a path, a glob or a tuple of those")
+  return list(found)
+
+
+def file_digest(path: Path, whole: int = HASHED) -> str:
+  """Names a file's content: SHA-256 of it, or of its size and evenly spaced samples where it exceeds `whole` bytes.
+
+  Modification times are left out on purpose: hosts that copied the same file must agree.
+  """
+  size = path.stat().st_size
+  content = hashlib.sha256(str(size).encode())
+  with path.open("rb") as file:
+    if size <= whole:
+      content.update(file.read())
+    else:
+      for position in np.linspace(0, size - min(size, 65536), 64, dtype=np.int64):
+        file.seek(int(position))
+        content.update(file.read(65536))
+  return content.hexdigest()
+
+
+class Joined:
+  """Files as one sequence of bytes, read piece by piece, with the spans that `cut` finds in each."""
+
+  def __init__(self, paths: list[Path], cut: Callable[[mmap.mmap], Spans]):
+    self.paths = paths
+    sizes: list[int] = []
+    starts, stops = [], []
+    for path in paths:
+      size = path.stat().st_size
+      if size:  # an empty file cannot be mapped
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+          _check_utf8(path, data)
+          first, last = cut(data)
+        starts.append(first + sum(sizes))
+        stops.append(last + sum(sizes))
+      sizes.append(size)
+    self.offsets = np.cumsum([0, *sizes])
+    self.size = int(self.offsets[-1])
+    if not self.size:
+      raise ConfigError(
+        f"{paths[0]}{' and the others' if len(paths) > 1 else ''}: the file is empty (data.corpus.files)"
+      )
+    self.starts, self.stops = np.concatenate(starts), np.concatenate(stops)
+    self.digest = digest([file_digest(p) for p in paths])
+
+  def bytes(self, start: int, stop: int) -> bytes:
+    """Files are opened at every read: many files must not exhaust the process's descriptors."""
+    pieces = []
+    while start < stop:
+      which = int(np.searchsorted(self.offsets, start, side="right")) - 1
+      with self.paths[which].open("rb") as file:
+        file.seek(start - int(self.offsets[which]))
+        piece = file.read(min(stop, int(self.offsets[which + 1])) - start)
+      if not piece:
+        raise ConfigError(f"{self.paths[which]} has become shorter since it was opened; restore it, or start again")
+      pieces.append(piece)
+      start += len(piece)
+    return b"".join(pieces)
+
+  def text(self, start: int, stop: int) -> str:
+    try:
+      return self.bytes(start, stop).decode("utf-8")
+    except UnicodeDecodeError as error:
+      which = int(np.searchsorted(self.offsets, start + error.start, side="right")) - 1
+      raise _not_utf8(self.paths[which], start + error.start - int(self.offsets[which])) from error
+
+  def where(self, offset: int) -> str:
+    """file:line, for messages."""
+    which = int(np.searchsorted(self.offsets, offset, side="right")) - 1
+    return f"{self.paths[which]}:{self.bytes(int(self.offsets[which]), offset).count(10) + 1}"
+
+  def boundary(self, offset: int, step: int) -> int:
+    """The nearest start of a character at or before (step -1) or at or after (step 1) `offset`."""
+    low = max(offset - 3, 0)
+    near = self.bytes(low, min(offset + 4, self.size))
+    while 0 <= offset - low < len(near) and near[offset - low] & 0xC0 == 0x80:
+      offset += step
+    return offset
+
+
+def _span_source(joined: Joined, parse: Any, settings: Any, split: str, *, whole: Source | None) -> Source:
+  """Records that are spans of the files."""
+  if not len(joined.starts):
+    raise ConfigError(f"{joined.paths[0]}: no records, only blank lines (data.corpus.files)")
+  start, stop = select(split, len(joined.starts))
+
+  def read(index: int) -> dict[str, Any]:
+    return parse(joined, int(joined.starts[start + index]), int(joined.stops[start + index]))
+
+  return Source(stop - start, read, digest(settings, joined.digest, start, stop), whole=whole)
+
+
+def _as_text(joined: Joined, start: int, stop: int) -> dict[str, Any]:
+  return {"text": joined.text(start, stop)}
+
+
+def _chunk_source(
+  joined: Joined, chunk: int, overlap: int, settings: Any, split: str, *, whole: Source | None
+) -> Source:
+  """Records of a fixed number of bytes, found by arithmetic."""
+  low, high = (joined.boundary(position, -1) for position in select(split, joined.size))
+  if low >= high:
+    raise ConfigError(f"split {split!r} selects less than a character of {joined.paths[0]}; choose a wider slice")
+  stride = chunk - overlap
+
+  def read(index: int) -> dict[str, Any]:
+    start, following = low + index * stride, low + (index + 1) * stride
+    if following + overlap >= high:
+      stop = high
+    elif overlap:
+      stop = min(joined.boundary(following + overlap, 1), high)
+    else:
+      stop = joined.boundary(following, -1)
+    return {"text": joined.text(joined.boundary(start, -1), stop)}
+
+  count = max(1, -(-(high - low - overlap) // stride))
+  return Source(count, read, digest(settings, joined.digest, low, high), whole=whole)
+
+
+def _documents(data: mmap.mmap, max_bytes: int) -> Spans:
+  edges = [0]
+  while len(data) - edges[-1] > max_bytes:
+    start, stop = edges[-1], edges[-1] + max_bytes
+    cut = data.rfind(b"\n", start, stop) + 1
+    while cut == 0 and data[stop] & 0xC0 == 0x80:  # no line end: at least never inside a character
+      stop -= 1
+    edges.append(cut or stop)
+  edges.append(len(data))
+  return np.array(edges[:-1], np.int64), np.array(edges[1:], np.int64)
+
+
+def _all_lines(data: mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Starts and ends (without line ends) of all lines, and which of them are blank."""
+  array = np.frombuffer(data, np.uint8)
+  breaks = [np.flatnonzero(array[i : i + BLOCK] == ord("\n")) + i for i in range(0, len(array), BLOCK)]
+  ends = np.concatenate([*breaks, [len(array)]])
+  starts = np.concatenate([[0], ends[:-1] + 1])
+  blank = ends == starts
+  full = np.flatnonzero(~blank)
+  for i in full[np.isin(array[starts[full]], list(b" \t\r\v\f"))].tolist():  # blank, or merely indented
+    blank[i] = data[starts[i] : ends[i]].isspace()
+  full = np.flatnonzero(~blank)
+  ends[full] -= array[ends[full] - 1] == ord("\r")
+  return starts, ends, blank
+
+
+def _lines(data: mmap.mmap) -> Spans:
+  starts, ends, blank = _all_lines(data)
+  return starts[~blank], ends[~blank]
+
+
+def _paragraphs(data: mmap.mmap) -> Spans:
+  starts, ends, blank = _all_lines(data)
+  change = np.diff(np.concatenate([[True], blank, [True]]).astype(np.int8))
+  return starts[change[:-1] == -1], ends[change[1:] == 1]
+
+
+def _check_utf8(path: Path, data: mmap.mmap) -> None:
+  decoder = codecs.getincrementaldecoder("utf-8")()
+  for start in range(0, min(len(data), CHECKED), BLOCK):
+    block, pending = data[start : start + BLOCK], len(decoder.getstate()[0])
+    if block.isascii() and not pending:
+      continue
+    try:
+      decoder.decode(block, final=start + len(block) == len(data))
+    except UnicodeDecodeError as error:
+      raise _not_utf8(path, start - pending + error.start) from error
+
+
+def _not_utf8(path: Path, offset: int) -> ConfigError:
+  return ConfigError(
+    f"{path}: byte {offset} is not UTF-8; convert the file (iconv -f ENCODING -t UTF-8) or leave it out"
+  )

@@ -1,0 +1,107 @@
+"""Sources over files of records: Parquet and ArrayRecord."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from llmjax.config import ConfigError, nearest
+from llmjax.data.files import Files, expand, file_digest
+from llmjax.data.source import Source, cache_dir, cached, digest, select
+
+
+def parquet(split: str, files: Files, text: str = "text", columns: tuple[str, ...] = ()) -> Source:
+  """Rows of Parquet files: the column `text` and further `columns`.
+
+  Parquet has no random access, so the columns are written uncompressed to the cache once, and mapped from there.
+  """
+  import pyarrow
+
+  paths = expand(files, split)
+  wanted = tuple(dict.fromkeys((text, *columns)))
+
+  def convert(target: Path) -> None:
+    with contextlib.ExitStack() as stack:
+      writer = None
+      for path in paths:
+        file = stack.enter_context(_open_parquet(path, wanted))
+        for group in range(file.num_row_groups):
+          table = file.read_row_group(group, columns=list(wanted)).select(wanted)
+          table = table.set_column(0, text, table.column(text).cast(pyarrow.large_string()))
+          writer = writer or stack.enter_context(pyarrow.ipc.new_file(str(target), table.schema))
+          writer.write_table(table)
+      if writer is None:
+        raise ConfigError(f"data.corpus.files={files!r}: no rows in {len(paths)} files")
+
+  name = digest("parquet", wanted, [file_digest(p) for p in paths])
+  folder = cache_dir() / "parquet"
+  try:
+    path = cached(folder / f"{name}.arrow", convert)
+  except pyarrow.ArrowException as error:
+    raise ConfigError(f"data.corpus.files={files!r} do not fit together: {str(error).splitlines()[0]}") from error
+  table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+  start, stop = select(split, table.num_rows)
+
+  def read(index: int) -> dict[str, Any]:
+    record = {column: table.column(column)[start + index].as_py() for column in wanted}
+    return {**record, "text": record[text] or ""}
+
+  return Source(stop - start, read, digest(name, start, stop))
+
+
+def _open_parquet(path: Path, wanted: tuple[str, ...]) -> Any:
+  """The file, after a look at its schema; `wanted[0]` must be text."""
+  import pyarrow
+  from pyarrow import parquet as pq
+
+  try:
+    file = pq.ParquetFile(path)
+  except pyarrow.ArrowException as error:
+    raise ConfigError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+  schema = file.schema_arrow
+  for column in wanted:
+    if column not in schema.names:
+      key = "text" if column == wanted[0] else "columns"
+      raise ConfigError(f"{path}: no column {column!r} (data.corpus.{key}); {nearest(column, schema.names)}")
+  kind = schema.field(wanted[0]).type
+  kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+  if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    raise ConfigError(f"{path}: column {wanted[0]!r} (data.corpus.text) holds {kind}, not strings")
+  return file
+
+
+def array_record(split: str, files: Files, format: str = "text", text: str = "text") -> Source:
+  """Raw ArrayRecord files. `format` of a record: "text" is UTF-8, "json" an object whose field `text` is the text."""
+  from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+  if format not in ("text", "json"):
+    raise ConfigError(f"data.corpus.format={format!r} must be 'text' or 'json'")
+  paths = expand(files, split)
+  try:
+    data = ArrayRecordDataSource([str(p) for p in paths])
+    start, stop = select(split, len(data))
+  except (RuntimeError, ValueError, OSError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    raise ConfigError(f"data.corpus.files={files!r} cannot be read as ArrayRecord: {error}") from error
+
+  def read(index: int) -> dict[str, Any]:
+    where = f"record {start + index} of {paths[0]}{', ...' if len(paths) > 1 else ''}"
+    try:
+      content = data[start + index].decode("utf-8")
+      if format == "text":
+        return {"text": content}
+      record = json.loads(content)
+      return {**record, "text": record[text]}
+    except UnicodeDecodeError as error:
+      raise ConfigError(f"{where} is not UTF-8 text (byte {error.start})") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ConfigError(f"{where} is no JSON object with a field {text!r} (data.corpus.text)") from error
+
+  source = Source(
+    stop - start, read, digest("array_record", format, text, start, stop, [file_digest(p) for p in paths])
+  )
+  source[0]
+  return source
