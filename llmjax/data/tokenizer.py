@@ -1,0 +1,330 @@
+"""Text to token ids and back: SentencePiece, Hugging Face `tokenizers`, bytes, characters.
+
+`make` builds one from `data.tokenizer` (training it where it asks for that); `spec` and `to_files` go into checkpoints,
+and `from_files` builds the same tokenizer from them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmjax.config import ConfigError, build, resolve
+from llmjax.data.source import Source, cache_dir, cached, digest
+
+TOKENIZERS = {
+  "sentencepiece": "llmjax.data.tokenizer:sentencepiece",
+  "hf": "llmjax.data.hf_tokenizer:hf",
+  "bytes": "llmjax.data.character_tokenizer:bytes_",
+  "characters": "llmjax.data.character_tokenizer:characters",
+}
+
+# How a tokenizer is rebuilt from what `to_files` gave.
+LOADERS = {
+  "sentencepiece": "llmjax.data.tokenizer:sentencepiece_from_files",
+  "hf": "llmjax.data.hf_tokenizer:hf_from_files",
+  "bytes": "llmjax.data.character_tokenizer:bytes_from_files",
+  "characters": "llmjax.data.character_tokenizer:characters_from_files",
+}
+
+TRAINING_BYTES = 1 << 24  # of text that a vocabulary is trained on at most, evenly spread over the source
+
+
+class TextStream(Protocol):
+  """Text from tokens as they come, never half a character; pushed and finished pieces together are `decode`'s."""
+
+  def push(self, token: int) -> str: ...
+
+  def finish(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+  """What every kind of tokenizer is.
+
+  Attributes:
+    name: its entry in `LOADERS` (or "module:function" of a loader of one's own).
+    pieces: the UTF-8 bytes that each token stands for; empty for special tokens.
+    to_ids: text -> Int[n], without special tokens.
+    files: what it can be rebuilt from.
+    bos_id, eos_id: what begins and ends a document, None where the vocabulary has no such token.
+    pad_id: 0 where the vocabulary has no padding; masks, not this id, say what is padding.
+    prompt_bos: whether the model expects a prompt to begin with bos.
+    to_text: decodes where text is not the concatenation of the pieces.
+  """
+
+  name: str
+  pieces: tuple[bytes, ...]
+  to_ids: Callable[[str], Any]
+  files: Mapping[str, bytes]
+  bos_id: int | None = None
+  eos_id: int | None = None
+  pad_id: int = 0
+  prompt_bos: bool = True
+  to_text: Callable[[list[int]], str] | None = None
+
+  @property
+  def vocab_size(self) -> int:
+    return len(self.pieces)
+
+  def encode(self, text: str) -> np.ndarray:
+    """Int32[n], without special tokens; what looks like one in the text stays text."""
+    return np.asarray(self.to_ids(text), np.int32)
+
+  def document(self, text: str) -> np.ndarray:
+    """Int32[n]: the text between bos and eos, where the vocabulary has them."""
+    return self._framed(text, self.bos_id, self.eos_id)
+
+  def prompt(self, text: str) -> np.ndarray:
+    """Int32[n]: the beginning of a document, to be continued."""
+    return self._framed(text, self.bos_id if self.prompt_bos else None, None)
+
+  def _framed(self, text: str, before: int | None, after: int | None) -> np.ndarray:
+    ends = [[] if token is None else [token] for token in (before, after)]
+    return np.concatenate([np.asarray(ends[0], np.int32), self.encode(text), np.asarray(ends[1], np.int32)])
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text; special tokens, and ids beyond the vocabulary, stand for nothing; broken UTF-8 becomes U+FFFD."""
+    known = [i for i in np.asarray(ids, np.int64).reshape(-1).tolist() if 0 <= i < len(self.pieces)]
+    if self.to_text is not None:
+      return self.to_text(known)
+    return b"".join(self.pieces[i] for i in known).decode("utf-8", errors="replace")
+
+  def byte_lengths(self) -> np.ndarray:
+    """Int32[V]: UTF-8 bytes that each token stands for, 0 for special ones.
+
+    Over `encode(text)` they sum to `len(text.encode())`, except where a foreign tokenizer changes the text itself
+    (lower case, Unicode normalisation, a space before the first word).
+    """
+    return np.array([len(piece) for piece in self.pieces], np.int32)
+
+  def pad(self, texts: Sequence[str], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of several texts as (ids Int32[B L], mask Int32[B L]); `side` is where the padding goes."""
+    rows = [self.prompt(text) for text in texts]
+    length = max(map(len, rows), default=0)
+    ids, mask = np.full((len(rows), length), self.pad_id, np.int32), np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+      where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+      ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+  def stream(self) -> TextStream:
+    """A decoder of tokens that come one by one."""
+    return _ByteStream(self) if self.to_text is None else _WindowStream(self)
+
+  def spec(self) -> dict[str, Any]:
+    return {"name": self.name}
+
+  def to_files(self) -> dict[str, bytes]:
+    return dict(self.files)
+
+
+class _ByteStream:
+  """Bytes of the tokens through an incremental UTF-8 decoder."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self.pieces = tokenizer.pieces
+    self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+  def push(self, token: int) -> str:
+    return self.decoder.decode(self.pieces[token] if 0 <= token < len(self.pieces) else b"")
+
+  def finish(self) -> str:
+    return self.decoder.decode(b"", final=True)
+
+
+class _WindowStream:
+  """The difference that a token makes to the decoded text of a window that begins a token group earlier."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self.decode = tokenizer.decode
+    self.ids: list[int] = []  # the group that was last given out, then those that are held back
+    self.shown = 0  # how many of them are given out
+
+  def push(self, token: int) -> str:
+    self.ids.append(token)
+    return "" if self.decode(self.ids).endswith("\ufffd") else self.finish()
+
+  def finish(self) -> str:
+    old, new = self.decode(self.ids[: self.shown]), self.decode(self.ids)
+    if len(new) <= len(old):  # nothing to see yet; the window keeps what it needs to see the next token rightly
+      return ""
+    self.ids, self.shown = self.ids[self.shown :], len(self.ids) - self.shown
+    return new[len(old) :]
+
+
+def make(spec: Mapping[str, Any], source: Source | None = None, cache: Path | None = None) -> Tokenizer:
+  """The tokenizer of `data.tokenizer`.
+
+  Args:
+    spec: {"name": key of TOKENIZERS, ...}.
+    source: training text, for the kinds that learn from it.
+    cache: where trained vocabularies are kept, by content of the text and settings; None is the user's cache.
+  """
+  return build(spec, TOKENIZERS, "data.tokenizer", source=source, cache=cache or cache_dir() / "tokenizers")
+
+
+def from_files(spec: Mapping[str, Any], files: Mapping[str, bytes], *, trust: bool = False) -> Tokenizer:
+  """The tokenizer that gave `spec()` and `to_files()`; one from outside llmjax needs `trust`."""
+  return resolve(spec["name"], LOADERS, "tokenizer", trust=trust)(files)
+
+
+def sample(source: Source, max_bytes: int = TRAINING_BYTES) -> Iterator[str]:
+  """Texts of evenly spaced records, about `max_bytes` together; all of them where the source is not larger."""
+  probe = np.linspace(0, len(source) - 1, min(len(source), 64)).astype(np.int64)
+  mean = sum(len(source[int(i)]["text"].encode()) for i in probe) / len(probe)
+  count = len(source) if mean * len(source) <= max_bytes else max(int(max_bytes / mean), 1)
+  for index in np.linspace(0, len(source) - 1, count).astype(np.int64):
+    yield source[int(index)]["text"]
+
+
+def training_text(source: Source | None, kind: str) -> Source:
+  if source is None:
+    raise ConfigError(
+      f"data.tokenizer.name={kind!r} learns from the training text, and there is none here; give a path"
+    )
+  return source
+
+
+def _read(path: str, key: str = "data.tokenizer.path") -> bytes:
+  try:
+    return Path(path).expanduser().read_bytes()
+  except OSError as error:
+    raise ConfigError(f"{key}={str(path)!r} cannot be read: {error.strerror}") from error
+
+
+# SentencePiece
+
+
+def sentencepiece(
+  source: Source | None,
+  cache: Path,
+  path: str | None = None,
+  vocab_size: int = 4096,
+  model_type: str = "bpe",
+  byte_fallback: bool = True,
+  character_coverage: float = 0.9995,
+) -> Tokenizer:
+  """A SentencePiece model: of the file `path`, or trained on the training text (Kudo and Richardson 2018).
+
+  A trained one keeps every character as it is; other settings than `path` concern only training.
+  """
+  if path is not None:
+    return sentencepiece_from_files({"tokenizer.model": _read(path)})
+  source = training_text(source, "sentencepiece")
+  settings = (vocab_size, model_type, byte_fallback, character_coverage)
+  name = f"sentencepiece-{digest(source.fingerprint, settings, TRAINING_BYTES)}.model"
+
+  def train(made: Path) -> None:
+    made.write_bytes(train_sentencepiece(sample(source), *settings))
+
+  return sentencepiece_from_files({"tokenizer.model": cached(cache / name, train).read_bytes()})
+
+
+def train_sentencepiece(
+  texts: Iterable[str],
+  vocab_size: int,
+  model_type: str = "bpe",
+  byte_fallback: bool = True,
+  character_coverage: float = 0.9995,
+) -> bytes:
+  """The bytes of a SentencePiece model.
+
+  No normalisation and no added or removed spaces, so that decoding gives back the text; runs of spaces and line ends
+  may become pieces. Ids: 0 unknown, 1 bos, 2 eos, then (with `byte_fallback`) 256 bytes, then pieces. A short text
+  gives fewer pieces than asked for. The same texts give the same bytes.
+  """
+  import sentencepiece as spm
+
+  if model_type not in ("bpe", "unigram"):
+    raise ConfigError(f"data.tokenizer.model_type={model_type!r} must be 'bpe' or 'unigram'")
+  model = io.BytesIO()
+  try:
+    spm.SentencePieceTrainer.train(
+      sentence_iterator=_sentences(texts),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type=model_type,
+      byte_fallback=byte_fallback,
+      character_coverage=character_coverage,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      hard_vocab_limit=False,
+      max_sentence_length=1 << 20,
+      unk_id=0,
+      bos_id=1,
+      eos_id=2,
+      pad_id=-1,
+      num_threads=4,  # a part of the result for unigram models: sums are taken thread by thread
+      minloglevel=3,
+    )
+  except (RuntimeError, OSError) as error:
+    reason = re.sub(r"^.*?\] ?", "", str(error).strip().splitlines()[-1])
+    raise ConfigError(
+      f"data.tokenizer.vocab_size={vocab_size}: SentencePiece cannot train: {reason or 'the text is empty'}"
+    ) from error
+  return model.getvalue()
+
+
+def _sentences(texts: Iterable[str], length: int = 4000) -> Iterator[str]:
+  """Pieces of at most `length` characters, cut at line ends where possible.
+
+  Left out: NUL, and U+2581 and U+2585, which SentencePiece keeps for itself.
+  """
+  for text in texts:
+    for part in re.split("[\0\u2581\u2585]", text):
+      start = 0
+      while start < len(part):
+        stop = start + length
+        stop = part.rfind("\n", start, stop) + 1 or stop if stop < len(part) else len(part)
+        yield part[start:stop]
+        start = stop
+
+
+def sentencepiece_from_files(files: Mapping[str, bytes]) -> Tokenizer:
+  """From {"tokenizer.model": the model's bytes}."""
+  import sentencepiece as spm
+
+  try:
+    model = spm.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+  except RuntimeError as error:
+    raise ConfigError("data.tokenizer.path: the file is no SentencePiece model") from error
+
+  def piece(token: int) -> bytes:
+    if model.is_control(token) or model.is_unknown(token):
+      return b""
+    if model.is_byte(token):
+      return bytes([int(model.id_to_piece(token)[1:-1], 16)])  # "<0x0A>"
+    return model.id_to_piece(token).replace("\u2581", " ").encode()
+
+  # U+2581 is SentencePiece's sign for a space, so it would come back as one.
+  mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+
+  def to_ids(text: str) -> list[int]:
+    first, *rest = text.split("\u2581")
+    ids = model.encode(first)
+    for part in rest:
+      ids += mark + model.encode(part)
+    return ids
+
+  prefixed = model.encode("a", out_type=str)[0].startswith("\u2581")  # models made for words, such as T5's and Llama's
+  bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
+  return Tokenizer(
+    name="sentencepiece",
+    pieces=tuple(map(piece, range(model.vocab_size()))),
+    to_ids=model.encode if prefixed else to_ids,
+    files=dict(files),
+    bos_id=bos if bos >= 0 else None,
+    eos_id=eos if eos >= 0 else None,
+    pad_id=max(pad, 0),
+    to_text=model.decode if prefixed else None,
+  )
