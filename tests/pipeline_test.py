@@ -1,0 +1,236 @@
+"""The global batch is a function of (seed, step) alone, and every token comes exactly once."""
+
+import collections
+import itertools
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax.config import ConfigError
+from llmjax.data.character_tokenizer import bytes_
+from llmjax.data.pipeline import TrainStream, eval_batches, merge_cursors, permuted
+from llmjax.data.source import Source, join
+
+TOKENIZER = bytes_()
+B, L = 4, 16
+
+
+class NextToken:
+  """Causal language modelling whose weights are random, to see the generator that it gets."""
+
+  def window(self, ids, length):
+    return [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
+
+  def features(self, example, rng, corpus):
+    ids = example["ids"]
+    return {"inputs": ids[:-1], "labels": {"nll": ids[1:]}, "weights": {"nll": rng.uniform(0.5, 1, len(ids) - 1)}}
+
+
+def documents(count, seed=0, longest=40, first="a"):
+  """Texts of different length, each with a letter and number of its own."""
+  rng = np.random.default_rng(seed)
+  texts = [f"{first}{i}:" + "x" * int(rng.integers(0, longest)) for i in range(count)]
+  return Source(count, lambda i: {"text": texts[i]}, f"{first}{count}-{seed}-{longest}")
+
+
+def stream(source, **changes):
+  settings = {"batch_size": B, "seq_len": L, "seed": 0, "workers": 1, "prefetch": 0} | changes
+  return TrainStream(source, TOKENIZER, NextToken(), **settings)
+
+
+def take(source, steps, **changes):
+  made = stream(source, **changes)
+  batches = list(itertools.islice(made, steps))
+  made.close()
+  return batches, made.cursor
+
+
+def same(left, right):
+  assert len(left) == len(right)
+  for a, b in zip(left, right):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def rows_of(batches, rows):
+  return [jax.tree.map(lambda x: x[list(rows)], b) for b in batches]
+
+
+SOURCES = {
+  "documents": documents(23),
+  "fewer documents than rows": documents(3),
+  "mixture": join([documents(23), documents(5, first="b"), documents(40, first="c")], [0.5, 0.3, 0.2]),
+}
+
+
+@pytest.fixture(params=SOURCES, ids=str)
+def source(request):
+  return SOURCES[request.param]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_hosts_workers_and_prefetch_do_not_matter(source, pack):
+  reference, _ = take(source, 12, pack=pack)
+  for workers, prefetch in ((1, 4), (4, 0), (4, 4)):
+    same(take(source, 12, pack=pack, workers=workers, prefetch=prefetch)[0], reference)
+  for hosts in (2, 4):
+    for host in range(hosts):
+      rows = range(host * B // hosts, (host + 1) * B // hosts)
+      same(take(source, 12, pack=pack, rows=rows)[0], rows_of(reference, rows))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (4, 2)])
+def test_resume_is_as_if_uninterrupted(source, pack, before, after):
+  reference, _ = take(source, 13, pack=pack)
+  cursors = [
+    take(source, 5, pack=pack, prefetch=2, rows=range(h * B // before, (h + 1) * B // before))[1] for h in range(before)
+  ]
+  cursor = json.loads(json.dumps(merge_cursors(cursors)))
+  for host in range(after):
+    rows = range(host * B // after, (host + 1) * B // after)
+    resumed = stream(source, pack=pack, rows=rows, workers=2, prefetch=3)
+    next(resumed)  # what was made ahead must not survive
+    resumed.restore(cursor)
+    assert merge_cursors([resumed.cursor])["rows"] == {str(r): cursor["rows"][str(r)] for r in rows}
+    same(list(itertools.islice(resumed, 8)), rows_of(reference[5:], rows))
+    resumed.close()
+
+
+def segments(batches):
+  """(row, text of a segment's inputs, its positions) in order."""
+  for batch in batches:
+    for r, row in enumerate(batch.rows.tolist()):
+      numbers = batch.inputs.segments[r]
+      for number in range(1, numbers.max(initial=0) + 1):
+        where = numbers == number
+        yield row, batch.inputs.ids[r][where], batch.labels["nll"][r][where], batch.inputs.positions[r][where]
+
+
+def test_packed_training_gives_every_token_of_every_document_once_an_epoch():
+  source, epochs = documents(20), 3  # 20 documents in 4 rows: an epoch is 5 documents of every row
+  tokens = sum(len(TOKENIZER.document(r["text"])) - 1 for r in source)
+  batches, _ = take(source, 3 * tokens * epochs // L)
+  of_row = collections.defaultdict(list)
+  for row, inputs, labels, positions in segments(batches):
+    assert positions.tolist() == list(range(len(inputs)))
+    of_row[row].append((inputs, labels))
+  orders = []
+  for epoch in range(epochs):
+    seen = []
+    for row in range(B):
+      inputs, labels = (np.concatenate(x) for x in zip(*of_row[row]))
+      starts = np.flatnonzero(inputs == TOKENIZER.bos_id)[5 * epoch : 5 * epoch + 6]
+      for start, stop in itertools.pairwise(starts):
+        assert labels[start : stop - 1].tolist() == inputs[start + 1 : stop].tolist()
+        assert labels[stop - 1] == TOKENIZER.eos_id
+        seen.append(TOKENIZER.decode(inputs[start:stop]))
+    assert sorted(seen) == sorted(r["text"] for r in source)
+    orders.append(seen)
+  assert orders[0] != orders[1] != orders[2]
+
+
+def test_packed_rows_are_full():
+  for batch in take(documents(23), 20)[0]:
+    assert (batch.inputs.segments > 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 30])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_gives_every_token_once(count, hosts):
+  source = documents(count)
+  evaluate = lambda rows, n=None: eval_batches(  # noqa: E731
+    source, TOKENIZER, NextToken(), batch_size=B, seq_len=L, seed=0, rows=rows, num_batches=n
+  )
+  shares = [range(h * B // hosts, (h + 1) * B // hosts) for h in range(hosts)]
+  longest = max(len(evaluate(rows)) for rows in shares)
+  parts = [evaluate(rows, longest) for rows in shares]
+  assert {len(p) for p in parts} == {longest}
+  same([b for p in parts for b in p], [b for rows in shares for b in rows_of(evaluate(range(B)), rows)])
+  pairs = collections.Counter()
+  for batch in itertools.chain(*parts):
+    real = batch.inputs.segments > 0
+    assert ((batch.weights["nll"] > 0) == real).all()
+    pairs.update(zip(batch.inputs.ids[real].tolist(), batch.labels["nll"][real].tolist()))
+  ids = [TOKENIZER.document(r["text"]).tolist() for r in source]
+  assert pairs == collections.Counter(pair for d in ids for pair in itertools.pairwise(d))
+
+
+def test_unpacked_rows_hold_one_window_each():
+  for batch in take(documents(23), 10, pack=False)[0]:
+    assert batch.inputs.segments.max() == 1
+    for ids, used in zip(batch.inputs.ids, batch.inputs.segments):
+      assert (np.diff(used) <= 0).all() and ids[used == 0].sum() == 0
+
+
+def test_a_mixture_draws_by_weight_and_goes_through_each_source():
+  source = join([documents(50, longest=1), documents(7, longest=1, first="b")], [3, 1])
+  batches, cursor = take(source, 300)
+  counts = np.array([row[1:] for row in cursor["rows"].values()]).sum(axis=0)
+  assert abs(counts[0] / counts.sum() - 0.75) < 0.03
+  seen = collections.Counter(TOKENIZER.decode(i[:1]) for _, i, _, p in segments(batches) if p[0] == 0 for i in [i[1:]])
+  assert seen["a"] > 2.4 * seen["b"] > 0
+
+
+def test_seeds_and_epochs_differ_in_order_and_in_the_objective_s_draws():
+  one, other = (take(documents(23), 3, seed=s)[0][0] for s in (0, 1))
+  assert (one.inputs.ids != other.inputs.ids).any()
+  single = [b for b in take(documents(1), 40)[0]]
+  weights = [tuple(b.weights["nll"][0][:4]) for b in single if b.inputs.ids[0, 0] == TOKENIZER.bos_id]
+  assert len(set(weights)) == len(weights) > 1
+
+
+def test_documents_without_features_are_skipped_and_a_corpus_of_them_is_an_error():
+  tokenizer = bytes_(special=False)
+  texts = ["", "a", "", "bc", ""]
+  some = Source(5, lambda i: {"text": texts[i]}, "some")
+  made = TrainStream(some, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
+  assert set(itertools.chain(*(next(made).inputs.ids.reshape(-1).tolist() for _ in range(9)))) == {ord("b")}
+  made.close()
+  none = Source(2, lambda i: {"text": ""}, "none")
+  made = TrainStream(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
+  for _ in range(2):
+    with pytest.raises(ConfigError, match="gave no features"):
+      next(made)
+  made.close()
+  with pytest.raises(ConfigError, match="no record"):
+    eval_batches(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_an_error_in_a_thread_surfaces_in_next_and_stays(prefetch):
+  def read(index):
+    if index == 3:
+      raise OSError("disk gone")
+    return {"text": "abc"}
+
+  made = stream(Source(9, read, "bad"), workers=2, prefetch=prefetch)
+  for _ in range(2):
+    with pytest.raises(OSError, match="disk gone"):
+      list(itertools.islice(made, 20))
+  began = time.monotonic()
+  made.close()
+  assert time.monotonic() - began < 1
+
+
+def test_a_cursor_of_another_run_is_refused():
+  cursor = stream(documents(9)).cursor
+  with pytest.raises(ConfigError, match="batch_size"):
+    stream(documents(9), batch_size=2 * B).restore(cursor)
+  with pytest.raises(ConfigError, match="seed"):
+    stream(documents(9), seed=1).restore(cursor)
+  with pytest.raises(ConfigError, match="sources"):
+    stream(documents(10)).restore(cursor)
+  with pytest.raises(ConfigError, match=r"lacks rows \[0, 1\]"):
+    stream(documents(9)).restore(stream(documents(9), rows=[2, 3]).cursor)
+  with pytest.raises(ConfigError, match="hosts differ"):
+    merge_cursors([cursor, stream(documents(10)).cursor])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 70_000])  # the last is beyond what a table is kept for
+def test_an_epoch_is_a_permutation(size):
+  order = [permuted(i, size, 0, 1) for i in range(size)]
+  assert sorted(order) == list(range(size))
+  assert size < 7 or order != [permuted(i, size, 0, 2) for i in range(size)] != sorted(order)
