@@ -59,12 +59,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.update(NANOGPT)
     config.optim.update({"name": "adamw", "lr": 1e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8})
     config.optim.decay_mask = ((r".*norm.*", False), (r".*", True))
-    config.schedule.update({"warmup": 100, "final": 0.1})
+    config.schedule.update({"warmup": "5%", "final": 0.1})
   elif arg.recipe == "modern":
     config.model.update(MODERN)
     config.optim.update({"name": "muon", "lr": 0.02, "beta": 0.95, "adam_lr_ratio": 0.3, "weight_decay": 0.01})
     config.optim.decay_mask = ((r".*norm.*", False), (r".*", True))
-    config.schedule = ConfigDict({"name": "linear", "warmup": optional(50), "final": 0.0})
+    config.schedule = ConfigDict({"name": "linear", "warmup": optional("2.5%"), "final": 0.0})
   else:
     raise ConfigError(f"config argument recipe={arg.recipe!r}; {nearest(arg.recipe, ('modern', 'nanogpt'))}")
 

@@ -64,7 +64,7 @@ class Checkpoints:
   ):
     """Args: how many of the latest to keep (None: all), a period to keep for ever, a metric whose least to keep."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-    keepers: list[Any] = [policies.LatestN(keep)] if keep else [policies.PreserveAll()]
+    keepers: list[Any] = [policies.LatestN(keep)] if keep else []
     if keep_every:
       keepers.append(policies.EveryNSteps(keep_every))
     options: dict[str, Any] = {}
@@ -83,7 +83,9 @@ class Checkpoints:
         "manifest": ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keepers), cleanup_tmp_directories=True, **options
+        preservation_policy=policies.AnyPreservationPolicy(keepers) if keepers else None,
+        cleanup_tmp_directories=True,
+        **options,
       ),
     )
 

@@ -158,7 +158,8 @@ def default_workdir(rest: list[str]) -> str:
 
 def run_configs(arguments: argparse.Namespace, rest: list[str]) -> None:
   for name, path in cfglib.shipped().items():
-    print(f"{name:<12} {path.read_text().split('"""')[1].strip().splitlines()[0]}")
+    summary = path.read_text(encoding="utf-8").split('"""')[1].strip().splitlines()[0]
+    print(f"{name:<12} {summary}")
 
 
 def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:

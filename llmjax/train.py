@@ -200,7 +200,7 @@ class Meter:
       speed = self.tokens * len(fetched) / (now - self.clock)
       flops = speed * self.program.flops_per_token
       new |= {"train/tokens_per_second": speed, "train/model_flops_per_second": flops}
-      peak = metriclib.peak_flops(jax.devices()[0].device_kind, self.program.config["model"]["dtype"])
+      peak = metriclib.peak_flops(jax.devices()[0].device_kind, self.program.model.cfg.dtype)
       if peak:
         new["train/mfu"] = flops / (peak * self.program.mesh.size)
     self.clock = now

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from llmjax.config import ConfigError
-from llmjax.objectives.losses import cross_entropy
+from llmjax.objectives.losses import correct, cross_entropy
 from llmjax.types import Batch, Features, Forward, Metrics, Sums
 
 
@@ -61,7 +61,7 @@ class CausalLM:
     if self.z_loss:
       sums["z_loss"] = jnp.sum(jnp.square(log_z) * weight)
     total, tokens = jnp.sum(nll * weight), jnp.sum(weight)
-    right = (jnp.argmax(logits, axis=-1) == labels) * weight
+    right = correct(logits, labels) * weight
     metrics = {"loss": (total, tokens), "accuracy": (jnp.sum(right), tokens)}
     if self.byte_lengths is not None:
       lengths = jnp.take(jnp.asarray(self.byte_lengths, jnp.float32), labels, axis=0)

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+
+def label_logits(logits: Float[Array, "B L V"], labels: Int[Array, "B L"]) -> Float[Array, "B L"]:
+  """logits[b, l, labels[b, l]], as a masked sum: a gather over a sharded V would gather V, and its gradient scatters."""
+  chosen = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
+  return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+
+
+def correct(logits: Float[Array, "B L V"], labels: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+  """Whether no class scores higher than the label (a tie counts); a maximum is far cheaper than an argmax on CPU."""
+  return label_logits(logits, labels) >= jnp.max(logits, axis=-1)
 
 
 def cross_entropy(
@@ -21,7 +32,7 @@ def cross_entropy(
   """
   logits = logits.astype(jnp.float32)
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  nll = log_z - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  nll = log_z - label_logits(logits, labels)
   if not label_smoothing:
     return nll, nll, log_z
   uniform = log_z - jnp.mean(logits, axis=-1)
