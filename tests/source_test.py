@@ -1,0 +1,280 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from llmjax.config import ConfigError, build
+from llmjax.data.source import SOURCES, cached, join, select
+
+
+def open_(name, split="train", **spec):
+  return build({"name": name, **spec}, SOURCES, "data.corpus", split=split)
+
+
+def texts(*args, **spec):
+  return [record["text"] for record in open_(*args, **spec)]
+
+
+@pytest.fixture
+def write(home):
+  def write(name, content):
+    path = home / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+  return write
+
+
+def test_slices_partition_whatever_the_size():
+  for size in range(1, 200):
+    for cut in ("10%", "33%", "90%", "99.5%", "7"):
+      sizes = []
+      for split in (f"train[:{cut}]", f"[{cut}:]"):
+        try:
+          sizes.append(select(split, size))
+        except ConfigError as error:
+          assert "selects nothing" in str(error)
+      assert sizes[0][0] == 0 and sizes[-1][1] == size and all(a[1] == b[0] for a, b in itertools.pairwise(sizes))
+  assert select("[:90%]", 1_115_394) == (0, int(0.9 * 1_115_394))
+  assert select("train[100:200]", 150) == (100, 150) and select("[-10%:]", 50) == (45, 50)
+
+
+def test_documents_paragraphs_and_lines(write, home):
+  write("a/1.txt", "one\n\n  two\nthree  \r\n \t\r\nfour")
+  write("a/b/2.txt", "five\r\n\n\nsix\n")
+  write("a/b/empty.txt", "")
+  files = str(home / "a" / "**" / "*.txt")
+  assert texts("text", files=files) == ["one\n\n  two\nthree  \r\n \t\r\nfour", "five\r\n\n\nsix\n"]
+  assert texts("text", files=files, records="paragraph") == ["one", "  two\nthree  ", "four", "five", "six"]
+  assert texts("text", files=files, records="line") == ["one", "  two", "three  ", "four", "five", "six"]
+  assert texts("text", "[1:3]", files=files, records="line") == ["  two", "three  "]
+
+
+def test_a_long_document_is_cut_at_line_ends_and_never_inside_a_character(write):
+  content = "é" * 100 + "\n" + "line of words\n" * 30 + "日" * 50
+  pieces = texts("text", files=write("a.txt", content), max_bytes=64)
+  assert "".join(pieces) == content and max(len(p.encode()) for p in pieces) <= 64
+  assert all(p.endswith("\n") for p in pieces if "words" in p)
+
+
+@pytest.mark.parametrize("records", ["paragraph", "line"])
+def test_spans_agree_with_a_simple_reading(write, records):
+  rng = np.random.default_rng(0)
+  for i in range(60):
+    content = "".join(rng.choice(["\n", "\r\n", " ", "\t", "a", "é", "\n\n"], 40)) + "z"
+    lines = content.split("\n")
+    lines = [
+      line[:-1] if line.endswith("\r") and line.strip() and j < len(lines) - 1 else line for j, line in enumerate(lines)
+    ]
+    if records == "line":
+      expected = [line for line in lines if line.strip()]
+    else:
+      raw = [line if line.strip() else "" for line in content.split("\n")]
+      blocks = [b.strip("\n") for b in "\n".join(raw).split("\n\n")]
+      expected = [b.removesuffix("\r") for b in blocks if b]
+    assert texts("text", files=write(f"{i}.txt", content), records=records) == expected
+
+
+@pytest.mark.parametrize("alphabet", ["abc\n", "aé日🙂"])
+def test_chunks_make_every_character_but_the_first_a_label_once(write, alphabet):
+  rng = np.random.default_rng(0)
+  content = "".join(rng.choice(list(alphabet), 1000))
+  halves = write("1.txt", content[:300]), write("2.txt", content[300:])  # chunks pass over ends of files
+  pieces = texts("text", files=halves, records="chunk", chunk=65, overlap=1)
+  assert pieces[0][0] + "".join(piece[1:] for piece in pieces) == content
+  if alphabet.isascii():
+    assert {len(p) for p in pieces[:-1]} == {65}
+  assert "".join(texts("text", files=halves, records="chunk", chunk=50)) == content
+  train, held_out = (open_("text", s, files=halves, records="chunk", chunk=9) for s in ("[:90%]", "[90%:]"))
+  left, right = ("".join(r["text"] for r in s) for s in (train, held_out))
+  assert left + right == content
+  size = int(0.9 * len(content.encode()))
+  assert size - 4 < len(left.encode()) <= size and (len(left.encode()) == size or not alphabet.isascii())
+  assert len(train.whole) == len(open_("text", files=halves, records="chunk", chunk=9))
+
+
+def test_named_splits(write):
+  files = {"train": (write("a", "x"), write("b", "y")), "test": write("c", "z")}
+  assert texts("text", files=files) == ["x", "y"] and texts("text", "test", files=files) == ["z"]
+  with pytest.raises(ConfigError, match="has train, test"):
+    open_("text", "validation", files=files)
+
+
+def test_jsonl(write):
+  path = write("a.jsonl", '{"body": "one", "n": 1}\n\n  \n{"body": "tw\\u00f6"}\r\n{"body": ""}')
+  assert [r["text"] for r in open_("jsonl", files=path, text="body")] == ["one", "twö", ""]
+  assert open_("jsonl", files=path, text="body")[0] == {"body": "one", "n": 1, "text": "one"}
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("{nonsense", r"a\.jsonl:3: not a JSON object"),
+    ("[1]", r"a\.jsonl:3: not a JSON object but a list"),
+    ('{"txt": "x"}', r"a\.jsonl:3: no field 'text'.*did you mean `txt`"),
+    ('{"text": 3}', r"a\.jsonl:3: 'text' is no string but a int"),
+    ('{"text": "\\ud800"}', r"a\.jsonl:3: 'text' holds half a surrogate pair"),
+  ],
+)
+def test_a_bad_line_is_named(write, line, message):
+  path = write("a.jsonl", '{"text": "one"}\n\n' + line + '\n{"text": "two"}')
+  with pytest.raises(ConfigError, match=message):
+    open_("jsonl", files=path)[1]
+
+
+def test_parquet(write, home):
+  import pyarrow
+  from pyarrow import parquet
+
+  rows = [f"text {i}" for i in range(950)]
+  for name, some in (("1", rows[:500]), ("2", rows[500:])):
+    table = pyarrow.table({"text": some, "other": range(len(some)), "unused": some})
+    parquet.write_table(table, home / f"{name}.parquet", row_group_size=100)
+  files = str(home / "*.parquet")
+  for _ in range(2):  # converted, then from the cache
+    source = open_("parquet", "train[:90%]", files=files, columns=("other",))
+    assert [r["text"] for r in source] == rows[:855] and source[600] == {"text": "text 600", "other": 100}
+  with pytest.raises(ConfigError, match=r"no column 'txt'.*did you mean `text`"):
+    open_("parquet", files=files, text="txt")
+  with pytest.raises(ConfigError, match="holds int64, not strings"):
+    open_("parquet", files=files, text="other")
+  with pytest.raises(ConfigError, match=r"bad\.parquet: cannot be read as Parquet"):
+    open_("parquet", files=write("bad.parquet", "no"))
+
+
+def test_array_record(write, home):
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  def records(name, contents):
+    writer = ArrayRecordWriter(str(home / name), "group_size:1")
+    for content in contents:
+      writer.write(content)
+    writer.close()
+    return str(home / name)
+
+  plain = records("plain.array_record", [f"né {i}".encode() for i in range(10)])
+  assert texts("array_record", "[5:]", files=plain) == [f"né {i}" for i in range(5, 10)]
+  objects = records("json.array_record", [json.dumps({"body": f"{i}"}).encode() for i in range(3)])
+  assert texts("array_record", files=objects, format="json", text="body") == ["0", "1", "2"]
+  with pytest.raises(ConfigError, match=r"record 0 of .*no JSON object with a field 'body'"):
+    open_("array_record", files=plain, format="json", text="body")
+  with pytest.raises(ConfigError, match=r"record 0 of .*is not UTF-8"):
+    open_("array_record", files=records("bytes.array_record", [b"\xff"]))
+  with pytest.raises(ConfigError, match="cannot be read as ArrayRecord"):
+    open_("array_record", files=write("no.array_record", "no"))
+
+
+def test_fingerprints_follow_content_and_selection(write):
+  path = write("a.txt", "one\ntwo\n")
+  first = open_("text", files=path, records="line").fingerprint
+  assert open_("text", files=write("b.txt", "one\ntwo\n"), records="line").fingerprint == first
+  others = [open_("text", files=path).fingerprint, open_("text", "[:1]", files=path, records="line").fingerprint]
+  write("a.txt", "one\ntwe\n")
+  others.append(open_("text", files=path, records="line").fingerprint)
+  assert len({first, *others}) == 4
+
+
+def test_a_mixture_holds_its_parts(write):
+  sources = {
+    "one": {"weight": 3, "name": "text", "files": write("a", "1\n2"), "records": "line"},
+    "two": {"weight": 1, "name": "text", "files": write("b", "3\n4\n5"), "records": "line", "split": "[1:]"},
+  }
+  source = open_("mixture", sources=sources)
+  assert [r["text"] for r in source] == ["1", "2", "4", "5"]
+  assert source.weights == (3, 1) and [len(p) for p in source.parts] == [2, 2]
+  assert join(source.parts, (1, 1)).fingerprint != source.fingerprint
+  nested = open_("mixture", sources={"all": {"weight": 8, "name": "mixture", "sources": sources}})
+  assert nested.weights == (6, 2)
+  with pytest.raises(ConfigError, match=r"sources\.one\.weight=None must be a positive number"):
+    open_("mixture", sources={"one": {"name": "text", "files": "a"}})
+  with pytest.raises(ConfigError, match=r"sources\.one\.name='txt'.*did you mean `text`"):
+    open_("mixture", sources={"one": {"weight": 1, "name": "txt"}})
+
+
+@pytest.mark.parametrize(
+  ("content", "offset"),
+  [(b"abc\xff", 3), (b"\x80", 0), ("日本".encode()[:-1], 3), (b"x" * (1 << 24) + b"\xe9 ", 1 << 24)],
+)
+def test_text_that_is_not_utf8_is_told_with_its_place(write, content, offset):
+  with pytest.raises(ConfigError, match=rf"bad\.txt: byte {offset} is not UTF-8"):
+    open_("text", files=write("bad.txt", content))
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ({"files": "nothing*.txt"}, r"files='nothing\*\.txt': there is no such file"),
+    ({"files": "."}, r"is a folder; say '\./\*\*/\*'"),
+    ({"files": ()}, "files is empty"),
+    ({"files": "EMPTY"}, "the file is empty"),
+    ({"files": "BLANK", "records": "line"}, "only blank lines"),
+    ({"files": "FULL", "records": "lines"}, "did you mean `line`"),
+    ({"files": "FULL", "records": "chunk", "chunk": 8, "overlap": 8}, "chunk=8 must be .* larger than"),
+    ({"files": "FULL", "split": "validation"}, "no named splits"),
+    ({"files": "FULL", "split": "[:10%"}, "is not understood"),
+    ({"files": "FULL", "split": "[:10%]"}, "selects nothing of 1"),
+  ],
+)
+def test_mistakes_are_told_in_one_line(write, spec, message):
+  paths = {"EMPTY": write("e", ""), "BLANK": write("w", " \n\n"), "FULL": write("f", "some text")}
+  spec = {"split": "train", **spec, "files": paths.get(spec["files"], spec["files"])}
+  with pytest.raises(ConfigError, match=message) as caught:
+    open_("text", spec.pop("split"), **spec)
+  assert "\n" not in str(caught.value)
+
+
+def test_tfds_folders(home):
+  import tensorflow_datasets as tfds
+
+  with tfds.core.registered.skip_registration():
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version("1.0.0")
+      url_infos = None
+
+      def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"line": tfds.features.Text()}))
+
+      def _split_generators(self, dl_manager):
+        return {"train": ((i, {"line": f"é{i}"}) for i in range(20)), "test": iter([(0, {"line": "t"})])}
+
+      def _generate_examples(self):
+        raise NotImplementedError
+
+  builder = Tiny(data_dir=str(home), file_format="array_record")
+  builder.download_and_prepare()
+  folder = builder.data_path
+  found = texts("tfds", "train[:10]", folder=str(folder), text="line")
+  assert len(set(found)) == 10 and set(found) < {f"é{i}" for i in range(20)}
+  with pytest.raises(ConfigError, match=r"'text' is no field of tiny/1\.0\.0; "):
+    open_("tfds", folder=str(folder))
+  with pytest.raises(ConfigError, match=r"tiny/1\.0\.0 has train, test"):
+    open_("tfds", "validation", folder=str(folder), text="line")
+  info = folder / "dataset_info.json"
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(ConfigError, match="is not stored as ArrayRecord"):
+    open_("tfds", folder=str(folder), text="line")
+
+
+def test_mistakes_with_tfds(home):
+  with pytest.raises(ConfigError, match="did you mean `lm1b`"):
+    open_("tfds", dataset="lm1bb", data_dir=str(home))
+  with pytest.raises(ConfigError, match="holds no prepared TFDS dataset"):
+    open_("tfds", folder=str(home))
+  with pytest.raises(ConfigError, match="needs either"):
+    open_("tfds")
+
+
+def test_a_cache_entry_is_whole_or_absent(home):
+  def fail(path):
+    path.write_text("half")
+    raise OSError("disk full")
+
+  target = home / "folder" / "entry"
+  with pytest.raises(OSError, match="disk full"):
+    cached(target, fail)
+  assert not target.exists() and not list(target.parent.iterdir())
+  assert cached(target, lambda p: p.write_text("whole")).read_text() == "whole"
+  assert cached(target, fail).read_text() == "whole"

@@ -1,0 +1,236 @@
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+
+from llmjax.config import ConfigError
+from llmjax.data import tokenizer as tokenizers
+from llmjax.data.source import SOURCES, Source, build
+
+TEXTS = [
+  "def f(x):\n    if x:\n        return None\n\treturn x\r\n" * 20,
+  "The quick brown fox jumps over the lazy dog; naïve café 日本語.\n" * 20,
+]
+SOURCE = Source(len(TEXTS), lambda i: {"text": TEXTS[i]}, "texts")
+KINDS = {
+  "bpe": {"name": "sentencepiece", "vocab_size": 400, "path": None},
+  "unigram": {"name": "sentencepiece", "vocab_size": 330, "model_type": "unigram"},
+  "bytes": {"name": "bytes"},
+  "bare bytes": {"name": "bytes", "special": False},
+  "byte-level": {"name": "hf", "path": "HF"},
+}
+
+
+def byte_level(folder):
+  """A tokenizer.json in the manner of GPT-2's, with the files that come with it."""
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+  model = Tokenizer(models.BPE())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.decoder = decoders.ByteLevel()
+  model.post_processor = processors.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=330, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+  )
+  model.train_from_iterator(TEXTS, trainer)
+  folder.mkdir()
+  model.save(str(folder / "tokenizer.json"))
+  config = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>"}}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return str(folder)
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def tokenizer(request, tmp_path_factory):
+  spec, folder = dict(KINDS[request.param]), tmp_path_factory.mktemp("tokenizers")
+  if spec.get("path") == "HF":
+    spec["path"] = byte_level(folder / "hf")
+  return tokenizers.make(spec, SOURCE, folder)
+
+
+def strange_texts(count=300):
+  """Texts of all of Unicode, weighted towards what breaks tokenizers."""
+  rng = random.Random(0)
+  awkward = [
+    *" \t\n\r\0\u2581\u2585\ufffd\ufeff\u2028",
+    "  ",
+    "\r\n",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x41>",
+    "🙂",
+    "e\u0301",
+  ]
+  awkward += [" ⁇ ", "<|endoftext|>", "\U0010ffff", "日本"]
+  draw = [
+    lambda: rng.choice(awkward),
+    lambda: chr(rng.randrange(32, 127)),
+    lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
+  ]
+  return ["", *awkward, *("".join(rng.choice(draw)() for _ in range(rng.randrange(30))) for _ in range(count))]
+
+
+def streamed(tokenizer, ids):
+  stream = tokenizer.stream()
+  return [*(stream.push(int(i)) for i in ids), stream.finish()]
+
+
+def test_any_text_comes_back_and_bytes_are_counted_exactly(tokenizer):
+  lengths = tokenizer.byte_lengths()
+  assert lengths.shape == (tokenizer.vocab_size,) and lengths.dtype == np.int32
+  for text in strange_texts():
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert lengths[ids].sum() == len(text.encode())
+
+
+def test_a_stream_gives_what_decoding_gives_and_never_half_a_character(tokenizer):
+  for text in strange_texts(100):
+    pieces = streamed(tokenizer, tokenizer.document(text))
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+  rng = np.random.default_rng(0)
+  for _ in range(100):  # what an untrained model writes: broken UTF-8, special tokens, ids beyond the vocabulary
+    ids = rng.integers(0, tokenizer.vocab_size + 9, 20)
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_documents_begin_and_end_and_prompts_only_begin(tokenizer):
+  ids = tokenizer.encode("a b").tolist()
+  bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
+  assert tokenizer.document("a b").tolist() == bos + ids + eos
+  assert tokenizer.prompt("a b").tolist() == (bos if tokenizer.prompt_bos else []) + ids
+  assert tokenizer.document("").dtype == np.int32
+  assert all(tokenizer.byte_lengths()[bos + eos] == 0)
+
+
+def test_padding_on_either_side(tokenizer):
+  texts = ["a", "a longer text", ""]
+  for side in ("left", "right"):
+    ids, mask = tokenizer.pad(texts, side=side)
+    assert ids.shape == mask.shape and (ids[mask == 0] == tokenizer.pad_id).all()
+    for row, real, text in zip(ids, mask, texts):
+      assert row[real == 1].tolist() == tokenizer.prompt(text).tolist()
+      assert (np.diff(real) >= 0).all() if side == "left" else (np.diff(real) <= 0).all()
+
+
+def test_files_rebuild_it(tokenizer):
+  spec = json.loads(json.dumps(tokenizer.spec()))
+  again = tokenizers.from_files(spec, tokenizer.to_files())
+  for text in strange_texts(50):
+    assert again.document(text).tolist() == tokenizer.document(text).tolist()
+  assert again.to_files() == tokenizer.to_files() and again.byte_lengths().tolist() == tokenizer.byte_lengths().tolist()
+
+
+def test_training_is_deterministic_cached_and_quiet(tmp_path, capfd):
+  one = tokenizers.make(KINDS["bpe"], SOURCE, tmp_path / "1")
+  same = tokenizers.make(KINDS["bpe"], SOURCE, tmp_path / "2")
+  assert one.to_files() == same.to_files()
+  unread = Source(2, lambda i: pytest.fail("the cache was not used"), "texts")
+  assert tokenizers.make(KINDS["bpe"], unread, tmp_path / "1").to_files() == one.to_files()
+  assert tokenizers.make({**KINDS["bpe"], "vocab_size": 390}, SOURCE, tmp_path / "1").vocab_size == 390
+  assert capfd.readouterr() == ("", "")
+
+
+def test_indentation_and_line_ends_become_pieces(tmp_path):
+  made = tokenizers.make(KINDS["bpe"], SOURCE, tmp_path)
+  assert b"    " in made.pieces and any(b"\n" in p and len(p) > 1 for p in made.pieces)
+  assert len(made.encode(TEXTS[0])) < len(TEXTS[0]) / 3
+
+
+def test_a_sample_is_spread_over_the_source():
+  texts = [f"{i:04d}" * 25 for i in range(1000)]
+  found = list(tokenizers.sample(Source(1000, lambda i: {"text": texts[i]}, "many"), max_bytes=10_000))
+  assert len(found) == 100 and found[0] == texts[0] and found[-1] == texts[-1]
+  assert list(tokenizers.sample(SOURCE)) == TEXTS
+
+
+def test_characters(tmp_path):
+  made = tokenizers.make({"name": "characters"}, SOURCE, tmp_path)
+  alphabet = sorted(set("".join(TEXTS)))
+  assert made.vocab_size == len(alphabet) and (made.bos_id, made.eos_id) == (None, None)
+  assert made.encode("é日a").tolist() == [alphabet.index(c) for c in "é日a"]
+  assert made.decode(made.encode(TEXTS[1])) == "".join(streamed(made, made.encode(TEXTS[1]))) == TEXTS[1]
+  assert made.byte_lengths()[made.encode(TEXTS[1])].sum() == len(TEXTS[1].encode())
+  with pytest.raises(ConfigError, match=r"'Ж' \(U\+0416, 2 times.*unknown=True"):
+    made.encode("aЖaЖ")
+  known = tokenizers.make({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
+  assert known.decode(known.document("aЖb")) == "ab" and known.vocab_size == len(alphabet) + 3
+  assert tokenizers.from_files(known.spec(), known.to_files()).document("aЖ").tolist() == known.document("aЖ").tolist()
+
+
+def test_the_alphabet_is_that_of_the_whole_text_not_of_the_training_slice(home):
+  (home / "a.txt").write_text("aaaaaaaaab")
+  spec = {"name": "text", "files": str(home / "a.txt"), "records": "chunk", "chunk": 4}
+  train = build(spec, SOURCES, "data.corpus", split="[:90%]")
+  assert tokenizers.make({"name": "characters"}, train).decode([0, 1]) == "ab"
+
+
+def test_a_tokenizer_for_words(tmp_path):
+  """WordPiece drops capitals and joins words by rules: text is decoded by the library, in windows."""
+  from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "un", "##happy", "fox", ",", "##s"]
+  model = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+  model.add_special_tokens(words[:4])
+  model.normalizer, model.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+  model.decoder = decoders.WordPiece()
+  model.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+  model.save(str(tmp_path / "tokenizer.json"))
+  made = tokenizers.make({"name": "hf", "path": str(tmp_path / "tokenizer.json")})
+  assert (made.bos_id, made.eos_id, made.pad_id, made.prompt_bos) == (2, 3, 0, True)
+  assert made.document("The unhappy foxs").tolist() == [2, 4, 5, 6, 7, 9, 3]
+  assert made.decode(made.document("The unhappy foxs")) == "the unhappy foxs"
+  for ids in itertools.product(range(len(words)), repeat=4):
+    assert "".join(streamed(made, ids)) == made.decode(ids)
+  assert made.byte_lengths().tolist() == [0, 0, 0, 0, 3, 2, 5, 3, 1, 1]
+
+
+def test_a_sentencepiece_model_made_for_words(tmp_path):
+  """One that puts a space before the first word, as T5's and Llama's do."""
+  import io
+
+  import sentencepiece as spm
+
+  out = io.BytesIO()
+  spm.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS[1].splitlines()), model_writer=out, vocab_size=320, model_type="bpe",
+    byte_fallback=True, minloglevel=2, hard_vocab_limit=False, pad_id=3,
+  )  # fmt: skip
+  (tmp_path / "words.model").write_bytes(out.getvalue())
+  made = tokenizers.make({"name": "sentencepiece", "path": str(tmp_path / "words.model")})
+  text = "The quick 🙂 café  fox"
+  assert made.decode(made.document(text)) == "".join(streamed(made, made.document(text))) == "The quick 🙂 café fox"
+  assert made.pad_id == 3
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ({"name": "sentencepeice"}, "did you mean `sentencepiece`"),
+    ({"name": "sentencepiece", "vocab": 3}, r"tokenizer\.vocab: .*`vocab_size`"),
+    ({"name": "sentencepiece", "vocab_size": 100}, "vocab_size=100: .*smaller than required_chars"),
+    ({"name": "sentencepiece", "model_type": "word"}, "must be 'bpe' or 'unigram'"),
+    ({"name": "sentencepiece", "path": "none.model"}, "path='none.model' cannot be read: No such file"),
+    ({"name": "sentencepiece", "path": __file__}, "no SentencePiece model"),
+    ({"name": "hf", "path": "nowhere"}, "path='nowhere': there is no"),
+    ({"name": "hf", "path": __file__}, "no tokenizer.json"),
+  ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, capfd, spec, message):
+  with pytest.raises(ConfigError, match=message) as caught:
+    tokenizers.make(spec, SOURCE, tmp_path)
+  assert "\n" not in str(caught.value)
+
+
+def test_learning_needs_text():
+  with pytest.raises(ConfigError, match="learns from the training text"):
+    tokenizers.make({"name": "sentencepiece"})
+  with pytest.raises(ConfigError, match="the text is empty"):
+    tokenizers.train_sentencepiece([], 300)
+  with pytest.raises(ConfigError, match="--trust"):
+    tokenizers.from_files({"name": "os:system"}, {})
