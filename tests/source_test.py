@@ -35,7 +35,7 @@ def test_slices_partition_whatever_the_size():
         try:
           sizes.append(select(split, size))
         except ConfigError as error:
-          assert "selects nothing" in str(error)
+          assert "selects none" in str(error)
       assert sizes[0][0] == 0 and sizes[-1][1] == size and all(a[1] == b[0] for a, b in itertools.pairwise(sizes))
   assert select("[:90%]", 1_115_394) == (0, int(0.9 * 1_115_394))
   assert select("train[100:200]", 150) == (100, 150) and select("[-10%:]", 50) == (45, 50)
@@ -214,7 +214,7 @@ def test_text_that_is_not_utf8_is_told_with_its_place(write, content, offset):
     ({"files": "FULL", "records": "chunk", "chunk": 8, "overlap": 8}, "chunk=8 must be .* larger than"),
     ({"files": "FULL", "split": "validation"}, "no named splits"),
     ({"files": "FULL", "split": "[:10%"}, "is not understood"),
-    ({"files": "FULL", "split": "[:10%]"}, "selects nothing of 1"),
+    ({"files": "FULL", "split": "[:10%]"}, "selects none of 1 records"),
   ],
 )
 def test_mistakes_are_told_in_one_line(write, spec, message):

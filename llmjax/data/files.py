@@ -214,7 +214,7 @@ def _chunk_source(
   joined: Joined, chunk: int, overlap: int, settings: Any, split: str, *, whole: Source | None
 ) -> Source:
   """Records of a fixed number of bytes, found by arithmetic."""
-  low, high = (joined.boundary(position, -1) for position in select(split, joined.size))
+  low, high = (joined.boundary(position, -1) for position in select(split, joined.size, "bytes"))
   if low >= high:
     raise ConfigError(f"split {split!r} selects less than a character of {joined.paths[0]}; choose a wider slice")
   stride = chunk - overlap

@@ -105,8 +105,8 @@ def parse_split(split: str) -> tuple[str, str, str]:
   return match[1], match[2] or "", match[3] or ""
 
 
-def select(split: str, size: int) -> tuple[int, int]:
-  """The slice of `split` over `size` items as [start, stop); percents round down, so that slices partition."""
+def select(split: str, size: int, unit: str = "records") -> tuple[int, int]:
+  """The slice of `split` over `size` units as [start, stop); percents round down, so that slices partition."""
 
   def position(bound: str, default: int) -> int:
     if not bound:
@@ -117,7 +117,7 @@ def select(split: str, size: int) -> tuple[int, int]:
   _, low, high = parse_split(split)
   start, stop = position(low, 0), position(high, size)
   if start >= stop:
-    raise ConfigError(f"split {split!r} selects nothing of {size}; choose a wider slice or give more data")
+    raise ConfigError(f"split {split!r} selects none of {size} {unit}; choose a wider slice or give more data")
   return start, stop
 
 
