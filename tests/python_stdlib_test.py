@@ -8,7 +8,8 @@ import pytest
 
 from llmjax.config import ConfigError
 from llmjax.data import python_stdlib as stdlib
-from llmjax.data.source import cache_dir, python_stdlib
+from llmjax.data.source import cache_dir
+from llmjax.data.tfds_source import python_stdlib
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_importing_it_twice_is_no_error():
 
 
 def test_two_processes_may_prepare_it_at_once(home):
-  code = "from llmjax.data.source import python_stdlib; print(len(python_stdlib('train')))"
+  code = "from llmjax.data.tfds_source import python_stdlib; print(len(python_stdlib('train')))"
   runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=2, text=True) for _ in range(2)]
   sizes = {run.communicate()[0] for run in runs}
   assert len(sizes) == 1 and int(sizes.pop()) > 100
