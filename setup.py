@@ -24,6 +24,7 @@ setup(
     "etils[epath]>=1.10",
     "flax>=0.12.0",
     "grain>=0.2.12",
+    "importlib_resources>=6",  # tensorflow-datasets uses it and does not ask for it
     "jax>=0.10.0",
     "jaxtyping>=0.3.0",
     "matplotlib>=3.9",

@@ -37,7 +37,7 @@ MODERN = {
   "attention_out_bias": False,
   "mlp_bias": False,
   "qk_norm": True,
-  "init_stddev": optional(None, float),
+  "init_stddev": None,
   "residual_init": "zeros",
 }
 

@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     raise ConfigError(f"config argument size={name!r} is unknown; {nearest(name, SIZES)}")
   size = SIZES[name]
   config = base.get_config()
-  config.model.update({k: optional(v, int) if v is None else v for k, v in size["model"].items()})
+  config.model.update(size["model"])
   config.seq_len = size["seq_len"]
   config.batch_size = size["batch_tokens"] // size["seq_len"]
   config.total_steps = 1500 if name == "nano" else 100_000

@@ -219,15 +219,16 @@ def continuation(pretrained: Any, prompt: str, arguments: argparse.Namespace) ->
     if tokenizer.eos_id is not None and token[0] == tokenizer.eos_id:
       break
     yield text.push(int(token[0]))
+  yield text.finish()
 
 
 def run_tokenizer(arguments: argparse.Namespace, rest: list[str]) -> None:
   from llmjax.config import build
   from llmjax.data.source import SOURCES
-  from llmjax.data.tokenizer import train_sentencepiece
+  from llmjax.data.tokenizer import sample, train_sentencepiece
 
   source = build({"name": "text", "files": tuple(arguments.input)}, SOURCES, "--input", split="train")
-  model = train_sentencepiece((source[i]["text"] for i in range(len(source))), arguments.vocab_size)
+  model = train_sentencepiece(sample(source), arguments.vocab_size)
   Path(arguments.output).write_bytes(model)
   print(f"wrote {arguments.output}: use it with --config.data.tokenizer.path={arguments.output}")
 

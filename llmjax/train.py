@@ -26,10 +26,11 @@ from llmjax.program import Program, make_program, open_source
 from llmjax.step import TrainState
 
 # What a checkpoint cannot be continued with once it is changed.
-FIXED = (
+FIXED = (  # (but see FREE)
   *("model", "objective", "seed", "batch_size", "seq_len", "optim.name", "optim.ema_decay"),
   *("data.corpus", "data.train", "data.tokenizer", "data.pack"),
 )
+FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout")  # may change all the same
 
 
 class Diverged(RuntimeError):
@@ -262,7 +263,7 @@ def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
   """The checkpoint's tokenizer, when the config still asks for it: the same ids even where caches are gone."""
   if earlier is None or differences(earlier["config"]["data"]["tokenizer"], config["data"]["tokenizer"]):
     return None
-  return tokenizers.from_files(earlier["tokenizer"]["spec"], tokenizer_files(earlier))
+  return tokenizers.from_files(earlier["tokenizer"]["spec"], tokenizer_files(earlier), trust=True)
 
 
 def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path) -> dict[str, tuple[Any, Any]]:
@@ -270,7 +271,7 @@ def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path)
   changed = differences(earlier["config"], manifest["config"])
   way_out = "change it back, use another --workdir, or --fresh to move the old run aside"
   for key, (old, new) in changed.items():
-    if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+    if key not in FREE and any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
       raise ConfigError(f"{workdir} holds a run with {key}={old!r}, now {new!r}; {way_out}")
   if earlier["data_fingerprint"] != manifest["data_fingerprint"]:
     raise ConfigError(f"{workdir} holds a run on other data: the content of data.corpus has changed; {way_out}")

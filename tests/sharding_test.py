@@ -35,7 +35,7 @@ def test_a_mesh_that_cannot_be_is_refused_in_one_line(sizes, words):
 
 def test_an_unknown_logical_name_is_an_error_with_a_mesh_and_without():
   x = jnp.ones((8, 4))
-  with pytest.raises(ValueError, match="act_btch.*act_batch"):
+  with pytest.raises(ValueError, match=r"act_btch.*act_batch"):
     sharding.constrain(x, "act_btch", None)
   with sharding.use(sharding.make_mesh({"data": -1})), pytest.raises(ValueError, match="act_btch"):
     sharding.constrain(x, "act_btch", None)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def label_logits(logits: Float[Array, "B L V"], labels: Int[Array, "B L"]) -> Float[Array, "B L"]:
-  """logits[b, l, labels[b, l]], as a masked sum: a gather over a sharded V would gather V, and its gradient scatters."""
+  """logits[b, l, labels[b, l]], as a masked sum: gathering along a sharded V would move it all."""
   chosen = jnp.arange(logits.shape[-1])[None, None] == labels[..., None]
   return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
 
