@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _LAZY = {
   "load": "llmjax.pretrained",
   "run": "llmjax.train",
-  "generate": "llmjax.generate",
+  "generate": "llmjax.generation",
 }
 _MODULES = ("types",)
 

@@ -178,7 +178,7 @@ def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax()
-  from llmjax.generate import until
+  from llmjax.generation import until
   from llmjax.pretrained import load
 
   pretrained = load(arguments.model, trust=arguments.trust)
@@ -194,7 +194,7 @@ def continuation(pretrained: Any, prompt: str, arguments: argparse.Namespace) ->
   """The text of each new token; a prompt too long for the context loses its beginning, with a word about it."""
   import numpy as np
 
-  from llmjax.generate import stream
+  from llmjax.generation import stream
 
   model, params, tokenizer = pretrained
   room = model.cfg.max_len - arguments.max_new_tokens

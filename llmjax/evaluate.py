@@ -92,7 +92,7 @@ def sample(
   program: Program, prompt: str, max_new_tokens: int, temperature: float, top_p: float | None = None
 ) -> Evaluator:
   """The same prompt continued, as text."""
-  from llmjax.generate import generate
+  from llmjax.generation import generate
 
   ids = np.asarray(program.tokenizer.prompt(prompt))[None]
 

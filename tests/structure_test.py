@@ -21,7 +21,7 @@ STOREYS = [
   "checkpoint interop optim metrics finetune objectives",
   "plots pretrained step",
   "program",
-  "generate",
+  "generation",
   "evaluate predict",
   "train",
   "sweep verify plan report preview",

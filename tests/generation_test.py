@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from llmjax.config import ConfigError
-from llmjax.generate import draw, filter_logits, generate, make_sampling, stream, until
+from llmjax.generation import draw, filter_logits, generate, make_sampling, stream, until
 from llmjax.models.transformer import Transformer, TransformerConfig
 from llmjax.types import Batch
 
