@@ -148,6 +148,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           meter.pause()
         if stopping or done == total or (save_every and done % save_every == 0):
           meter.flush()
+          meter.check(done)
           save(done)
           meter.pause()
         if stopping:
@@ -192,8 +193,7 @@ class Meter:
     for metrics in fetched[1:]:
       total = metriclib.add(total, metrics)
     means = metriclib.means(total)
-    if not math.isfinite(means["loss"]) if "loss" in means else False:
-      raise Diverged(f"loss is {means['loss']} at step {step:,}; the last checkpoint is kept (try a lower optim.lr)")
+    check_finite(step, means)
     new = {f"train/{k}": v for k, v in means.items()}
     new["train/learning_rate"] = self.program.learning_rate(step - 1)
     speed = None
@@ -209,10 +209,22 @@ class Meter:
     if self.progress:
       self.progress.update(step, means["loss"], speed)
 
+  def check(self, step: int) -> None:
+    """Before a save: a diverged state must not take the place of a sound checkpoint."""
+    if self.pending:
+      check_finite(step, metriclib.means(jax.device_get(self.pending[-1])))
+
   def pause(self) -> None:
     """After an evaluation or a save: their time is not training time."""
     if self.clock is not None:
       self.clock = time.perf_counter()
+
+
+def check_finite(step: int, means: dict[str, float]) -> None:
+  """Raises Diverged if a loss is NaN or infinite."""
+  for name in ("loss", "objective", "param_norm"):
+    if name in means and not math.isfinite(means[name]):
+      raise Diverged(f"{name} is {means[name]} at step {step:,}; the last checkpoint is kept (try a lower optim.lr)")
 
 
 def make_evals(program: Program) -> dict[str, tuple[Any, Any]]:
