@@ -91,7 +91,7 @@ def language_model_evals(config: ConfigDict, prompt: str) -> None:
   config.evals.heldout = ConfigDict(
     {
       "name": "loss",
-      "every": optional("10%"),
+      "every": optional("20%"),
       "at": (),
       "split": optional(None, str),
       "batch_size": optional(None, int),

@@ -17,9 +17,9 @@ def tfds(dataset: str, held_out: str, text: str = "text") -> dict[str, Any]:
   return {"corpus": {"name": "tfds", "dataset": dataset, "text": text}, "train": "train", "eval": held_out}
 
 
-def text(files: str | tuple[str, ...]) -> dict[str, Any]:
-  """One's own UTF-8 text, files or globs; the last tenth is held out. A single file shuffles in pieces of 8 KiB."""
-  corpus = {"name": "text", "files": files, "records": "document", "max_bytes": 8192}
+def text(files: str, column: str = "text") -> dict[str, Any]:
+  """One's own files, text or records by their name; the last tenth is held out. Pieces of 8 KiB let one file shuffle."""
+  corpus = {"name": "files", "files": files, "column": column, "max_bytes": 8192}
   return {"corpus": corpus, "train": "[:90%]", "eval": "[90%:]"}
 
 
@@ -34,10 +34,10 @@ CORPORA = {
 }
 
 
-def choose(config: ConfigDict, name: str, files: str | None = None) -> None:
-  """Sets config.data's corpus, train and eval from an entry, or from one's own text `files`."""
+def choose(config: ConfigDict, name: str, files: str | None = None, column: str = "text") -> None:
+  """Sets config.data's corpus, train and eval from an entry, or from one's own `files`."""
   if files is None and name not in CORPORA:
     raise ConfigError(f"config argument corpus={name!r} is unknown; {nearest(name, CORPORA)}")
-  entry = CORPORA[name] if files is None else text(files)
+  entry = CORPORA[name] if files is None else text(files, column)
   config.data.corpus = ConfigDict(entry["corpus"])
   config.data.train, config.data.eval = entry["train"], entry["eval"]

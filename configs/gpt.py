@@ -4,7 +4,8 @@ The argument chooses, separated by commas:
   size=NAME      a shape of configs/sizes.py: nano (default), gpt2_124m ... gpt2_1.5b, gpt3_125m ... gpt3_175b,
                  llama2_7b ... llama2_70b, llama3_1b ... llama3_405b
   corpus=NAME    an entry of configs/corpora.py: python_stdlib (default, no download), lm1b, wiki40b, c4, ...
-  text=FILES     your own text instead (a file or a glob); the last tenth is held out
+  text=FILES     your own text instead: a file or glob of text, JSONL, Parquet, CSV or TSV; the last tenth is held out
+  column=NAME    which field of a record is the text (text)
   optim=NAME     adamw, adafactor, lion, muon or sgd
   debug          the smallest shape and two steps, to see that everything works
 """
@@ -26,7 +27,7 @@ OPTIMIZERS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  arg = parse_arg(arg, size="nano", corpus="python_stdlib", text=None, optim=None, debug=False)
+  arg = parse_arg(arg, size="nano", corpus="python_stdlib", text=None, column="text", optim=None, debug=False)
   name = "debug" if arg.debug else arg.size
   if name not in SIZES:
     raise ConfigError(f"config argument size={name!r} is unknown; {nearest(name, SIZES)}")
@@ -35,9 +36,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.update(size["model"])
   config.seq_len = size["seq_len"]
   config.batch_size = size["batch_tokens"] // size["seq_len"]
-  config.total_steps = 1500 if name == "nano" else 100_000
+  config.total_steps = 600 if name == "nano" else 100_000
 
-  corpora.choose(config, arg.corpus, arg.text)
+  corpora.choose(config, arg.corpus, arg.text, arg.column)
   config.data.tokenizer = ConfigDict({"name": "sentencepiece", "vocab_size": 4096, "path": optional(None, str)})
 
   optim = arg.optim or size.get("optim", "adamw")
@@ -45,6 +46,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     raise ConfigError(f"config argument optim={optim!r} is unknown; {nearest(optim, OPTIMIZERS)}")
   config.optim.update(OPTIMIZERS[optim], name=optim, lr=size["lr"])
   base.language_model_evals(config, prompt="def read_lines(path):\n")
+  if arg.text or arg.corpus == "python_stdlib":  # compressors read all of the text
+    config.evals.yardsticks = ConfigDict({"name": "yardsticks", "every": optional(None), "at": ()})
   if name == "debug":
     config.total_steps = 2
     config.data.tokenizer.vocab_size = 512

@@ -67,12 +67,12 @@ def parser() -> argparse.ArgumentParser:
     "held-out loss and metrics of a run or a model",
     run_evaluate,
     "  llmjax evaluate --config=gpt:size=nano --workdir=runs/gpt-size=nano     the run's own evaluations\n"
-    "  llmjax evaluate --model=runs/gpt-size=nano --data=my.txt                any text, JSONL or Parquet file\n\n"
+    "  llmjax evaluate --model=runs/gpt-size=nano --data=my.txt                any text, JSONL, Parquet or CSV file\n\n"
     + config_notes,
   )
   evaluate.add_argument("--workdir", help="a run of --config")
   evaluate.add_argument("--model", help="a workdir or one of its checkpoints")
-  evaluate.add_argument("--data", help="a file or glob: .jsonl and .parquet by their `text` field, others as text")
+  evaluate.add_argument("--data", help="a file or glob; of .jsonl, .parquet, .csv and .tsv the field `text`")
   evaluate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   generate = add("generate", "continue a prompt", run_generate, "Without --prompt, it is read from standard input.\n")

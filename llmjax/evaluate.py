@@ -1,14 +1,13 @@
 """Evaluators: what is measured beside the training loss.
 
 An evaluator is built from an entry of `config.evals` and called with parameters (the average, where one is kept): it
-returns {name: number}, or text to show ({name: str}). A new one is a function and a config
+returns {name: number} (recorded as eval/ENTRY/name, or as it is where it holds a slash), or text to show ({name: str}). A new one is a function and a config
 entry (`name` may be "module:function").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -130,7 +129,8 @@ def yardsticks(program: Program, split: str | None = None) -> Evaluator:
 
   def evaluate(params: Any) -> dict[str, float]:
     if not measured:
-      measured.update(measure(texts(data["train"]), texts(split or data["eval"])))
+      found = measure(texts(data["train"]), texts(split or data["eval"]))
+      measured.update({f"yardstick/{name}": value for name, value in found.items()})
     return measured
 
   return evaluate
@@ -154,8 +154,7 @@ def evaluate_checkpoint(
       if not trust:
         resolve(config["model"]["name"], MODELS, "model", trust=False)
         resolve(config["objective"]["name"], OBJECTIVES, "objective", trust=False)
-      kind = {".jsonl": "jsonl", ".parquet": "parquet"}
-      config["data"] |= {"corpus": {"name": kind.get(Path(str(data)).suffix, "text"), "files": data}, "eval": "all"}
+      config["data"] |= {"corpus": {"name": "files", "files": data}, "train": "all", "eval": "all"}
       config["evals"] = {"data": {"name": "loss", "every": None, "at": ()}}
       config["mesh"] = {"data": -1}
     program = make_program(config, tokenizer=tokenizer)

@@ -116,7 +116,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           if progress:
             progress.say(f"[{name} at step {step:,}]\n{value}\n")
         else:
-          results[f"eval/{name}/{what}"] = float(value)
+          results[what if "/" in what else f"eval/{name}/{what}"] = float(value)
     new = {k: v for k, v in results.items() if k not in written or written[k] != v}
     if new:
       written.update(new)

@@ -70,14 +70,6 @@ def test_base_lists_every_choice_of_the_model_with_its_default():
 
 # `build` refuses what these do not know.
 BUILT = ("model", "objective", "optim", "schedule", "data.corpus", "data.tokenizer", "evals")
-  "model",
-  "objective",
-  "optim",
-  "schedule",
-  "data.corpus",
-  "data.tokenizer",
-  "evals",
-)  # build refuses their rest
 
 
 def unread(config):

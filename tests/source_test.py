@@ -124,6 +124,22 @@ def test_a_bad_line_is_named(write, line, message):
     open_("jsonl", files=path)[1]
 
 
+def test_csv_and_files_of_any_kind_by_their_name(write, home):
+  rows = "".join(f'{i},"line {i}\nand ""more""",x\n' for i in range(10))
+  path = write("a.csv", "number,review,other\n" + rows)
+  source = open_("csv", "[:90%]", files=path, text="review", columns=("number",))
+  assert len(source) == 9 and source[3]["text"] == 'line 3\nand "more"' and source[3]["number"] == "3"
+  with pytest.raises(ConfigError, match=r"a\.csv: no column 'text' .*review"):
+    open_("csv", files=path)
+  tsv = write("b.tsv", "text\tother\nhello, world\t1\n")
+  lines = write("c.jsonl", '{"body": "one"}\n{"body": "two"}\n')
+  plain = write("d.txt", "plain")
+  texts = [
+    open_("files", "all", files=f, column=c)[0]["text"] for f, c in ((tsv, "text"), (lines, "body"), (plain, ""))
+  ]
+  assert texts == ["hello, world", "one", "plain"]
+
+
 def test_parquet(write, home):
   import pyarrow
   from pyarrow import parquet

@@ -1,9 +1,10 @@
-"""Sources over files of records: Parquet and ArrayRecord."""
+"""Sources over files of records: Parquet, CSV and ArrayRecord."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,67 @@ from llmjax.config import ConfigError, nearest
 from llmjax.data.files import Files, expand, file_digest
 from llmjax.data.source import Source, cache_dir, cached, digest, select
 
+Tables = Callable[[Path, tuple[str, ...]], Iterator[Any]]  # Arrow tables of a file, with at least the wanted columns
+
 
 def parquet(split: str, files: Files, text: str = "text", columns: tuple[str, ...] = ()) -> Source:
-  """Rows of Parquet files: the column `text` and further `columns`.
+  """Rows of Parquet files: the column `text` and further `columns`."""
 
-  Parquet has no random access, so the columns are written uncompressed to the cache once, and mapped from there.
+  def tables(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
+    with _open_parquet(path, wanted) as file:
+      for group in range(file.num_row_groups):
+        yield file.read_row_group(group, columns=list(wanted))
+
+  return _columns("parquet", split, files, (text, *columns), tables)
+
+
+def csv(split: str, files: Files, text: str = "text", columns: tuple[str, ...] = ()) -> Source:
+  """Rows of CSV files with a header (TSV where the name ends so): the column `text` and further `columns`.
+
+  Quoted fields may hold newlines; every column is read as text.
+  """
+  import pyarrow
+  from pyarrow import csv as arrow
+
+  def tables(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
+    parse = arrow.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
+    convert = arrow.ConvertOptions(column_types=dict.fromkeys(wanted, pyarrow.string()))
+    try:
+      table = arrow.read_csv(path, parse_options=parse, convert_options=convert)
+    except pyarrow.ArrowException as error:
+      raise ConfigError(f"{path}: cannot be read as CSV: {str(error).splitlines()[0]}") from error
+    _check_columns(path, table.schema, wanted)
+    yield table
+
+  return _columns("csv", split, files, (text, *columns), tables)
+
+
+def _columns(kind: str, split: str, files: Files, names: tuple[str, ...], tables: Tables) -> Source:
+  """Rows of the columns `names`, the first of which is the text.
+
+  These formats have no random access, so the columns are written uncompressed to the cache once, and mapped from there.
   """
   import pyarrow
 
   paths = expand(files, split)
-  wanted = tuple(dict.fromkeys((text, *columns)))
+  wanted = tuple(dict.fromkeys(names))
+  text = wanted[0]
 
   def convert(target: Path) -> None:
     with contextlib.ExitStack() as stack:
       writer = None
       for path in paths:
-        file = stack.enter_context(_open_parquet(path, wanted))
-        for group in range(file.num_row_groups):
-          table = file.read_row_group(group, columns=list(wanted)).select(wanted)
+        for table in tables(path, wanted):
+          table = table.select(wanted)
           table = table.set_column(0, text, table.column(text).cast(pyarrow.large_string()))
           writer = writer or stack.enter_context(pyarrow.ipc.new_file(str(target), table.schema))
           writer.write_table(table)
       if writer is None:
         raise ConfigError(f"data.corpus.files={files!r}: no rows in {len(paths)} files")
 
-  name = digest("parquet", wanted, [file_digest(p) for p in paths])
-  folder = cache_dir() / "parquet"
+  name = digest(kind, wanted, [file_digest(p) for p in paths])
   try:
-    path = cached(folder / f"{name}.arrow", convert)
+    path = cached(cache_dir() / kind / f"{name}.arrow", convert)
   except pyarrow.ArrowException as error:
     raise ConfigError(f"data.corpus.files={files!r} do not fit together: {str(error).splitlines()[0]}") from error
   table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
@@ -60,7 +94,14 @@ def _open_parquet(path: Path, wanted: tuple[str, ...]) -> Any:
     file = pq.ParquetFile(path)
   except pyarrow.ArrowException as error:
     raise ConfigError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-  schema = file.schema_arrow
+  _check_columns(path, file.schema_arrow, wanted)
+  return file
+
+
+def _check_columns(path: Path, schema: Any, wanted: tuple[str, ...]) -> None:
+  """All of them exist, and the first holds text."""
+  import pyarrow
+
   for column in wanted:
     if column not in schema.names:
       key = "text" if column == wanted[0] else "columns"
@@ -69,7 +110,6 @@ def _open_parquet(path: Path, wanted: tuple[str, ...]) -> Any:
   kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
   if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
     raise ConfigError(f"{path}: column {wanted[0]!r} (data.corpus.text) holds {kind}, not strings")
-  return file
 
 
 def array_record(split: str, files: Files, format: str = "text", text: str = "text") -> Source:

@@ -25,9 +25,11 @@ SOURCES = {
   "python_stdlib": "llmjax.data.tfds_source:python_stdlib",
   "tfds": "llmjax.data.tfds_source:tfds",
   "mixture": "llmjax.data.source:mixture",
+  "files": "llmjax.data.source:files",
   "text": "llmjax.data.files:text",
   "jsonl": "llmjax.data.files:jsonl",
   "parquet": "llmjax.data.records:parquet",
+  "csv": "llmjax.data.records:csv",
   "array_record": "llmjax.data.records:array_record",
 }
 
@@ -115,6 +117,22 @@ def select(split: str, size: int, unit: str = "records") -> tuple[int, int]:
   if start >= stop:
     raise ConfigError(f"split {split!r} selects none of {size} {unit}; choose a wider slice or give more data")
   return start, stop
+
+
+# Which source reads a file, by the ending of its name; any other is text.
+ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".array_record": "array_record"}
+
+
+def files(split: str, files: str, column: str = "text", max_bytes: int = 65536) -> Source:
+  """One's own file or glob, of whatever kind its name says.
+
+  Args:
+    column: the field of a record that is the text.
+    max_bytes: pieces of plain text.
+  """
+  kind = ENDINGS.get(Path(files).suffix, "text")
+  settings = {"max_bytes": max_bytes} if kind == "text" else {"text": column}
+  return build({"name": kind, "files": files, **settings}, SOURCES, "data.corpus", split=split)
 
 
 def mixture(split: str, sources: Mapping[str, Mapping[str, Any]]) -> Source:
