@@ -1,8 +1,8 @@
 """Evaluators: what is measured beside the training loss.
 
-An evaluator is built from an entry of `config.evals` and called with parameters (the average, where one is kept): it
-returns {name: number} (recorded as eval/ENTRY/name, or as it is where it holds a slash), or text to show ({name: str}). A new one is a function and a config
-entry (`name` may be "module:function").
+An evaluator is built from an entry of `config.evals` and called with parameters (the average, where one is kept). It
+returns {name: number}, recorded as eval/ENTRY/name or as it is where it holds a slash, or {name: text to show}. A new
+one is a function and a config entry (`name` may be "module:function").
 """
 
 from __future__ import annotations
