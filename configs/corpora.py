@@ -18,7 +18,7 @@ def tfds(dataset: str, held_out: str, text: str = "text") -> dict[str, Any]:
 
 
 def text(files: str, column: str = "text") -> dict[str, Any]:
-  """One's own files, text or records by their name; the last tenth is held out. Pieces of 8 KiB let one file shuffle."""
+  """One's own files, text or records by their name; the last tenth is held out. Pieces of 8 KiB shuffle one file."""
   corpus = {"name": "files", "files": files, "column": column, "max_bytes": 8192}
   return {"corpus": corpus, "train": "[:90%]", "eval": "[90%:]"}
 
