@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     "A value of `none` unsets a key. All keys and their defaults: configs/base.py.\n"
   )
   train = add("train", "train a config, or resume it", run_train, config_notes)
+  train.usage = "llmjax train --config=CONFIG [--config.KEY=VALUE ...] [--workdir=DIR] [--dry_run] [--fresh]"
   train.add_argument("--workdir", help="where the run lives (default: runs/CONFIG)")
   train.add_argument("--dry_run", action="store_true", help="say what would run: parameters, memory, the first batch")
   train.add_argument("--fresh", action="store_true", help="move an earlier run in the workdir aside and start anew")

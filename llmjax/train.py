@@ -94,7 +94,9 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     news = "; changed: " + ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items()) if changed else ""
     say(f"resuming {workdir} at {first:,}/{total:,}{news}")
   else:
-    say(f"training {program.num_params:,} parameters for {total:,} steps of {tokens_per_step:,} tokens in {workdir}")
+    corpus = f"{config['data']['corpus']['name']} (fingerprint {source.fingerprint}, {len(source):,} records)"
+    say(f"training {program.num_params:,} parameters for {total:,} steps of {tokens_per_step:,} tokens on {corpus}")
+    say(f"in {workdir}; interrupted, the same command goes on where it was")
     if leader:
       workdir.mkdir(parents=True, exist_ok=True)
       (workdir / "config.json").write_text(json.dumps(config, indent=2, default=str))
@@ -143,14 +145,11 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
         meter.add(done, new, log_every is not None and (done % log_every == 0 or step == first or done == total))
         stopping = interrupted()
         if not stopping and any(when(done) for _, when in evals.values()):
-          meter.flush()
-          evaluate(done)
-          meter.pause()
+          with meter.paused(done):
+            evaluate(done)
         if stopping or done == total or (save_every and done % save_every == 0):
-          meter.flush()
-          meter.check(done)
-          save(done)
-          meter.pause()
+          with meter.paused(done):
+            save(done)
         if stopping:
           checkpoints.wait()
           raise KeyboardInterrupt(f"interrupted at {done:,}/{total:,}; saved: the same command resumes there")
@@ -209,15 +208,17 @@ class Meter:
     if self.progress:
       self.progress.update(step, means["loss"], speed)
 
-  def check(self, step: int) -> None:
-    """Before a save: a diverged state must not take the place of a sound checkpoint."""
+  @contextlib.contextmanager
+  def paused(self, step: int) -> Iterator[None]:
+    """Around an evaluation or a save after `step`: their time is not training time, and a state that has diverged must
+    not take the place of a sound checkpoint."""
+    self.flush()
     if self.pending:
       check_finite(step, metriclib.means(jax.device_get(self.pending[-1])))
-
-  def pause(self) -> None:
-    """After an evaluation or a save: their time is not training time."""
+    start = time.perf_counter()
+    yield
     if self.clock is not None:
-      self.clock = time.perf_counter()
+      self.clock += time.perf_counter() - start
 
 
 def check_finite(step: int, means: dict[str, float]) -> None:
