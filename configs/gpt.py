@@ -46,7 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     raise ConfigError(f"config argument optim={optim!r} is unknown; {nearest(optim, OPTIMIZERS)}")
   config.optim.update(OPTIMIZERS[optim], name=optim, lr=size["lr"])
   base.language_model_evals(config, prompt="def read_lines(path):\n")
-  if arg.text or arg.corpus == "python_stdlib":  # compressors read all of the text
+  if name != "debug" and (arg.text or arg.corpus == "python_stdlib"):  # compressors read all of the text
     config.evals.yardsticks = ConfigDict({"name": "yardsticks", "every": optional(None), "at": ()})
   if name == "debug":
     config.total_steps = 2
