@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     if rest and arguments.command not in ("train", "evaluate"):
       raise ConfigError(f"unknown argument {rest[0]!r}; see `llmjax {arguments.command} --help`")
     arguments.function(arguments, rest)
+  except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (ConfigError, OSError) as error:
     print(f"llmjax: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
