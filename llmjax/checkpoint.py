@@ -8,10 +8,11 @@ the model, the tokenizer's files, the objective, the whole config, package versi
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def tokenizer_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
   return {name: base64.b64decode(data) for name, data in manifest["tokenizer"]["files"].items()}
 
 
+class Damaged(ConfigError):
+  """A checkpoint whose files cannot be read."""
+
+
 class Checkpoints:
   """The checkpoints of one workdir. Wraps Orbax's manager, whose API still moves, in one place."""
 
@@ -58,13 +63,15 @@ class Checkpoints:
     self,
     workdir: str | Path,
     *,
+    write: bool = False,
     keep: int | None = None,
     keep_every: int | None = None,
     best: str | None = None,
   ):
-    """Args: how many of the latest to keep (None: all), a period to keep for ever, a metric whose least to keep."""
+    """Opens them to read, or to write: then tells how many of the latest to keep (None: all; the newest is always
+    kept), a period to keep for ever, and a metric whose least to keep."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-    keepers: list[Any] = [policies.LatestN(keep)] if keep else []
+    keepers: list[Any] = [policies.LatestN(max(keep or 1, 1))]
     if keep_every:
       keepers.append(policies.EveryNSteps(keep_every))
     options: dict[str, Any] = {}
@@ -83,8 +90,10 @@ class Checkpoints:
         "manifest": ocp.JsonCheckpointHandler(),
       },
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keepers) if keepers else None,
-        cleanup_tmp_directories=True,
+        preservation_policy=None if keep is None else policies.AnyPreservationPolicy(keepers),
+        # A reader must not clean up what another process is saving at this moment.
+        cleanup_tmp_directories=write,
+        read_only=not write,
         **options,
       ),
     )
@@ -104,9 +113,43 @@ class Checkpoints:
     }
     self.manager.save(step, args=ocp.args.Composite(**parts), metrics=dict(metrics), force=True)
 
+  def set_aside(self, step: int) -> None:
+    """Moves a damaged checkpoint to WORKDIR/damaged, so that another can take its place."""
+    target = self.folder.parent / "damaged" / f"{step}-{time.time_ns()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (self.folder / str(step)).rename(target)
+    self.manager.reload()
+
+  def newest_manifest(self) -> tuple[int, dict[str, Any]] | None:
+    """The newest step whose manifest can be read, and that; None if there is no checkpoint at all.
+
+    Raises Damaged if there are checkpoints, and none of them can be read.
+    """
+    failure = None
+    for step in reversed(self.steps()):
+      try:
+        return step, self.read(step, "manifest")
+      except Damaged as error:
+        failure = error
+    if failure is not None:
+      raise failure
+    return None
+
   def read(self, step: int, item: str) -> Any:
     """`manifest` or `data` of a checkpoint."""
-    return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+    return self._load(step, **{item: ocp.args.JsonRestore()})[item]
+
+  def _load(self, step: int, **items: Any) -> Any:
+    with self._readable(step):
+      return self.manager.restore(step, args=ocp.args.Composite(**items))
+
+  @contextlib.contextmanager
+  def _readable(self, step: int) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Orbax and tensorstore raise anything for a damaged file
+      reason = f"checkpoint {self.folder}/{step} cannot be read ({type(error).__name__})"
+      raise Damaged(f"{reason}; there are {self.steps()}") from error
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """The state, laid out as `abstract_state` says: a tree of ShapeDtypeStructs with shardings.
@@ -114,27 +157,33 @@ class Checkpoints:
     Raises:
       ConfigError: parameters or shapes that differ from the checkpoint's, named, before anything is read.
     """
-    self._compare(step, abstract_state)
+    self._compare(step, abstract_state, whole=True)
     args = ocp.args.PyTreeRestore(abstract_state, ocp.checkpoint_utils.construct_restore_args(abstract_state))
-    return self.manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    return self._load(step, state=args)["state"]
 
   def restore_part(self, step: int, part: str, abstract: Any) -> Any:
     """Only `params` or `ema` of a state."""
     self._compare(step, {part: abstract})
     wanted = {part: abstract}
     args = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
-    return self.manager.restore(step, args=ocp.args.Composite(state=args))["state"][part]
+    return self._load(step, state=args)["state"][part]
 
   def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
     """{path: shape} of every array in a checkpoint's state."""
-    tree = self.manager.item_metadata(step)["state"].tree
+    with self._readable(step):
+      tree = self.manager.item_metadata(step)["state"].tree
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {_path(path): tuple(leaf.shape) for path, leaf in leaves if getattr(leaf, "shape", None) is not None}
 
-  def _compare(self, step: int, abstract: Any) -> None:
+  def _compare(self, step: int, abstract: Any, *, whole: bool = False) -> None:
     saved = self.shapes(step)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-      name = _path(path)
+    wanted = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    extra = sorted(saved.keys() - wanted.keys()) if whole else []
+    if extra:
+      raise ConfigError(
+        f"checkpoint {self.folder}/{step} holds {extra[0]}, which this config does not keep; model.* or optim.* changed"
+      )
+    for name, leaf in wanted.items():
       if name not in saved:
         raise ConfigError(f"checkpoint {self.folder}/{step} has no {name}; it belongs to another model or optimizer")
       if saved[name] != tuple(leaf.shape):

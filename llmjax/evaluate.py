@@ -13,14 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax import checkpoint, sharding
 from llmjax import metrics as metriclib
-from llmjax.config import build, resolve
+from llmjax import optim, sharding
+from llmjax.config import ConfigError, build, resolve
 from llmjax.data import pipeline
-from llmjax.data import tokenizer as tokenizers
 from llmjax.models.transformer import MODELS
 from llmjax.objectives import OBJECTIVES
-from llmjax.pretrained import open_checkpoint
+from llmjax.pretrained import open_checkpoint, read_tokenizer
 from llmjax.program import Program, make_program, open_source
 from llmjax.types import Batch
 
@@ -47,18 +46,22 @@ def loss(
     max_batches: a part of the split, for very large ones.
   """
   config = program.config
-  size = batch_size or config["batch_size"]
+  size = config["batch_size"] if batch_size is None else batch_size
+  parts = sharding.batch_size_over(program.mesh, program.rules)
+  if size < 1 or size % parts:
+    raise ConfigError(f"evals.*.batch_size={size} must be a multiple of the {parts} devices that share a batch")
   source = open_source(config, split or config["data"]["eval"])
   batches: list[Batch] = []  # made once, at the first use
 
   def evaluate(params: Any) -> dict[str, float]:
     if not batches:
-      batches.extend(held_out_batches(program, source, size)[:max_batches])
-    total: Any = {}
+      batches.extend(held_out_batches(program, source, size, max_batches))
     with sharding.use(program.mesh, program.rules):
-      for batch in batches:
-        total = metriclib.add(total, program.eval_step(params, program.put(batch)))
-    means = metriclib.means(jax.device_get(total))
+      each = jax.device_get([program.eval_step(params, program.put(batch, size)) for batch in batches])
+    total: Any = {}  # added in float64: float32 counts tokens exactly only up to 2^24
+    for metrics in each:
+      total = metriclib.add(total, jax.tree.map(np.float64, metrics))
+    means = metriclib.means(total)
     if "loss" in means:
       means["perplexity"] = float(np.exp(means["loss"]))
     return means
@@ -66,7 +69,7 @@ def loss(
   return evaluate
 
 
-def held_out_batches(program: Program, source: Any, batch_size: int) -> list[Batch]:
+def held_out_batches(program: Program, source: Any, batch_size: int, max_batches: int | None) -> list[Batch]:
   """This host's rows of every batch of a split; all hosts get equally many."""
   make = lambda count: pipeline.eval_batches(  # noqa: E731
     source,
@@ -77,6 +80,7 @@ def held_out_batches(program: Program, source: Any, batch_size: int) -> list[Bat
     seed=program.config["seed"],
     rows=program.local_rows(batch_size),
     num_batches=count,
+    max_batches=max_batches,
   )
   batches = make(None)
   if jax.process_count() > 1:
@@ -88,12 +92,18 @@ def held_out_batches(program: Program, source: Any, batch_size: int) -> list[Bat
 
 
 def sample(
-  program: Program, prompt: str, max_new_tokens: int, temperature: float, top_p: float | None = None
+  program: Program, prompt: str | None, max_new_tokens: int, temperature: float, top_p: float | None = None
 ) -> Evaluator:
-  """The same prompt continued, as text."""
+  """The same prompt continued, as text; None takes the first words of the held-out text."""
   from llmjax.generation import generate
 
-  ids = np.asarray(program.tokenizer.prompt(prompt))[None]
+  if prompt is None:
+    prompt = open_source(program.config, program.config["data"]["eval"])[0]["text"][:16]
+  ids = program.tokenizer.prompt(prompt)[None]
+  context = program.model.cfg.max_len  # type: ignore[attr-defined]
+  room = min(max_new_tokens, context - ids.shape[1])
+  if not ids.size or room < 1:
+    raise ConfigError(f"evals.*.prompt={prompt!r} has {ids.size} tokens: it needs at least 1, and less than {context}")
 
   def evaluate(params: Any) -> dict[str, str]:
     with sharding.use(program.mesh, program.rules):
@@ -101,7 +111,7 @@ def sample(
         program.model,
         params,
         ids,
-        max_new_tokens=min(max_new_tokens, program.model.cfg.max_len - ids.shape[1]),  # type: ignore[attr-defined]
+        max_new_tokens=room,
         temperature=temperature,
         top_p=top_p,
         eos_id=program.tokenizer.eos_id,
@@ -148,7 +158,7 @@ def evaluate_checkpoint(
   """
   checkpoints, step, manifest = open_checkpoint(path)
   try:
-    tokenizer = tokenizers.from_files(manifest["tokenizer"]["spec"], checkpoint.tokenizer_files(manifest))
+    tokenizer = read_tokenizer(manifest, trust=trust)
     if config is None:
       config = manifest["config"]
       if not trust:
@@ -156,6 +166,10 @@ def evaluate_checkpoint(
         resolve(config["objective"]["name"], OBJECTIVES, "objective", trust=False)
       config["data"] |= {"corpus": {"name": "files", "files": data}, "train": "all", "eval": "all"}
       config["evals"] = {"data": {"name": "loss", "every": None, "at": ()}}
+      # Evaluation uses neither of these, and a checkpoint's own may name code.
+      config["optim"] |= {"name": "sgd", "decay_mask": ((".*", True),)}
+      config["optim"] = {k: config["optim"][k] for k in ("name", *optim.COMMON)}
+      config["schedule"] = {"name": "constant", "warmup": None}
       config["mesh"] = {"data": -1}
     program = make_program(config, tokenizer=tokenizer)
     part = "ema" if manifest["ema"] else "params"

@@ -42,11 +42,12 @@ def open_checkpoint(path: str | Path) -> tuple[checkpoint.Checkpoints, int, dict
   """The checkpoints that PATH points into, the step it means, and that step's manifest."""
   workdir, step = locate(path)
   checkpoints = checkpoint.Checkpoints(workdir)
-  steps = checkpoints.steps()
-  if not steps or (step is not None and step not in steps):
-    raise ConfigError(f"{path} holds no complete checkpoint" + (f"; there are {steps}" if steps else ""))
-  step = steps[-1] if step is None else step
-  manifest = checkpoints.read(step, "manifest")
+  if step is not None and step not in checkpoints.steps():
+    raise ConfigError(f"{path} is no complete checkpoint; there are {checkpoints.steps()}")
+  found = checkpoints.newest_manifest() if step is None else (step, checkpoints.read(step, "manifest"))
+  if found is None:
+    raise ConfigError(f"{path} holds no complete checkpoint")
+  step, manifest = found
   if manifest["format_version"] > checkpoint.FORMAT_VERSION:
     raise ConfigError(f"{path} was written by a newer llmjax (format {manifest['format_version']}); update llmjax")
   return checkpoints, step, manifest
@@ -63,7 +64,7 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
   """
   checkpoints, step, manifest = open_checkpoint(path)
   try:
-    tokenizer = tokenizers.from_files(manifest["tokenizer"]["spec"], checkpoint.tokenizer_files(manifest))
+    tokenizer = read_tokenizer(manifest, trust=trust)
     spec = manifest["model"]
     model = build(spec, MODELS, "model", trust=trust)
     shapes = jax.eval_shape(lambda k: nn.unbox(model.init(k, _probe()))["params"], jax.random.key(0))
@@ -73,6 +74,18 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
   finally:
     checkpoints.close()
   return Pretrained(model, params, tokenizer)
+
+
+def read_tokenizer(manifest: dict[str, Any], *, trust: bool = False) -> Any:
+  """The tokenizer that a checkpoint carries."""
+  return tokenizers.from_files(manifest["tokenizer"]["spec"], checkpoint.tokenizer_files(manifest), trust=trust)
+
+
+def load_tokenizer(path: str | Path, *, trust: bool = False) -> Any:
+  """Only the tokenizer of a PATH."""
+  checkpoints, _, manifest = open_checkpoint(path)
+  checkpoints.close()
+  return read_tokenizer(manifest, trust=trust)
 
 
 def load_params(path: str | Path, abstract: Any) -> Any:

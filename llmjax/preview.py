@@ -13,12 +13,16 @@ import numpy as np
 from llmjax import sharding
 from llmjax.data.pipeline import TrainStream
 from llmjax.program import Program, flat_paths, make_program, open_source
+from llmjax.train import make_evals, period
 from llmjax.types import Batch
 
 
 def preview(config: Any) -> str:
   """Builds and compiles the step of a config, runs nothing."""
   program = make_program(config)
+  make_evals(program)
+  for part in ("checkpoint", "log"):
+    period(program, part)
   config = program.config
   source = open_source(config, config["data"]["train"])
   stream = TrainStream(

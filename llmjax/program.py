@@ -81,15 +81,18 @@ class Program:
   def dummy_batch(self) -> Batch:
     return Batch.from_tokens(jnp.zeros((1, self.config["seq_len"]), jnp.int32))
 
-  def put(self, batch: Batch) -> Batch:
-    """This host's rows of a batch (NumPy) as global arrays."""
-    where = self.batch_sharding
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), batch)
+  def put(self, batch: Batch, batch_size: int) -> Batch:
+    """This host's rows of a batch (NumPy) as global arrays of `batch_size` rows."""
 
-  def local_rows(self, batch_size: int) -> range:
-    """The rows of the global batch that this process makes."""
-    count, index = jax.process_count(), jax.process_index()
-    return range(index * batch_size // count, (index + 1) * batch_size // count)
+    def one(x: np.ndarray) -> jax.Array:
+      return jax.make_array_from_process_local_data(self.batch_sharding, x, (batch_size, *x.shape[1:]))
+
+    return jax.tree.map(one, batch)
+
+  def local_rows(self, batch_size: int) -> list[int]:
+    """The rows of the global batch that this process makes: those its devices hold (hosts may share rows)."""
+    pieces = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for piece in pieces if piece for row in range(*piece[0].indices(batch_size))})
 
   def eval_params(self, state: step.TrainState) -> Any:
     """Which parameters are evaluated: the average where one is kept."""

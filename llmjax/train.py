@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -16,12 +17,12 @@ import numpy as np
 
 from llmjax import metrics as metriclib
 from llmjax import sharding
-from llmjax.checkpoint import FOLDER, Checkpoints, make_manifest, tokenizer_files
+from llmjax.checkpoint import FOLDER, Checkpoints, Damaged, make_manifest
 from llmjax.config import ConfigError, build, differences, to_dict
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.pipeline import TrainStream, merge_cursors
 from llmjax.evaluate import EVALUATORS, WHEN
-from llmjax.pretrained import load_params
+from llmjax.pretrained import load_params, load_tokenizer, read_tokenizer
 from llmjax.program import Program, make_program, open_source
 from llmjax.step import TrainState
 
@@ -50,25 +51,25 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   """
   workdir = Path(workdir)
   leader = jax.process_index() == 0
-  if fresh and leader:
-    set_aside(workdir)
   config = to_dict(config)
-  earlier = read_earlier(workdir)
+  earlier = None if fresh else read_earlier(workdir)
   program = make_program(config, tokenizer=kept_tokenizer(config, earlier))
   config = program.config
   steps = program.steps
   source = open_source(config, config["data"]["train"])
+  evals, save_every, log_every = make_evals(program), period(program, "checkpoint"), period(program, "log")
+  profile = profiler(config["profile"], workdir)
   manifest = make_manifest(program) | {"data_fingerprint": source.fingerprint}
   changed = check_same(earlier, manifest, workdir) if earlier else {}
+  if fresh and leader:
+    set_aside(workdir)
   checkpoints = Checkpoints(
     workdir,
     keep=config["checkpoint"]["keep"],
+    write=True,
     keep_every=steps(config["checkpoint"]["keep_every"], "checkpoint.keep_every"),
     best=config["checkpoint"]["best"],
   )
-  save_every = steps(config["checkpoint"]["every"], "checkpoint.every")
-  log_every = steps(config["log"]["every"], "log.every")
-  evals = make_evals(program)
   stream = TrainStream(
     source,
     program.tokenizer,
@@ -88,6 +89,8 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   total, tokens_per_step = program.total_steps, config["batch_size"] * config["seq_len"]
   say = print if leader else (lambda *_: None)
   if first >= total:
+    stream.close()
+    checkpoints.close()
     say(finished(workdir, earlier or manifest, first))
     return dict((earlier or {"metrics": {}})["metrics"])
   if first:
@@ -97,18 +100,20 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     corpus = f"{config['data']['corpus']['name']} (fingerprint {source.fingerprint}, {len(source):,} records)"
     say(f"training {program.num_params:,} parameters for {total:,} steps of {tokens_per_step:,} tokens on {corpus}")
     say(f"in {workdir}; interrupted, the same command goes on where it was")
-    if leader:
-      workdir.mkdir(parents=True, exist_ok=True)
-      (workdir / "config.json").write_text(json.dumps(config, indent=2, default=str))
+  if leader:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(config, indent=2, default=str))
 
   writer = metriclib.Writer(workdir if leader else None, start_step=first, tensorboard=config["log"]["tensorboard"])
   progress = metriclib.Progress(total, first, tokens_per_step) if leader else None
   meter = Meter(program, writer, progress, tokens_per_step)
   key = jax.device_put(jax.random.key(config["seed"]), program.replicated)
-  profile = profiler(config["profile"], workdir)
-  results: dict[str, float] = {}
+  results: dict[str, float] = {}  # the last of every evaluation
+  measured: tuple[int, dict[str, float]] = (-1, {})  # at which step, and what
 
   def evaluate(step: int) -> None:
+    nonlocal measured
+    measured = (step, {})
     for name, (evaluator, when) in evals.items():
       if not when(step):
         continue
@@ -118,36 +123,40 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           if progress:
             progress.say(f"[{name} at step {step:,}]\n{value}\n")
         else:
-          results[what if "/" in what else f"eval/{name}/{what}"] = float(value)
-    new = {k: v for k, v in results.items() if k not in written or written[k] != v}
+          measured[1][what if "/" in what else f"eval/{name}/{what}"] = float(value)
+    new = measured[1]
+    results.update(new)
     if new:
-      written.update(new)
       writer.write(step, new)
-      if progress and "eval/heldout/loss" in new:
+      if progress:
         progress.say(f"step {step:,}: " + ", ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in new.items()))
 
   def save(step: int) -> None:
     cursors = merge_cursors(gather(stream.cursor))
-    checkpoints.save(step, state, cursors, manifest, results)
+    checkpoints.save(step, state, cursors, manifest, measured[1] if measured[0] == step else {})
 
-  written: dict[str, float] = {}
   try:
     if first == 0:
       evaluate(0)
     with sharding.use(program.mesh, program.rules), interruption() as interrupted:
       for step in range(first, total):
         profile(step)
-        batch = program.put(next(stream))
+        batch = program.put(next(stream), config["batch_size"])
         rate = jax.device_put(np.float32(program.learning_rate(step)), program.replicated)
         with jax.transfer_guard("disallow"):
           state, new = program.train_step(state, batch, key, rate)
         done = step + 1
-        meter.add(done, new, log_every is not None and (done % log_every == 0 or step == first or done == total))
+        meter.add(done, new, done % log_every == 0 or step == first or done == total)
         stopping = interrupted()
         if not stopping and any(when(done) for _, when in evals.values()):
           with meter.paused(done):
-            evaluate(done)
-        if stopping or done == total or (save_every and done % save_every == 0):
+            try:
+              evaluate(done)
+            except Exception:  # what was trained must outlive a broken evaluator
+              save(done)
+              checkpoints.wait()
+              raise
+        if stopping or done == total or done % save_every == 0:
           with meter.paused(done):
             save(done)
         if stopping:
@@ -228,30 +237,43 @@ def check_finite(step: int, means: dict[str, float]) -> None:
       raise Diverged(f"{name} is {means[name]} at step {step:,}; the last checkpoint is kept (try a lower optim.lr)")
 
 
+def period(program: Program, *keys: str) -> int:
+  """The `every` of a part of the config, in steps; longer than the run where it is None."""
+  key = ".".join((*keys, "every"))
+  value = functools.reduce(lambda part, name: part[name], keys, program.config)["every"]
+  steps = program.steps(value, key)
+  if steps == 0:
+    raise ConfigError(f"{key}={value!r} must be at least one step; none is never")
+  return program.total_steps + 1 if steps is None else steps
+
+
 def make_evals(program: Program) -> dict[str, tuple[Any, Any]]:
   """{name: (evaluator, is it due at this step?)}."""
   evals = {}
   for name, entry in program.config["evals"].items():
     spec = {k: v for k, v in entry.items() if k not in WHEN}
     evaluator = build(spec, EVALUATORS, f"evals.{name}", program=program)
-    every = program.steps(entry["every"], f"evals.{name}.every")
+    every = period(program, "evals", name)
     at = {program.steps(value, f"evals.{name}.at") for value in entry["at"]} | {program.total_steps}
-    evals[name] = evaluator, lambda step, every=every, at=at: step in at or bool(every and step and step % every == 0)
+    evals[name] = evaluator, lambda step, every=every, at=at: step in at or (step > 0 and step % every == 0)
   return evals
 
 
 def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:
   """State, its step and the data cursor: this workdir's newest sound checkpoint, else init_from, else from scratch."""
-  failures = []
+  failures: list[int] = []
   for step in reversed(checkpoints.steps()):
     try:
       state = checkpoints.restore(step, program.abstract_state)
-      return state, step, checkpoints.read(step, "data")["cursor"]
-    except ConfigError:
-      raise
-    except Exception as error:  # Orbax and tensorstore raise anything for a damaged file
+      cursor = checkpoints.read(step, "data")["cursor"]
+      checkpoints.read(step, "manifest")
+    except Damaged as error:
       failures.append(step)
-      print(f"checkpoint {step} cannot be read ({type(error).__name__}); trying an older one")
+      print(f"{error}; trying an older one")
+      continue
+    for damaged in failures:
+      checkpoints.set_aside(damaged)
+    return state, step, cursor
   if failures:
     raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")
   source = program.config["init_from"]
@@ -266,27 +288,40 @@ def read_earlier(workdir: Path) -> dict[str, Any] | None:
     return None
   checkpoints = Checkpoints(workdir)
   try:
-    steps = checkpoints.steps()
-    return checkpoints.read(steps[-1], "manifest") if steps else None
+    found = checkpoints.newest_manifest()
+    return found[1] if found else None
   finally:
     checkpoints.close()
 
 
 def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
-  """The checkpoint's tokenizer, when the config still asks for it: the same ids even where caches are gone."""
-  if earlier is None or differences(earlier["config"]["data"]["tokenizer"], config["data"]["tokenizer"]):
+  """The tokenizer that parameters were trained with: this workdir's, when the config still asks for it, so that ids
+  are the same even where caches are gone; else that of `init_from`, since its embeddings mean nothing to another."""
+  if earlier is not None:
+    same = not differences(earlier["config"]["data"]["tokenizer"], config["data"]["tokenizer"])
+    return read_tokenizer(earlier, trust=True) if same else None
+  if config["init_from"] is None:
     return None
-  return tokenizers.from_files(earlier["tokenizer"]["spec"], tokenizer_files(earlier), trust=True)
+  kept = load_tokenizer(config["init_from"], trust=True)
+  spec = config["data"]["tokenizer"]
+  if spec.get("path") is not None and tokenizers.make(spec).to_files() != kept.to_files():
+    raise ConfigError(
+      f"data.tokenizer.path={spec['path']!r} is not the tokenizer of init_from={config['init_from']!r}; set it to none"
+    )
+  return kept
 
 
 def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path) -> dict[str, tuple[Any, Any]]:
   """What changed since the run in `workdir`, as {key: (old, new)}; refuses what it cannot be continued with."""
   changed = differences(earlier["config"], manifest["config"])
   way_out = "change it back, use another --workdir, or --fresh to move the old run aside"
+  same_data = earlier["data_fingerprint"] == manifest["data_fingerprint"]
   for key, (old, new) in changed.items():
+    if same_data and key == "data.corpus.files":
+      continue  # the same text in another place
     if key not in FREE and any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
       raise ConfigError(f"{workdir} holds a run with {key}={old!r}, now {new!r}; {way_out}")
-  if earlier["data_fingerprint"] != manifest["data_fingerprint"]:
+  if not same_data:
     raise ConfigError(f"{workdir} holds a run on other data: the content of data.corpus has changed; {way_out}")
   return changed
 
@@ -346,8 +381,10 @@ def profiler(steps: str | None, workdir: Path) -> Any:
     return lambda step: None
   try:
     first, last = (int(part) for part in steps.split(":"))
+    if not 0 <= first < last:
+      raise ValueError
   except ValueError:
-    raise ConfigError(f"config.profile={steps!r} must be FIRST:LAST, such as 10:15") from None
+    raise ConfigError(f"config.profile={steps!r} must be FIRST:LAST with FIRST < LAST, such as 10:15") from None
   tracing = False
 
   def at(step: int | None) -> None:

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
+import llmjax
 from llmjax import config as cfglib
-from llmjax import train
+from llmjax import evaluate, train
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import ConfigError
 
@@ -103,16 +104,19 @@ def test_metrics_are_fetched_once_a_log_line_and_after_the_next_step_was_dispatc
   assert order == [1, 2, "fetch", 3, 4, "fetch", 5, 6, "fetch"]
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(folder, capsys):
+@pytest.mark.parametrize("item", ["state", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_replaced(folder, capsys, item):
   run(folder, "x", "--config.total_steps=4", "--config.checkpoint.every=2")
-  newest = folder / "x" / "checkpoints" / "4"
-  for path in (newest / "state").rglob("*"):
-    if path.is_file() and path.parent.name == "d":
+  want = saved(folder, "x")
+  for path in (folder / "x" / "checkpoints" / "4" / item).rglob("*"):
+    if path.is_file() and (item == "manifest" or path.parent.name == "d"):
       path.write_bytes(b"\0" * 16)
   capsys.readouterr()
-  run(folder, "x", "--config.total_steps=6")
+  run(folder, "x", "--config.total_steps=4")
   said = capsys.readouterr().out
-  assert "checkpoint 4 cannot be read" in said and "resuming" in said and "2/6" in said
+  assert "checkpoints/4 cannot be read" in said and "trying an older one" in said and "2/4" in said
+  assert len(list((folder / "x" / "damaged").iterdir())) == 1
+  assert_same_state(saved(folder, "x"), want)
 
 
 def test_an_interrupted_run_saves_and_goes_on_where_it_was(folder):
@@ -140,12 +144,26 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(fo
 
 def test_best_and_latest_checkpoints_are_kept_and_the_newest_never_lost(folder):
   """Losses are given, so that the best one is old."""
-  checkpoints = Checkpoints(folder / "x", keep=2, keep_every=4, best="loss")
+  checkpoints = Checkpoints(folder / "x", write=True, keep=2, keep_every=4, best="loss")
   for step, loss in enumerate([5.0, 1.0, 4.0, 3.0, 2.0, 2.5, 2.2], start=1):
     checkpoints.save(step, {"a": np.ones(2)}, {}, {}, {"loss": loss})
     checkpoints.wait()
   assert checkpoints.steps() == [2, 4, 6, 7]
   checkpoints.close()
+  every = Checkpoints(folder / "y", write=True, keep=None, keep_every=4, best="loss")
+  for step in range(1, 7):
+    every.save(step, {"a": np.ones(2)}, {}, {}, {})
+    every.wait()
+  assert every.steps() == [1, 2, 3, 4, 5, 6]
+  every.close()
+
+
+def test_the_best_checkpoint_is_judged_by_what_was_measured_at_it(folder):
+  run(folder, "x", "--config.total_steps=4", "--config.checkpoint.every=1", "--config.evals.heldout.every=2")
+  checkpoints = Checkpoints(folder / "x")
+  measured = {step: bool(checkpoints.read(step, "manifest")["metrics"]) for step in checkpoints.steps()}
+  checkpoints.close()
+  assert measured == {3: False, 4: True}
 
 
 def test_a_run_starts_from_another_ones_average_and_a_stranger_is_refused(folder):
@@ -158,7 +176,74 @@ def test_a_run_starts_from_another_ones_average_and_a_stranger_is_refused(folder
     run(folder, "c", "--config.total_steps=1", f"--config.init_from={folder / 'a'}", "--config.model.d_model=64")
 
 
-def test_an_unfinished_save_is_ignored(folder):
+def test_an_unfinished_save_is_ignored_and_left_alone_by_readers(folder):
   run(folder, "x", "--config.total_steps=2")
-  shutil.copytree(folder / "x" / "checkpoints" / "2", folder / "x" / "checkpoints" / "3.orbax-checkpoint-tmp")
+  unfinished = folder / "x" / "checkpoints" / "3.orbax-checkpoint-tmp"
+  shutil.copytree(folder / "x" / "checkpoints" / "2", unfinished)
   assert saved(folder, "x")[1] == 2
+  llmjax.load(folder / "x")
+  assert unfinished.exists()
+
+
+def test_a_start_from_another_run_keeps_its_tokenizer(folder):
+  run(folder, "a", "--config.total_steps=1")
+  (folder / "t.txt").write_text("ab\n" * 2000)  # a smaller alphabet would give other ids
+  run(folder, "b", "--config.total_steps=1", f"--config.init_from={folder / 'a'}")
+  first, second = (llmjax.load(folder / name).tokenizer.to_files() for name in "ab")
+  assert first == second
+
+
+def test_a_broken_evaluator_costs_no_trained_step(folder):
+  with pytest.raises(ZeroDivisionError):
+    run(folder, "x", "--config.total_steps=3", "--config.evals.sample.name=tests.train_test:broken")
+  assert saved(folder, "x")[1] == 3
+
+
+def broken(program, prompt, max_new_tokens, temperature, top_p):
+  """An evaluator that works at steps 0 and 1 and fails after training."""
+  calls = []
+
+  def evaluate(params):
+    calls.append(params)
+    return {"one": 1 / (3 - len(calls))}
+
+  return evaluate
+
+
+def test_a_config_that_cannot_run_moves_nothing_aside(folder):
+  run(folder, "x", "--config.total_steps=1")
+  with pytest.raises(ConfigError):
+    train.run(cfglib.load_config(flags(folder, "--config.accum=5")), folder / "x", fresh=True)
+  assert not (folder / "x.1").exists()
+
+
+@pytest.mark.parametrize(
+  "flag, words",
+  [
+    ("--config.log.every=0", r"log\.every=0 must be at least one step"),
+    ("--config.evals.heldout.every=often", r"evals\.heldout\.every='often' is not a duration"),
+    ("--config.evals.heldout.batch_size=6", r"batch_size=6 must be a multiple of the 8 devices"),
+    ("--config.evals.heldout.name=losss", r"evals\.heldout\.name='losss'"),
+    ("--config.profile=3:1", r"config\.profile='3:1'"),
+  ],
+)
+def test_mistakes_are_found_before_the_first_step(folder, flag, words):
+  with pytest.raises(ConfigError, match=words):
+    run(folder, "x", flag)
+  assert not (folder / "x").exists()
+
+
+def test_evaluating_a_checkpoint_runs_no_code_that_its_config_names(folder):
+  run(folder, "x", "--config.total_steps=1")
+  [manifest] = (folder / "x" / "checkpoints" / "1" / "manifest").rglob("metadata")
+  content = json.loads(manifest.read_text())
+  content["config"]["schedule"] = {"name": "pathlib:Path.touch", "self": str(folder / "touched")}
+  content["config"]["optim"]["name"] = "os:abort"
+  content["config"]["evals"] = {"x": {"name": "os:abort", "every": None, "at": []}}
+  manifest.write_text(json.dumps(content))
+  found = evaluate.evaluate_checkpoint(str(folder / "x"), data=str(folder / "t.txt"))
+  assert found["data/loss"] > 0
+  content["config"]["objective"]["name"] = "os:abort"
+  manifest.write_text(json.dumps(content))
+  with pytest.raises(ConfigError, match="--trust"):
+    evaluate.evaluate_checkpoint(str(folder / "x"), data=str(folder / "t.txt"))

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -308,6 +309,7 @@ def eval_batches(
   seed: int,
   rows: Iterable[int] | None = None,
   num_batches: int | None = None,
+  max_batches: int | None = None,
 ) -> list[Batch]:
   """A whole split once, this host's rows of it: the windows of all documents, in order, are dealt to the rows in turn.
 
@@ -316,18 +318,24 @@ def eval_batches(
 
   Args:
     num_batches: how many to give, at least as many as this host's rows need; None is just that.
+    max_batches: only the beginning of the split, as many windows as there are rows in so many batches.
   """
   plan = make_plan(source, tokenizer, objective, batch_size=batch_size, seq_len=seq_len, seed=seed, pack=False)
   dealt: dict[int, list[Piece]] = {number: [] for number in (range(batch_size) if rows is None else rows)}
-  turn, example = 0, None  # an example of a piece gives a row without any its arrays
-  for part, records in enumerate(plan.parts):
-    for index in range(len(records)):
-      for window, features in enumerate(plan.windows(part, index, whole=False)):
-        number, turn = turn % batch_size, turn + 1
-        if number in dealt or example is None:
-          pieces = plan.pieces(features, generator(seed, EVAL, part, index, window), part)
-          example = example or next(iter(pieces), None)
-          dealt.get(number, []).extend(pieces)
+  windows = (
+    (part, index, window, ids)
+    for part, records in enumerate(plan.parts)
+    for index in range(len(records))
+    for window, ids in enumerate(plan.windows(part, index, whole=False))
+  )
+  example = None  # an example of a piece gives a row without any its arrays
+  limit = None if max_batches is None else max_batches * batch_size
+  for turn, (part, index, window, ids) in enumerate(itertools.islice(windows, limit)):
+    number = turn % batch_size
+    if number in dealt or example is None:
+      pieces = plan.pieces(ids, generator(seed, EVAL, part, index, window), part)
+      example = example or next(iter(pieces), None)
+      dealt.get(number, []).extend(pieces)
   if example is None:
     raise ConfigError("data.eval: no record of the split gives features; the texts are empty or too short")
   filled = {number: packing.next_fit(pieces, seq_len) for number, pieces in dealt.items()}
