@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
+import importlib.util
 import inspect
 import json
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -70,11 +73,20 @@ ALIASES = {
   "weight_decay": "optim.weight_decay",
 }
 
+# What other frameworks call our values.
+VALUE_ALIASES = {
+  "bf16": "bfloat16",
+  "fp16": "float16",
+  "fp32": "float32",
+  "half": "float16",
+  "rope": "rotary",
+}
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
   """A hint for a mistyped name: what we call it, the nearest known names, or all of them when few."""
   known = sorted(known)
-  alias = ALIASES.get(name.rsplit(".", 1)[-1])
+  alias = (ALIASES | VALUE_ALIASES).get(name.rsplit(".", 1)[-1])
   if alias is not None:
     for ours in (alias, alias.rsplit(".", 1)[-1]):  # `known` may be the keys of one part alone
       if ours in known or ours.startswith("--"):
@@ -164,11 +176,12 @@ def build(spec: Any, table: Mapping[str, str], what: str, *, trust: bool = True,
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """The argument of a config file: "size=nano,debug" -> {size: "nano", debug: True} over `defaults`.
 
-  Values take the type of their default; a default of None takes a string; a bare boolean name means True.
+  Values take the type of their default; a default of None takes a string; a bare boolean name means True. Commas stay
+  inside brackets and inside a quoted string: text="a,b.txt".
   """
   out = ConfigDict(defaults)
   with out.unlocked():
-    for item in filter(None, re.split(r",(?![^(\[{]*[)\]}])", arg or "")):
+    for item in re.findall(r"""(?:(?<==)"[^"]*"|(?<==)'[^']*'|,(?=[^(\[{]*[)\]}])|[^,])+""", arg or ""):
       key, given, text = item.partition("=")
       if key not in defaults:
         raise ConfigError(f"config argument `{key}` is unknown; {nearest(key, defaults)}")
@@ -180,7 +193,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
       elif not given:
         raise ConfigError(f"config argument `{key}` needs a value: {key}=VALUE")
       elif default is None or isinstance(default, str):
-        out[key] = text
+        quoted = re.fullmatch(r"""(["'])(.*)\1""", text, re.DOTALL)
+        out[key] = quoted[2] if quoted else text
       else:
         try:
           said = ast.literal_eval(text)
@@ -256,11 +270,16 @@ def roots() -> list[Path]:
 def find(reference: str) -> tuple[Path, str]:
   """`FILE.py[:argument]` or a shipped config's name (`gpt:size=nano`) -> (path, argument)."""
   name, _, argument = reference.partition(":")
-  candidates = [Path(name)] if name.endswith(".py") else [r / "configs" / f"{name}.py" for r in roots()]
-  candidates += [r / name for r in roots()] if name.endswith(".py") else []
-  for path in candidates:
-    if path.is_file():
-      return path.resolve(), argument
+  cuts = [(name, argument)]
+  for end in re.finditer(r"\.py(?=:|$)", reference):  # a folder may have a colon in its name: the last cut comes first
+    cuts.insert(0, (reference[: end.end()], reference[end.end() + 1 :]))
+  for file, rest in cuts:
+    python = file.endswith(".py")
+    for path in (
+      [Path(file), *(r / file for r in roots())] if python else [r / "configs" / f"{file}.py" for r in roots()]
+    ):
+      if path.is_file():
+        return path.resolve(), rest
   raise ConfigError(f"--config={reference}: no such file; {nearest(name, shipped())}")
 
 
@@ -272,58 +291,123 @@ def optional(value: Any = None, kind: type = object) -> FieldReference:
 def load_config(arguments: list[str]) -> ConfigDict:
   """`--config=FILE_OR_NAME[:argument] [--config.a.b=value ...]` -> a locked config.
 
-  `--config.KEY=none` unsets a key. Raises ConfigError: a missing file, a mistyped key (with the nearest right one and
-  what other frameworks call it), a value of the wrong type, anything that is no config flag.
+  `--config.KEY=none` unsets a key that is optional, removes an entry of `evals`, and is a value like any other where
+  KEY is a string. The last flag for a key counts.
+
+  Raises ConfigError: a missing file or a mistake in it, a mistyped key (with the nearest right one and what other
+  frameworks call it), a value of the wrong type, anything that is no config flag.
   """
-  unset, rest = [], []
-  for argument in arguments:
-    match = re.fullmatch(r"--?config\.([\w.]+)=(?i:none)", argument)
-    unset.append(match[1]) if match else rest.append(argument)
-  if not any(re.match(r"--?config(=|$)", a) for a in rest):
-    raise ConfigError("--config is missing: give a file or a shipped config's name (see `llmjax configs`)")
-  for i, argument in enumerate(rest):
-    if re.match(r"--?config(=|$)", argument):
-      inline = "=" in argument
-      reference = argument.split("=", 1)[1] if inline else (rest[i + 1 : i + 2] or [""])[0]
-      path, argument_text = find(reference)
-      full = f"{path}:{argument_text}" if argument_text else str(path)
-      rest[i : i + (1 if inline else 2)] = [f"--config={full}"]
-      break
-  for root in reversed(roots()):  # config files import each other as `configs.NAME`
-    if str(root) not in sys.path:
-      sys.path.insert(0, str(root))
-  plain = _parse([a for a in rest if re.match(r"--?config=", a)])
-  known = flatten(plain)
-  for argument in [*rest, *(f"--config.{key}=" for key in unset)]:
-    match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
-    if match and match[1] not in known and not any(k.startswith(match[1] + ".") for k in known):
-      raise ConfigError(f"config.{match[1]} is no key of this config; {nearest(match[1], known)}")
-    if not match and argument.startswith("-") and not re.match(r"--?config=", argument):
-      raise ConfigError(f"unknown flag {argument.split('=')[0]}; config keys are set as --config.KEY=VALUE")
-  config = _parse(rest)
-  for key in unset:
-    *parents, leaf = key.split(".")
-    holder = config
-    for parent in parents:
-      holder = holder[parent]
-    holder[leaf] = None
+  reference, rest = _reference(arguments)
+  path, argument = find(reference)
+  # Config files import each other as `configs.NAME`; a folder `configs` where the command runs must not hide ours.
+  first, last = str(roots()[-1]), str(roots()[0])
+  sys.path[:] = [first, *(p for p in sys.path if p != first)]
+  if last not in sys.path:
+    sys.path.append(last)
+  config = _run(path, argument)
+  known = flatten(config)
+  groups = {key[:i] for key in known for i, c in enumerate(key) if c == "."}
+  overrides, unset = [], {}
+  for text in rest:
+    match = re.match(r"--?(?:no)?config\.([\w.]+)", text)
+    if match is None and text.startswith("-"):
+      raise ConfigError(f"unknown flag {text.split('=')[0]}; config keys are set as --config.KEY=VALUE")
+    key = match[1] if match else ""
+    if match and key not in known and key not in groups:
+      entries = {g for g in groups if re.fullmatch(r"evals\.\w+", g)}
+      raise ConfigError(f"config.{key} is no key of this config; {nearest(key, {*known, *entries})}")
+    if text.partition("=")[2].lower() == "none" and _can_unset(config, key):
+      unset[key] = True
+    else:
+      overrides.append(text)
+      unset.pop(key, None)
+  _override(config, overrides)
+  with config.unlocked():
+    for key in unset:
+      holder, leaf = _holder(config, key)
+      if isinstance(holder[leaf], ConfigDict):
+        del holder[leaf]
+      else:
+        holder[leaf] = None
+  config.lock()
   return config
 
 
-def _parse(arguments: list[str]) -> ConfigDict:
-  """Runs absl's config flag over `arguments` in a flag registry of its own."""
+def _reference(arguments: list[str]) -> tuple[str, list[str]]:
+  """What --config says, and the other flags; `--config.KEY none` is joined to one."""
+  references, rest, queue = [], [], list(arguments)
+  while queue:
+    argument = queue.pop(0)
+    if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+      references.append(match[1] if match[1] is not None else queue.pop(0) if queue else "")
+    elif re.fullmatch(r"--?config\.[\w.]+", argument) and queue and queue[0].lower() == "none":
+      rest.append(f"{argument}={queue.pop(0)}")
+    else:
+      rest.append(argument)
+  if not references:
+    raise ConfigError("--config is missing: give a file or a shipped config's name (see `llmjax configs`)")
+  if len(references) > 1:
+    raise ConfigError(f"--config is given {len(references)} times: {', '.join(references)}; give it once")
+  return references[0], rest
+
+
+def _run(path: Path, argument: str) -> ConfigDict:
+  """What `get_config` of a file returns; a mistake in the file is told with its place."""
+  spec = importlib.util.spec_from_file_location(f"llmjax_config_{path.stem}", path)
+  assert spec is not None and spec.loader is not None  # the file ends in .py
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # dataclasses look themselves up there
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config(argument) if argument else module.get_config()
+  except ConfigError:
+    raise
+  except SyntaxError as error:
+    raise ConfigError(f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})") from error
+  except (  # what Python code raises by mistake
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(NameError, OSError, RuntimeError, TypeError, ValueError),
+  ) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f"{path}:{f.lineno}" for f in reversed(frames) if f.filename == str(path)), str(path))
+    raise ConfigError(f"{type(error).__name__}: {' '.join(str(error).split())} ({place})") from error
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
+  return config
+
+
+def _holder(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+  """The part of a config that holds KEY, and KEY's name there."""
+  *parents, leaf = key.split(".")
+  return functools.reduce(lambda part, name: part[name], parents, config), leaf
+
+
+def _can_unset(config: ConfigDict, key: str) -> bool:
+  """Whether `none` unsets KEY; False where it is a string like any other, ConfigError where it makes no sense."""
+  holder, leaf = _holder(config, key)
+  value = dict(holder.items(preserve_field_references=True))[leaf]
+  if isinstance(value, str):
+    return False
+  if value is None or isinstance(value, FieldReference) or re.fullmatch(r"evals\.\w+", key):
+    return True
+  if isinstance(value, ConfigDict):
+    raise ConfigError(f"config.{key} cannot be none; it is a group of keys, set them one by one")
+  raise ConfigError(f"config.{key} cannot be none; give a value of type {type(value).__name__}, such as {value!r}")
+
+
+def _override(config: ConfigDict, arguments: list[str]) -> None:
+  """Sets keys of `config` by absl's flags, in a flag registry of their own, and locks it."""
   values = flags.FlagValues()
   argv = ["llmjax", *arguments]
-  config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
   try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     left = values(argv)[1:]
   except flags.IllegalFlagValueError as error:
     raise ConfigError(" ".join(str(error).removeprefix("flag --").split())) from None
-  except (flags.Error, TypeError, SyntaxError, ImportError, AttributeError, KeyError) as error:
-    raise ConfigError(f"{type(error).__name__} in {arguments[0]}: {error}".replace("\n", " ")) from error
+  except (flags.Error, TypeError, AttributeError, KeyError) as error:
+    raise ConfigError(f"{type(error).__name__} in {' '.join(arguments)}: {' '.join(str(error).split())}") from error
   if left:
     raise ConfigError(f"stray argument {left[0]!r}; config keys are set as --config.KEY=VALUE")
-  return values["config"].value
 
 
 def shipped() -> dict[str, Path]:

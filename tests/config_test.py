@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 from ml_collections import ConfigDict, FieldReference
@@ -99,9 +101,102 @@ def test_arguments_take_the_type_of_their_default():
     "shape=4": "shape='4' must be of type tuple",
     "size": "`size` needs a value",
   }
+  assert read("path=\"a,b.txt\",size='x,y',debug") == defaults | {"path": "a,b.txt", "size": "x,y", "debug": True}
+  assert read("path=it's.txt,layers=3") == defaults | {"path": "it's.txt", "layers": 3}
   for text, message in wrong.items():
     with pytest.raises(ConfigError, match=re.escape(message)):
       read(text)
+
+
+def test_none_unsets_what_is_optional_removes_an_evaluation_and_is_a_word_elsewhere():
+  flags = ["model.remat", "model.positions", "optim.clip_norm", "schedule.warmup", "rules.vocab", "evals.sample"]
+  got = config.load_config(["--config=gpt:debug", *(f"--config.{key}=none" for key in flags)])
+  assert (got.model.remat, got.model.positions) == ("none", "none")
+  assert got.optim.clip_norm is got.schedule.warmup is got.rules.vocab is None
+  assert list(got.evals) == ["heldout"] and got.is_locked and got.evals.is_locked
+  assert config.load_config(["--config=gpt:debug", "--config.init_from", "none"]).init_from is None
+  for said, last in [(("none", "5"), 5), (("5", "none"), None)]:
+    both = [f"--config.total_steps={value}" for value in said]
+    assert config.load_config(["--config=gpt:debug", *both]).total_steps == last
+
+
+@pytest.mark.parametrize(
+  "key, message",
+  [
+    ("optim.lr", "config.optim.lr cannot be none; give a value of type float, such as 0.02"),
+    ("model.d_model", "config.model.d_model cannot be none; give a value of type int, such as 32"),
+    ("schedule.final", "config.schedule.final cannot be none; give a value of type float"),
+    ("log.tensorboard", "config.log.tensorboard cannot be none; give a value of type bool"),
+    ("evals", "config.evals cannot be none; it is a group of keys"),
+    ("evals.smaple", "config.evals.smaple is no key of this config; did you mean `evals.sample`"),
+    ("rules.vocabb", "config.rules.vocabb is no key of this config; did you mean `rules.vocab`"),
+  ],
+)
+def test_what_cannot_be_none_says_so(key, message):
+  with pytest.raises(ConfigError, match="^" + re.escape(message)):
+    config.load_config(["--config=gpt:debug", f"--config.{key}=none"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """Where the command runs; sys.path is put back."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  "body, message",
+  [
+    ("raise ConfigError('depth=3 is odd')", "depth=3 is odd"),
+    ("return {}['x']", "KeyError: 'x' (FILE:4)"),
+    ("raise OSError('no\\nsuch')", "OSError: no such (FILE:4)"),
+    ("import json; return json.loads('{')", "JSONDecodeError: Expecting property name"),
+    ("retrun 1", "SyntaxError: invalid syntax (FILE:4)"),
+    ("return 1", "FILE: get_config must return a ConfigDict, not int"),
+  ],
+)
+def test_a_mistake_in_a_config_file_is_told_in_one_line_with_its_place(folder, body, message):
+  path = folder / "my.py"
+  path.write_text(f"from llmjax.config import ConfigError\n\ndef get_config(arg=None):\n  {body}\n")
+  with pytest.raises(ConfigError) as error:
+    config.load_config(["--config=my.py"])
+  said = str(error.value)
+  assert said.startswith(message.replace("FILE", str(path))) and "\n" not in said and "Traceback" not in said, said
+
+
+def test_a_mistake_in_a_configs_argument_is_its_own_line_alone():
+  with pytest.raises(ConfigError) as error:
+    config.load_config(["--config=gpt:size=nanno"])
+  assert str(error.value) == "config argument size='nanno' is unknown; did you mean `nano`?"
+
+
+def test_config_files_are_found_with_colons_and_python_in_their_names(folder):
+  path = folder / "dir:x" / "my.py"
+  path.parent.mkdir()
+  path.touch()
+  assert config.find("dir:x/my.py") == config.find(f"{path}:") == (path, "")
+  assert config.find("dir:x/my.py:debug,text=a:b") == (path, "debug,text=a:b")
+  assert config.find("gpt:text=my.py") == (config.shipped()["gpt"], "text=my.py")
+  with pytest.raises(ConfigError, match=r"^--config=gtp:text=a\.py: no such file; did you mean `gpt`\?$"):
+    config.find("gtp:text=a.py")
+  with pytest.raises(ConfigError, match=r"^--config is given 2 times: gpt, char; give it once$"):
+    config.load_config(["--config=gpt", "--config", "char"])
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_folder_configs_of_ones_own_adds_to_ours_and_hides_none(tmp_path, package):
+  own = tmp_path / "configs"
+  own.mkdir()
+  (own / "sizes.py").write_text("raise RuntimeError\n")
+  (own / "shapes.py").write_text("WIDTH = 48\n")
+  body = "  config = gpt.get_config('debug')\n  config.model.d_model = shapes.WIDTH\n  return config\n"
+  (own / "mine.py").write_text(f"from configs import gpt, shapes\n\ndef get_config():\n{body}")
+  if package:
+    (own / "__init__.py").touch()
+  code = "from llmjax.config import load_config; print(load_config(['--config=mine']).model.d_model)"
+  run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+  assert run.stdout == "48\n", run.stderr
 
 
 def steps(value, **known):
