@@ -72,7 +72,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.schedule = ConfigDict({"name": "cosine", "warmup": optional("2%"), "final": 0.1})
 
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 takes the devices that are left
-  config.rules = ConfigDict()  # logical axis -> mesh axis, over llmjax.sharding.RULES
+  # Logical axis -> the mesh axis (or axes) it is cut over; those of parameters, then of activations.
+  config.rules = ConfigDict()
+  config.rules.layers = optional(None)
+  config.rules.vocab = optional("tensor")
+  config.rules.positions = optional(None)
+  config.rules.embed = optional("fsdp")
+  config.rules.heads = optional("tensor")
+  config.rules.kv_heads = optional("tensor")
+  config.rules.head_dim = optional(None)
+  config.rules.mlp = optional("tensor")
+  config.rules.norm = optional(None)
+  config.rules.act_batch = optional(("data", "fsdp"))
+  config.rules.act_len = optional(None)
+  config.rules.act_embed = optional(None)
+  config.rules.act_heads = optional("tensor")
+  config.rules.act_kv_heads = optional("tensor")
+  config.rules.act_head_dim = optional(None)
+  config.rules.act_mlp = optional("tensor")
+  config.rules.act_vocab = optional("tensor")
 
   config.evals = ConfigDict()  # {NAME: {"name": an evaluator, "every": duration, ...}}; all run at the end too
 
@@ -86,8 +104,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   return config
 
 
-def language_model_evals(config: ConfigDict, prompt: str) -> None:
-  """Held-out loss over the whole split, the same prompt continued as training goes on, and yardsticks."""
+def language_model_evals(config: ConfigDict, prompt: str | None) -> None:
+  """Held-out loss over the whole split, and a prompt (None: the beginning of the held-out text) continued."""
   config.evals.heldout = ConfigDict(
     {
       "name": "loss",
@@ -103,7 +121,7 @@ def language_model_evals(config: ConfigDict, prompt: str) -> None:
       "name": "sample",
       "every": optional(None),
       "at": (0, "10%"),
-      "prompt": prompt,
+      "prompt": optional(prompt, str),
       "max_new_tokens": 100,
       "temperature": 0.8,
       "top_p": optional(0.95, float),

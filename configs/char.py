@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   files = arg.text or find_spec("pydoc_data.topics").origin
   config.data.corpus = ConfigDict({"name": "text", "files": files, "records": "chunk", "chunk": 65, "overlap": 1})
   config.data.train, config.data.eval = "[:90%]", "[90%:]"
-  config.data.tokenizer = ConfigDict({"name": "characters"})
+  config.data.tokenizer = ConfigDict({"name": "characters", "unknown": False})
 
   config.model.update({"d_model": 128, "decoder_layers": 4, "num_heads": 4})
   if arg.recipe == "nanogpt":
@@ -68,7 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   else:
     raise ConfigError(f"config argument recipe={arg.recipe!r}; {nearest(arg.recipe, ('modern', 'nanogpt'))}")
 
-  base.language_model_evals(config, prompt="\n")
+  base.language_model_evals(config, prompt=None)  # no character is in every text
   config.evals.heldout.batch_size = 128
   if arg.debug:
     config.model.update({"d_model": 32, "decoder_layers": 2, "num_heads": 2})

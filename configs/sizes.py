@@ -67,6 +67,7 @@ def small(layers: int, width: int, heads: int, context: int, **recipe: Any) -> d
   """Llama's choices with query-key norms and tied embeddings, for small models trained with Muon."""
   size = llama(layers, width, heads, heads, 8 * width // 3 // 8 * 8, vocab=1, context=context, base=10_000.0, tied=True)
   size["model"] |= {"vocab_size": None, "qk_norm": True, "residual_init": "zeros", "init_stddev": None}
+  size["model"]["embedding_stddev"] = 0.02  # tied to the output: 1/sqrt(D) would begin with a loss above uniform's
   return {**size, "optim": "muon", **recipe}
 
 

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from llmjax import sharding
-from llmjax.config import ConfigError
+from llmjax.config import ConfigError, load_config, to_dict
 
 
 def test_one_axis_takes_what_is_left_and_axes_are_auto():
@@ -60,6 +60,10 @@ def test_a_dimension_that_does_not_divide_is_named_before_anything_compiles():
     sharding.param_shardings(shapes, axes, mesh)
   where = sharding.param_shardings(shapes, axes, mesh, {**sharding.RULES, "vocab": None})
   assert where["embedding"]["table"].spec == PartitionSpec(None, "fsdp")
+
+
+def test_the_config_lists_every_rule_with_its_default():
+  assert to_dict(load_config(["--config=gpt:debug"]).rules) == sharding.RULES
 
 
 def test_a_rule_for_no_mesh_axis_is_refused():

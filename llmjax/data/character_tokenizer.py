@@ -69,7 +69,7 @@ def characters_from_files(files: Mapping[str, bytes]) -> Tokenizer:
       strange = chr(int(found[missing][0]))
       raise ConfigError(
         f"the character {strange!r} (U+{ord(strange):04X}, {text.count(strange)} times in this record) is not in the "
-        "training text; set data.tokenizer.unknown=True, or data.tokenizer.name='bytes'"
+        "training text; give text of known characters only, or train with --config.data.tokenizer.unknown=True"
       )
     return ids
 
