@@ -37,6 +37,8 @@ CHOICES = {
   "activation": tuple(layers.ACTIVATIONS),
   "residual_init": ("scaled", "plain", "zeros"),
   "remat": tuple(REMAT),
+  "dtype": ("float32", "bfloat16", "float16"),
+  "param_dtype": ("float32", "bfloat16", "float16"),
 }
 
 
@@ -105,6 +107,12 @@ class TransformerConfig:
     for field in ("vocab_size", "d_model", "decoder_layers", "num_heads", "max_len"):
       if getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1")
+    for field in ("num_kv_heads", "head_dim", "d_ff"):
+      if getattr(self, field) is not None and getattr(self, field) < 1:
+        raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1, or none")
+    for field in ("init_stddev", "embedding_stddev"):
+      if getattr(self, field) is not None and not getattr(self, field) >= 0:  # nan is not either
+        raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
     for field in ("dropout", "attention_dropout"):
       if not 0 <= getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be in [0, 1)")
