@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
   generate = add("generate", "continue a prompt", run_generate, "Without --prompt, it is read from standard input.\n")
   generate.add_argument("--model", required=True, help="a workdir or one of its checkpoints")
   generate.add_argument("--prompt", help="text to continue")
-  generate.add_argument("--max_new_tokens", type=int, default=200)
+  generate.add_argument("--max_new_tokens", type=int, help="default: 200, or what the model's context has room for")
   generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
   generate.add_argument("--top_k", type=int, help="draw among the k likeliest tokens")
   generate.add_argument("--top_p", type=float, help="draw among the likeliest tokens that sum to p")
@@ -176,43 +176,72 @@ def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
   from llmjax.evaluate import evaluate_checkpoint
 
   for name, value in evaluate_checkpoint(path, config=config, data=arguments.data, trust=arguments.trust).items():
-    print(f"{name:<36} {value:.6g}" if isinstance(value, float) else f"{name}:\n{value}")
+    print(f"{name:<36} {value:.6g}" if isinstance(value, float) else f"{name}:\n{shown(value)}")
+
+
+def shown(text: str) -> str:
+  """What a model writes, as it may go to standard output: a terminal would obey its control characters."""
+  from llmjax.metrics import printable
+
+  return printable(text) if sys.stdout.isatty() else text
 
 
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
+  if "" in arguments.stop:
+    raise ConfigError("--stop is empty; give the text to end before, or leave it out")
   start_jax()
-  from llmjax.generation import until
+  from llmjax.generation import make_sampling, until
   from llmjax.pretrained import load
 
+  make_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)  # checks
   pretrained = load(arguments.model, trust=arguments.trust)
-  prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
-  sys.stdout.write(prompt)
-  for text in until(continuation(pretrained, prompt, arguments), tuple(arguments.stop)):
-    sys.stdout.write(text)
+  prompt = read_prompt(arguments.prompt)
+  ids, count = fit(pretrained.tokenizer.prompt(prompt), pretrained.model.cfg.max_len, arguments.max_new_tokens)
+  sys.stdout.write(shown(prompt))
+  for text in until(continuation(pretrained, ids, count, arguments), tuple(arguments.stop)):
+    sys.stdout.write(shown(text))
     sys.stdout.flush()
   sys.stdout.write("\n")
 
 
-def continuation(pretrained: Any, prompt: str, arguments: argparse.Namespace) -> Iterator[str]:
-  """The text of each new token; a prompt too long for the context loses its beginning, with a word about it."""
-  import numpy as np
+def read_prompt(given: str | None) -> str:
+  """The prompt of the command line, or standard input."""
+  try:
+    prompt = sys.stdin.read() if given is None else given
+    prompt.encode()  # bytes of another encoding may have come in as lone surrogates
+  except UnicodeError as error:
+    raise ConfigError(f"the prompt is not UTF-8: {error}") from error
+  return prompt
 
-  from llmjax.generation import stream
 
-  model, params, tokenizer = pretrained
-  room = model.cfg.max_len - arguments.max_new_tokens
-  if room < 1:
-    raise ConfigError(f"--max_new_tokens={arguments.max_new_tokens} leaves no room in a context of {model.cfg.max_len}")
-  ids = tokenizer.prompt(prompt)
+def fit(ids: Any, context: int, max_new_tokens: int | None) -> tuple[Any, int]:
+  """Prompt and number of new tokens that a context holds; a prompt too long loses its beginning, with a word about it.
+
+  Where `max_new_tokens` is not given, it is at most 200, and the prompt may fill half of the context at least.
+  """
+  if len(ids) == 0:
+    raise ConfigError("the prompt is empty, and the model knows no token that begins a text; give a prompt")
+  if max_new_tokens is not None and not 1 <= max_new_tokens < context:
+    reason = "must be at least 1" if max_new_tokens < 1 else f"leaves no room in a context of {context}"
+    raise ConfigError(f"--max_new_tokens={max_new_tokens} {reason}")
+  room = max(context - 200, (context + 1) // 2) if max_new_tokens is None else context - max_new_tokens
   if len(ids) > room:
     print(f"llmjax: the prompt has {len(ids)} tokens; only its last {room} are read", file=sys.stderr)
     ids = ids[-room:]
+  return ids, min(200, context - len(ids)) if max_new_tokens is None else max_new_tokens
+
+
+def continuation(pretrained: Any, ids: Any, count: int, arguments: argparse.Namespace) -> Iterator[str]:
+  """The text of each new token."""
+  from llmjax.generation import stream
+
+  model, params, tokenizer = pretrained
   text = tokenizer.stream()
   for token in stream(
     model,
     params,
-    np.asarray(ids)[None],
-    max_new_tokens=arguments.max_new_tokens,
+    ids[None],
+    max_new_tokens=count,
     seed=arguments.seed,
     temperature=arguments.temperature,
     top_k=arguments.top_k,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -54,13 +55,13 @@ def make_sampling(
   Raises:
     ConfigError: a value out of range.
   """
-  if temperature < 0:
-    raise ConfigError(f"temperature={temperature} must not be negative; 0 is greedy")
+  if not 0 <= temperature < math.inf:
+    raise ConfigError(f"temperature={temperature} must be a number that is not negative; 0 is greedy")
   if top_k is not None and top_k < 1:
     raise ConfigError(f"top_k={top_k} must be at least 1")
   if top_p is not None and not 0 < top_p <= 1:
     raise ConfigError(f"top_p={top_p} must be in (0, 1]")
-  if repetition_penalty <= 0:
+  if not 0 < repetition_penalty < math.inf:
     raise ConfigError(f"repetition_penalty={repetition_penalty} must be positive; 1 is none")
   return Sampling(
     temperature=np.float32(temperature or 1.0),

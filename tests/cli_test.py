@@ -1,5 +1,6 @@
 """The commands as a user types them: what they print, what they refuse, and that nothing is lost."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import llmjax
 from llmjax import cli
+from llmjax.config import ConfigError
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400))
 
@@ -33,7 +35,7 @@ def train(text, *flags, workdir="runs/x"):
   return run("train", config, "--config.batch_size=8", "--config.total_steps=4", f"--workdir={workdir}", *flags)
 
 
-def test_train_evaluate_generate_report_and_inspect(text, capsys):
+def test_train_evaluate_generate_report_and_inspect(text, capsys, monkeypatch):
   assert train(text) == 0
   said = capsys.readouterr().out
   assert "parameters for 4 steps" in said and "finished at 4 steps" in said and "--config.total_steps=8" in said
@@ -53,9 +55,49 @@ def test_train_evaluate_generate_report_and_inspect(text, capsys):
   ids = np.asarray(tokenizer.prompt("line 1"))[None]
   tokens = llmjax.generate(model, params, ids, max_new_tokens=12)
   assert said == tokenizer.decode(np.asarray(tokens)[0].tolist()) + "\n"
+  monkeypatch.setattr(sys, "stdin", io.StringIO("line 2 " * 9))
+  assert run("generate", "--model=runs/x", "--stop=\n\n") == 0  # a context of 64 is enough
+  said = capsys.readouterr()
+  assert said.out.startswith("line 2 " * 9) and "63 tokens; only its last 32" in said.err
+  for flags, words in [
+    (["--prompt=a", "--max_new_tokens=64"], ["--max_new_tokens=64", "context of 64"]),
+    (["--prompt=a", "--max_new_tokens=0"], ["--max_new_tokens=0", "at least 1"]),
+    (["--prompt=a", "--stop="], ["--stop is empty"]),
+    (["--prompt=a", "--temperature=nan"], ["temperature=nan"]),
+    (["--prompt="], ["prompt is empty", "give a prompt"]),
+    (["--prompt=a\udcff"], ["not UTF-8"]),
+    (["--prompt=a\u20ac"], ["U+20AC", "known characters", "data.tokenizer.unknown=True"]),
+  ]:
+    assert run("generate", "--model=runs/x", *flags) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1 and all(word in said.err for word in words), said
   assert run("report", "--workdir=runs/x") == 0
   assert run("checkpoint", "inspect", "runs/x/checkpoints/4", "--arrays") == 0
   assert "params/embedding/table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("context", [2, 3, 64, 256, 300, 1024])
+def test_prompt_and_new_tokens_fit_the_context(context):
+  for length in {1, context // 2, context - 1, context, 3 * context}:
+    ids = np.arange(max(length, 1))
+    kept, count = cli.fit(ids, context, None)
+    assert 1 <= count <= 200 and len(kept) + count <= context
+    assert len(kept) >= min(len(ids), context // 2)
+    np.testing.assert_array_equal(kept, ids[len(ids) - len(kept) :])
+    assert len(cli.fit(ids, context, context - 1)[0]) == 1
+
+
+def test_a_prompt_from_standard_input_is_utf8(monkeypatch):
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gr\xfc\xdfe"), encoding="utf-8"))
+  with pytest.raises(ConfigError, match=r"^the prompt is not UTF-8: .* position 2"):
+    cli.read_prompt(None)
+
+
+def test_a_terminal_gets_no_control_characters(monkeypatch):
+  text = "a\x1b[2Jb\n"
+  assert cli.shown(text) == text
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  assert cli.shown(text) == "a\ufffd[2Jb\n"
 
 
 def test_a_rerun_says_what_it_does(text, capsys):
@@ -71,7 +113,7 @@ def test_a_rerun_says_what_it_does(text, capsys):
     ("--config.model.d_model=64", "model.d_model"),
     ("--config.seed=7", "seed"),
     ("--config.batch_size=16", "batch_size"),
-    ("--config.data.tokenizer.name=bytes", "data.tokenizer"),
+    ("--config.data.tokenizer.unknown=True", "data.tokenizer"),
     ("--config.data.train=[:50%]", "data.train"),
     ("--config.objective.z_loss=0.1", "objective.z_loss"),
     ("--config.optim.name=sgd", "optim"),
@@ -101,7 +143,7 @@ def test_dry_run_says_parameters_memory_and_the_first_batch_and_writes_nothing(t
     (["--config.learning_rate=1"], ["learning_rate", "`optim.lr`"]),
     (["--config.modle.d_model=1"], ["modle.d_model", "model.d_model"]),
     (["--config.seed=abc"], ["config.seed", "abc"]),
-    (["--config.seed=none"], ["seed"]),
+    (["--config.seed=none"], ["config.seed cannot be none", "int"]),
     (["--config.batch_size=6"], ["batch_size=6", "8 devices", "multiple of 8"]),
     (["--config.batch_size=8", "--config.accum=3"], ["batch_size=8", "accum=3"]),
     (["--config.mesh.tensor=3"], ["mesh", "multiple of 3", "8"]),
