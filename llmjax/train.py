@@ -59,6 +59,10 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   source = open_source(config, config["data"]["train"])
   evals, save_every, log_every = make_evals(program), period(program, "checkpoint"), period(program, "log")
   profile = profiler(config["profile"], workdir)
+  best = config["checkpoint"]["best"]
+  if best is not None and best.split("/")[:2] not in [["eval", name] for name in evals]:
+    known = ", ".join(f"eval/{name}/..." for name in evals)
+    raise ConfigError(f"checkpoint.best={best!r} is none of the run's measurements: {known or 'there are no evals'}")
   manifest = make_manifest(program) | {"data_fingerprint": source.fingerprint}
   changed = check_same(earlier, manifest, workdir) if earlier else {}
   if fresh and leader:
@@ -68,7 +72,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     keep=config["checkpoint"]["keep"],
     write=True,
     keep_every=steps(config["checkpoint"]["keep_every"], "checkpoint.keep_every"),
-    best=config["checkpoint"]["best"],
+    best=best,
   )
   stream = TrainStream(
     source,
@@ -147,7 +151,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           state, new = program.train_step(state, batch, key, rate)
         done = step + 1
         meter.add(done, new, done % log_every == 0 or step == first or done == total)
-        stopping = interrupted()
+        stopping = interrupted() and done < total
         if not stopping and any(when(done) for _, when in evals.values()):
           with meter.paused(done):
             try:

@@ -224,6 +224,7 @@ def test_a_config_that_cannot_run_moves_nothing_aside(folder):
     ("--config.evals.heldout.every=often", r"evals\.heldout\.every='often' is not a duration"),
     ("--config.evals.heldout.batch_size=6", r"batch_size=6 must be a multiple of the 8 devices"),
     ("--config.evals.heldout.name=losss", r"evals\.heldout\.name='losss'"),
+    ("--config.checkpoint.best=heldout/loss", r"checkpoint\.best='heldout/loss' .*eval/heldout"),
     ("--config.profile=3:1", r"config\.profile='3:1'"),
   ],
 )
