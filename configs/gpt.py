@@ -16,12 +16,12 @@ from configs import base, corpora
 from configs.sizes import SIZES
 from llmjax.config import ConfigError, nearest, optional, parse_arg
 
-# Peak learning rates relative to AdamW's, and the keys of each optimizer.
+# The keys of each optimizer.
 OPTIMIZERS = {
   "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8},
   "adafactor": {},
   "lion": {"b1": 0.9, "b2": 0.99},
-  "muon": {"beta": 0.95, "adam_lr_ratio": 0.3},
+  "muon": {"beta": 0.95, "adam_lr_ratio": 0.5},
   "sgd": {"momentum": 0.9},
 }
 

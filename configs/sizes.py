@@ -77,7 +77,7 @@ LLAMA3 = {"vocab": 128256, "context": 8192, "base": 500_000.0, "batch_tokens": 2
 SIZES: dict[str, dict[str, Any]] = {
   # for the machine at hand
   "debug": small(2, 32, 2, 32, lr=0.02, batch_tokens=256),
-  "nano": small(4, 256, 4, 256, lr=0.01, batch_tokens=2**11),
+  "nano": small(4, 256, 4, 256, lr=0.02, batch_tokens=2**11),
   # GPT-2 publishes no learning rate; that of GPT-3 at the same size is taken
   "gpt2_124m": gpt(12, 768, 12, 1024, lr=6e-4, batch_tokens=2**19),
   "gpt2_355m": gpt(24, 1024, 16, 1024, lr=3e-4, batch_tokens=2**19),

@@ -57,14 +57,14 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   config = program.config
   steps = program.steps
   source = open_source(config, config["data"]["train"])
+  manifest = make_manifest(program) | {"data_fingerprint": source.fingerprint}
+  changed = check_same(earlier, manifest, workdir) if earlier else {}
   evals, save_every, log_every = make_evals(program), period(program, "checkpoint"), period(program, "log")
   profile = profiler(config["profile"], workdir)
   best = config["checkpoint"]["best"]
   if best is not None and best.split("/")[:2] not in [["eval", name] for name in evals]:
     known = ", ".join(f"eval/{name}/..." for name in evals)
     raise ConfigError(f"checkpoint.best={best!r} is none of the run's measurements: {known or 'there are no evals'}")
-  manifest = make_manifest(program) | {"data_fingerprint": source.fingerprint}
-  changed = check_same(earlier, manifest, workdir) if earlier else {}
   if fresh and leader:
     set_aside(workdir)
   checkpoints = Checkpoints(
