@@ -55,6 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.eval = "validation"
   config.data.tokenizer = ConfigDict()  # {"name": "sentencepiece" | "hf" | "bytes" | "characters", ...}
   config.data.pack = True  # several documents a row, none sees another
+  config.data.interleave = 1  # documents that a row reads in turn: more mix long documents better, and take memory
   config.data.epoch_tokens = optional(None, int)  # tokens in the training data; only durations in epochs need it
   config.data.workers = 2  # threads that read and tokenise
   config.data.prefetch = 2  # batches made ahead

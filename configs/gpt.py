@@ -41,6 +41,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   corpora.choose(config, arg.corpus, arg.text, arg.column)
   config.data.tokenizer = ConfigDict({"name": "sentencepiece", "vocab_size": 4096, "path": optional(None, str)})
 
+  if config.batch_size < 64:
+    config.data.interleave = 16  # with few rows, few documents are seen at a time
+
   optim = arg.optim or size.get("optim", "adamw")
   if optim not in OPTIMIZERS:
     raise ConfigError(f"config argument optim={optim!r} is unknown; {nearest(optim, OPTIMIZERS)}")

@@ -34,6 +34,7 @@ def preview(config: Any) -> str:
     seed=config["seed"],
     rows=program.local_rows(config["batch_size"]),
     pack=config["data"]["pack"],
+    interleave=config["data"]["interleave"],
     workers=config["data"]["workers"],
     prefetch=0,
   )

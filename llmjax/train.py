@@ -29,7 +29,7 @@ from llmjax.step import TrainState
 # What a checkpoint cannot be continued with once it is changed.
 FIXED = (  # (but see FREE)
   *("model", "objective", "seed", "batch_size", "seq_len", "optim.name", "optim.ema_decay"),
-  *("data.corpus", "data.train", "data.tokenizer", "data.pack"),
+  *("data.corpus", "data.train", "data.tokenizer", "data.pack", "data.interleave"),
 )
 FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout")  # may change all the same
 
@@ -83,6 +83,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     seed=config["seed"],
     rows=program.local_rows(config["batch_size"]),
     pack=config["data"]["pack"],
+    interleave=config["data"]["interleave"],
     workers=config["data"]["workers"],
     prefetch=config["data"]["prefetch"],
   )

@@ -1,6 +1,7 @@
 """The global batch is a function of (seed, step) alone, and every token comes exactly once."""
 
 import collections
+import functools
 import itertools
 import json
 import time
@@ -71,7 +72,9 @@ def source(request):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_hosts_workers_and_prefetch_do_not_matter(source, pack):
+@pytest.mark.parametrize("interleave", [1, 3])
+def test_hosts_workers_and_prefetch_do_not_matter(source, pack, interleave):
+  take = functools.partial(globals()["take"], interleave=interleave)
   reference, _ = take(source, 12, pack=pack)
   for workers, prefetch in ((1, 4), (4, 0), (4, 4)):
     same(take(source, 12, pack=pack, workers=workers, prefetch=prefetch)[0], reference)
@@ -83,7 +86,9 @@ def test_hosts_workers_and_prefetch_do_not_matter(source, pack):
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (4, 2)])
-def test_resume_is_as_if_uninterrupted(source, pack, before, after):
+@pytest.mark.parametrize("interleave", [1, 3])
+def test_resume_is_as_if_uninterrupted(source, pack, before, after, interleave):
+  take, stream = (functools.partial(globals()[name], interleave=interleave) for name in ("take", "stream"))
   reference, _ = take(source, 13, pack=pack)
   cursors = [
     take(source, 5, pack=pack, prefetch=2, rows=range(h * B // before, (h + 1) * B // before))[1] for h in range(before)
@@ -94,7 +99,8 @@ def test_resume_is_as_if_uninterrupted(source, pack, before, after):
     resumed = stream(source, pack=pack, rows=rows, workers=2, prefetch=3)
     next(resumed)  # what was made ahead must not survive
     resumed.restore(cursor)
-    assert merge_cursors([resumed.cursor])["rows"] == {str(r): cursor["rows"][str(r)] for r in rows}
+    streams = [str(r + lane * B) for lane in range(interleave) for r in rows]
+    assert merge_cursors([resumed.cursor])["rows"] == {number: cursor["rows"][number] for number in streams}
     same(list(itertools.islice(resumed, 8)), rows_of(reference[5:], rows))
     resumed.close()
 
@@ -234,3 +240,14 @@ def test_an_epoch_is_a_permutation(size):
   order = [permuted(i, size, 0, 1) for i in range(size)]
   assert sorted(order) == list(range(size))
   assert size < 7 or order != [permuted(i, size, 0, 2) for i in range(size)] != sorted(order)
+
+
+def test_lanes_take_turns_so_that_neighbouring_batches_hold_other_documents():
+  texts = [chr(33 + i) * 180 for i in range(64)]  # each fills eleven rows
+  source = Source(len(texts), lambda i: {"text": texts[i]}, "long")
+  open_documents = lambda batch: set(batch.inputs.ids[:, 8].tolist())  # noqa: E731
+  alike = lambda batches: [len(open_documents(a) & open_documents(b)) for a, b in itertools.pairwise(batches)]  # noqa: E731
+  assert min(alike(take(source, 6)[0])) > 0
+  batches, cursor = take(source, 6, interleave=3)
+  assert max(alike(batches)) == 0 and cursor["turn"] == 0
+  assert all(b.rows.tolist() == list(range(B)) for b in batches)

@@ -5,6 +5,10 @@ number g = r + k * B, which is record permutation(epoch)[g mod N] of epoch g div
 every epoch exactly once. Everything random is a hash of counters: the permutation, the source that a mixture draws, the
 generator that an objective gets. A row's state is therefore a few integers, a host makes only its own rows, and neither
 the number of hosts nor threads nor prefetching can change the global batch.
+
+A row that reads a long document gives the same document step after step, and training suffers: neighbouring batches are
+alike. So a row may have several lanes, streams of their own that it takes in turn: `interleave` of them make
+interleave * B streams in all, the one of row r in lane l numbered r + l * B, and B above becomes their number.
 """
 
 from __future__ import annotations
@@ -65,7 +69,7 @@ class Row:
   """The state of a row stream.
 
   Attributes:
-    number: its place in the global batch.
+    number: which of all streams; modulo the batch size, its place in the global batch.
     counts: examples used up, by source.
     offset: what of the current example is used up: tokens when packing, else pieces.
     pieces: the current example, made again from the rest after a restart.
@@ -85,7 +89,7 @@ class Plan:
   shares: np.ndarray  # cumulative, ends at 1
   tokenizer: Tokenizer
   objective: Objective
-  batch_size: int
+  streams: int
   seq_len: int
   seed: int
   pack: bool
@@ -97,7 +101,7 @@ class Plan:
       draw = struct.unpack("<Q", counter_hash(self.seed, DRAW, row.number, sum(row.counts))[:8])[0] / 2**64
       part = min(int(np.searchsorted(self.shares, draw, side="right")), len(self.parts) - 1)
     size = len(self.parts[part])
-    epoch, position = divmod(row.number + row.counts[part] * self.batch_size, size)
+    epoch, position = divmod(row.number + row.counts[part] * self.streams, size)
     return part, epoch, permuted(position, size, self.seed, SHUFFLE, part, epoch)
 
   def windows(self, part: int, index: int, *, whole: bool) -> Iterator[dict[str, Any]]:
@@ -172,6 +176,7 @@ class TrainStream:
     seq_len: tokens of a row.
     rows: the global numbers of this host's rows.
     pack: documents are concatenated and cut into rows; else a row holds one window of a document, padded.
+    interleave: lanes of a row, taken in turn; so many documents a row are open at a time, and in memory.
     workers: threads that make rows; 1 makes them one after the other.
     prefetch: batches made ahead by a thread; 0 makes them when they are asked for.
   """
@@ -187,22 +192,28 @@ class TrainStream:
     seed: int,
     rows: Iterable[int] | None = None,
     pack: bool = True,
+    interleave: int = 1,
     workers: int = 2,
     prefetch: int = 2,
   ):
     for key, value, least in (
       ("batch_size", batch_size, 1),
       ("seq_len", seq_len, 1),
+      ("data.interleave", interleave, 1),
       ("data.workers", workers, 1),
       ("data.prefetch", prefetch, 0),
     ):
       if value < least:
         raise ConfigError(f"{key}={value} must be at least {least}")
-    self.plan = make_plan(source, tokenizer, objective, batch_size=batch_size, seq_len=seq_len, seed=seed, pack=pack)
+    streams = batch_size * interleave
+    self.plan = make_plan(source, tokenizer, objective, streams=streams, seq_len=seq_len, seed=seed, pack=pack)
     numbers = list(range(batch_size) if rows is None else rows)
     if not numbers or not all(0 <= r < batch_size for r in numbers):
       raise ValueError(f"rows {numbers} must be some of the batch's {batch_size}")
-    self.rows = [Row(number, [0] * len(self.plan.parts)) for number in numbers]
+    self.numbers, self.batch_size, self.turn = numbers, batch_size, 0
+    self.lanes = [
+      [Row(number + lane * batch_size, [0] * len(self.plan.parts)) for number in numbers] for lane in range(interleave)
+    ]
     self.prefetch = prefetch
     self.workers = ThreadPoolExecutor(workers, "llmjax-rows") if workers > 1 else None
     self.producer = ThreadPoolExecutor(1, "llmjax-batches") if prefetch else None
@@ -229,20 +240,27 @@ class TrainStream:
       raise
     return batch
 
-  def _make(self) -> tuple[Batch, dict[str, list[int]]]:
-    make = map if self.workers is None else self.workers.map
-    filled = list(make(self.plan.fill, self.rows))
-    return packing.make_batch(filled, [row.number for row in self.rows]), self._state()
+  @property
+  def rows(self) -> list[Row]:
+    """All streams of this host, lane after lane."""
+    return [row for lane in self.lanes for row in lane]
 
-  def _state(self) -> dict[str, list[int]]:
-    return {str(row.number): [row.offset, *row.counts] for row in self.rows}
+  def _make(self) -> tuple[Batch, Cursor]:
+    make = map if self.workers is None else self.workers.map
+    filled = list(make(self.plan.fill, self.lanes[self.turn]))
+    self.turn = (self.turn + 1) % len(self.lanes)
+    return packing.make_batch(filled, self.numbers), self._state()
+
+  def _state(self) -> Cursor:
+    return {"turn": self.turn, "rows": {str(row.number): [row.offset, *row.counts] for row in self.rows}}
 
   def _header(self) -> Cursor:
     plan = self.plan
     return {
       "version": 1,
       "seed": plan.seed,
-      "batch_size": plan.batch_size,
+      "batch_size": self.batch_size,
+      "interleave": len(self.lanes),
       "pack": plan.pack,
       "sources": [part.fingerprint for part in plan.parts],
       "shares": plan.shares.tolist(),
@@ -250,8 +268,8 @@ class TrainStream:
 
   @property
   def cursor(self) -> Cursor:
-    """Where the stream stands after the last batch that was handed out; JSON. Per row: offset, count by source."""
-    return {**self._header(), "rows": dict(self.state)}
+    """Where the stream stands after the last batch that was handed out; JSON. Per stream: offset, count by source."""
+    return {**self._header(), **self.state}
 
   def restore(self, cursor: Cursor) -> None:
     """Continues after `cursor`, which must hold this host's rows and may hold others."""
@@ -266,6 +284,7 @@ class TrainStream:
     if missing:
       raise ConfigError(f"the data cursor lacks rows {missing}; it must be merged from those of all hosts")
     self._stop()
+    self.turn = cursor["turn"]
     for row in self.rows:
       row.offset, *row.counts = cursor["rows"][str(row.number)]
       row.pieces = None
@@ -320,7 +339,7 @@ def eval_batches(
     num_batches: how many to give, at least as many as this host's rows need; None is just that.
     max_batches: only the beginning of the split, as many windows as there are rows in so many batches.
   """
-  plan = make_plan(source, tokenizer, objective, batch_size=batch_size, seq_len=seq_len, seed=seed, pack=False)
+  plan = make_plan(source, tokenizer, objective, streams=batch_size, seq_len=seq_len, seed=seed, pack=False)
   dealt: dict[int, list[Piece]] = {number: [] for number in (range(batch_size) if rows is None else rows)}
   windows = (
     (part, index, window, ids)
