@@ -86,7 +86,8 @@ def memory(program: Program, batch: Batch) -> str:
   state = used.argument_size_in_bytes
   work = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
   total, limit = state + work, device_memory()
-  against = "" if limit is None else f" of {_size(limit)}: {'fits' if total < limit else 'DOES NOT FIT'}"
+  misfit = "DOES NOT FIT; raise accum, set model.remat=full, cut along mesh.fsdp, or lower batch_size"
+  against = "" if limit is None else f" of {_size(limit)}: {'fits' if total < limit else misfit}"
   return (
     f"Memory per device, as compiled: {_size(state)} state and batch + {_size(work)} work = {_size(total)}{against}"
   )
