@@ -77,8 +77,10 @@ class Checkpoints:
     options: dict[str, Any] = {}
     if best:
       # `max_to_keep` with `best_fn` would delete the newest; these policies do not.
-      worst = float("inf")
-      measure = lambda metrics: metrics[best] if metrics and best in metrics else worst  # noqa: E731
+
+      def measure(metrics: Any) -> float:
+        return metrics[best] if metrics and best in metrics else float("inf")
+
       keepers.append(policies.BestN(get_metric_fn=measure, reverse=True, n=1))
       options = {"best_fn": measure, "best_mode": "min"}
     self.folder = epath.Path(workdir).resolve() / FOLDER

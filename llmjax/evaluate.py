@@ -71,17 +71,20 @@ def loss(
 
 def held_out_batches(program: Program, source: Any, batch_size: int, max_batches: int | None) -> list[Batch]:
   """This host's rows of every batch of a split; all hosts get equally many."""
-  make = lambda count: pipeline.eval_batches(  # noqa: E731
-    source,
-    program.tokenizer,
-    program.objective,
-    batch_size=batch_size,
-    seq_len=program.config["seq_len"],
-    seed=program.config["seed"],
-    rows=program.local_rows(batch_size),
-    num_batches=count,
-    max_batches=max_batches,
-  )
+
+  def make(count: int | None) -> list[Batch]:
+    return pipeline.eval_batches(
+      source,
+      program.tokenizer,
+      program.objective,
+      batch_size=batch_size,
+      seq_len=program.config["seq_len"],
+      seed=program.config["seed"],
+      rows=program.local_rows(batch_size),
+      num_batches=count,
+      max_batches=max_batches,
+    )
+
   batches = make(None)
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
@@ -100,7 +103,7 @@ def sample(
   if prompt is None:
     prompt = open_source(program.config, program.config["data"]["eval"])[0]["text"][:16]
   ids = program.tokenizer.prompt(prompt)[None]
-  context = program.model.cfg.max_len  # type: ignore[attr-defined]
+  context = program.model.cfg.max_len
   room = min(max_new_tokens, context - ids.shape[1])
   if not ids.size or room < 1:
     raise ConfigError(f"evals.*.prompt={prompt!r} has {ids.size} tokens: it needs at least 1, and less than {context}")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ def _next(model: nn.Module, params: Any, state: Decoding, logits: Array, samplin
   keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.count)
   token = draw(logits, sampling, keys, state.seen)
   seen = state.seen if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
-  return state.replace(token=token, position=state.position + 1, seen=seen, count=state.count + 1)  # type: ignore[attr-defined]
+  return dataclasses.replace(state, token=token, position=state.position + 1, seen=seen, count=state.count + 1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"))
@@ -141,7 +142,7 @@ def _decode(model: nn.Module, params: Any, state: Decoding, sampling: Sampling, 
   out, variables = model.apply(
     {"params": params, "cache": state.cache}, Batch(inputs=column), cache_length=cache_length, mutable=["cache"]
   )
-  return _next(model, params, state.replace(cache=variables["cache"]), out.logits[:, 0], sampling)  # type: ignore[attr-defined]
+  return _next(model, params, dataclasses.replace(state, cache=variables["cache"]), out.logits[:, 0], sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"), donate_argnames="state")

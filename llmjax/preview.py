@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax import sharding
-from llmjax.data.pipeline import TrainStream
 from llmjax.program import Program, flat_paths, make_program, open_source
-from llmjax.train import make_evals, period
+from llmjax.train import make_evals, make_stream, period
 from llmjax.types import Batch
 
 
@@ -25,19 +24,7 @@ def preview(config: Any) -> str:
     period(program, part)
   config = program.config
   source = open_source(config, config["data"]["train"])
-  stream = TrainStream(
-    source,
-    program.tokenizer,
-    program.objective,
-    batch_size=config["batch_size"],
-    seq_len=config["seq_len"],
-    seed=config["seed"],
-    rows=program.local_rows(config["batch_size"]),
-    pack=config["data"]["pack"],
-    interleave=config["data"]["interleave"],
-    workers=config["data"]["workers"],
-    prefetch=0,
-  )
+  stream = make_stream(program, source, prefetch=0)
   batch = next(iter(stream))
   stream.close()
   return "\n\n".join([parameters(program), memory(program, batch), tokens(program, batch)])

@@ -33,7 +33,7 @@ class Program:
   """Everything that is fixed before the first step. The config is plain data here, with all its `None`s decided."""
 
   config: Mapping[str, Any]
-  model: nn.Module
+  model: Any  # a Linen module with its TransformerConfig as `cfg`
   tokenizer: Any
   objective: Objective
   tx: optax.GradientTransformation
@@ -57,7 +57,10 @@ class Program:
   @property
   def abstract_state(self) -> step.TrainState:
     """Shapes with shardings: what a checkpoint is restored into."""
-    attach = lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)  # noqa: E731
+
+    def attach(shape: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
     return jax.tree.map(attach, self.state_shapes, self.state_shardings)
 
   def steps(self, value: Any, key: str) -> int | None:
@@ -105,7 +108,7 @@ class Program:
   @property
   def flops_per_token(self) -> float:
     """Model FLOPs of forward and backward pass per token (rematerialisation not counted)."""
-    c = self.model.cfg  # type: ignore[attr-defined]
+    c = self.model.cfg
     tables = sum(x.size for k, x in flat_paths(self.state_shapes.params).items() if k.endswith("/table"))
     matmul = self.num_params - tables + (c.vocab_size * c.d_model if c.tie_embeddings else 0)
     return metriclib.train_flops_per_token(

@@ -17,21 +17,12 @@ import numpy as np
 
 from llmjax import metrics as metriclib
 from llmjax import sharding
-from llmjax.checkpoint import FOLDER, Checkpoints, Damaged, make_manifest
-from llmjax.config import ConfigError, build, differences, to_dict
-from llmjax.data import tokenizer as tokenizers
+from llmjax.checkpoint import Checkpoints, make_manifest
+from llmjax.config import ConfigError, build, to_dict
 from llmjax.data.pipeline import TrainStream, merge_cursors
 from llmjax.evaluate import EVALUATORS, WHEN
-from llmjax.pretrained import load_params, load_tokenizer, read_tokenizer
 from llmjax.program import Program, make_program, open_source
-from llmjax.step import TrainState
-
-# What a checkpoint cannot be continued with once it is changed.
-FIXED = (  # (but see FREE)
-  *("model", "objective", "seed", "batch_size", "seq_len", "optim.name", "optim.ema_decay"),
-  *("data.corpus", "data.train", "data.tokenizer", "data.pack", "data.interleave"),
-)
-FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout")  # may change all the same
+from llmjax.resume import check_same, finished, kept_tokenizer, read_earlier, restore, set_aside
 
 
 class Diverged(RuntimeError):
@@ -74,19 +65,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     keep_every=steps(config["checkpoint"]["keep_every"], "checkpoint.keep_every"),
     best=best,
   )
-  stream = TrainStream(
-    source,
-    program.tokenizer,
-    program.objective,
-    batch_size=config["batch_size"],
-    seq_len=config["seq_len"],
-    seed=config["seed"],
-    rows=program.local_rows(config["batch_size"]),
-    pack=config["data"]["pack"],
-    interleave=config["data"]["interleave"],
-    workers=config["data"]["workers"],
-    prefetch=config["data"]["prefetch"],
-  )
+  stream = make_stream(program, source, prefetch=config["data"]["prefetch"])
 
   state, first, cursor = restore(program, checkpoints)
   if cursor is not None:
@@ -242,6 +221,24 @@ def check_finite(step: int, means: dict[str, float]) -> None:
       raise Diverged(f"{name} is {means[name]} at step {step:,}; the last checkpoint is kept (try a lower optim.lr)")
 
 
+def make_stream(program: Program, source: Any, *, prefetch: int) -> TrainStream:
+  """This host's rows of the training batches."""
+  config = program.config
+  return TrainStream(
+    source,
+    program.tokenizer,
+    program.objective,
+    batch_size=config["batch_size"],
+    seq_len=config["seq_len"],
+    seed=config["seed"],
+    rows=program.local_rows(config["batch_size"]),
+    pack=config["data"]["pack"],
+    interleave=config["data"]["interleave"],
+    workers=config["data"]["workers"],
+    prefetch=prefetch,
+  )
+
+
 def period(program: Program, *keys: str) -> int:
   """The `every` of a part of the config, in steps; longer than the run where it is None."""
   key = ".".join((*keys, "every"))
@@ -262,90 +259,6 @@ def make_evals(program: Program) -> dict[str, tuple[Any, Any]]:
     at = {program.steps(value, f"evals.{name}.at") for value in entry["at"]} | {program.total_steps}
     evals[name] = evaluator, lambda step, every=every, at=at: step in at or (step > 0 and step % every == 0)
   return evals
-
-
-def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:
-  """State, its step and the data cursor: this workdir's newest sound checkpoint, else init_from, else from scratch."""
-  failures: list[int] = []
-  for step in reversed(checkpoints.steps()):
-    try:
-      state = checkpoints.restore(step, program.abstract_state)
-      cursor = checkpoints.read(step, "data")["cursor"]
-      checkpoints.read(step, "manifest")
-    except Damaged as error:
-      failures.append(step)
-      print(f"{error}; trying an older one")
-      continue
-    for damaged in failures:
-      checkpoints.set_aside(damaged)
-    return state, step, cursor
-  if failures:
-    raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")
-  source = program.config["init_from"]
-  if source is not None:
-    return program.init(load_params(source, program.abstract_state.params)), 0, None
-  return program.init(), 0, None
-
-
-def read_earlier(workdir: Path) -> dict[str, Any] | None:
-  """The manifest of the newest checkpoint in `workdir`, if there is one."""
-  if not (workdir / FOLDER).is_dir():
-    return None
-  checkpoints = Checkpoints(workdir)
-  try:
-    found = checkpoints.newest_manifest()
-    return found[1] if found else None
-  finally:
-    checkpoints.close()
-
-
-def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
-  """The tokenizer that parameters were trained with: this workdir's, when the config still asks for it, so that ids
-  are the same even where caches are gone; else that of `init_from`, since its embeddings mean nothing to another."""
-  if earlier is not None:
-    same = not differences(earlier["config"]["data"]["tokenizer"], config["data"]["tokenizer"])
-    return read_tokenizer(earlier, trust=True) if same else None
-  if config["init_from"] is None:
-    return None
-  kept = load_tokenizer(config["init_from"], trust=True)
-  spec = config["data"]["tokenizer"]
-  if spec.get("path") is not None and tokenizers.make(spec).to_files() != kept.to_files():
-    raise ConfigError(
-      f"data.tokenizer.path={spec['path']!r} is not the tokenizer of init_from={config['init_from']!r}; set it to none"
-    )
-  return kept
-
-
-def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path) -> dict[str, tuple[Any, Any]]:
-  """What changed since the run in `workdir`, as {key: (old, new)}; refuses what it cannot be continued with."""
-  changed = differences(earlier["config"], manifest["config"])
-  way_out = "change it back, use another --workdir, or --fresh to move the old run aside"
-  same_data = earlier["data_fingerprint"] == manifest["data_fingerprint"]
-  for key, (old, new) in changed.items():
-    if same_data and key == "data.corpus.files":
-      continue  # the same text in another place
-    if key not in FREE and any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
-      raise ConfigError(f"{workdir} holds a run with {key}={old!r}, now {new!r}; {way_out}")
-  if not same_data:
-    raise ConfigError(f"{workdir} holds a run on other data: the content of data.corpus has changed; {way_out}")
-  return changed
-
-
-def set_aside(workdir: Path) -> None:
-  """Moves an earlier run to WORKDIR.1, .2, ...: nothing is ever deleted."""
-  if workdir.exists() and any(workdir.iterdir()):
-    number = next(i for i in range(1, 10**6) if not Path(f"{workdir}.{i}").exists())
-    workdir.rename(f"{workdir}.{number}")
-    print(f"moved the earlier run to {workdir}.{number}")
-
-
-def finished(workdir: Path, manifest: dict[str, Any], step: int) -> str:
-  """The last words of a run."""
-  numbers = ", ".join(f"{k} {v:.4f}" for k, v in manifest.get("metrics", {}).items() if isinstance(v, float))
-  return (
-    f"{workdir} is finished at {step:,} steps: {numbers or 'no evaluations'}\n"
-    f"to extend it, repeat the command with --config.total_steps={2 * step}"
-  )
 
 
 def gather(cursor: Any) -> list[Any]:

@@ -22,7 +22,7 @@ STOREYS = [
   "plots pretrained step",
   "program",
   "generation",
-  "evaluate predict",
+  "evaluate predict resume",
   "train",
   "sweep verify plan report preview",
   "cli",

@@ -1,0 +1,104 @@
+"""What a rerun does with the run that it finds: continue it, refuse, start from another, or move it aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmjax.checkpoint import FOLDER, Checkpoints, Damaged
+from llmjax.config import ConfigError, differences
+from llmjax.data import tokenizer as tokenizers
+from llmjax.pretrained import load_params, load_tokenizer, read_tokenizer
+from llmjax.program import Program
+from llmjax.step import TrainState
+
+# What a checkpoint cannot be continued with once it is changed.
+FIXED = (  # (but see FREE)
+  *("model", "objective", "seed", "batch_size", "seq_len", "optim.name", "optim.ema_decay"),
+  *("data.corpus", "data.train", "data.tokenizer", "data.pack", "data.interleave"),
+)
+FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout")  # may change all the same
+
+
+def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:
+  """State, its step and the data cursor: this workdir's newest sound checkpoint, else init_from, else from scratch."""
+  failures: list[int] = []
+  for step in reversed(checkpoints.steps()):
+    try:
+      state = checkpoints.restore(step, program.abstract_state)
+      cursor = checkpoints.read(step, "data")["cursor"]
+      checkpoints.read(step, "manifest")
+    except Damaged as error:
+      failures.append(step)
+      print(f"{error}; trying an older one")
+      continue
+    for damaged in failures:
+      checkpoints.set_aside(damaged)
+    return state, step, cursor
+  if failures:
+    raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")
+  source = program.config["init_from"]
+  if source is not None:
+    return program.init(load_params(source, program.abstract_state.params)), 0, None
+  return program.init(), 0, None
+
+
+def read_earlier(workdir: Path) -> dict[str, Any] | None:
+  """The manifest of the newest checkpoint in `workdir`, if there is one."""
+  if not (workdir / FOLDER).is_dir():
+    return None
+  checkpoints = Checkpoints(workdir)
+  try:
+    found = checkpoints.newest_manifest()
+    return found[1] if found else None
+  finally:
+    checkpoints.close()
+
+
+def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
+  """The tokenizer that parameters were trained with: this workdir's, when the config still asks for it, so that ids
+  are the same even where caches are gone; else that of `init_from`, since its embeddings mean nothing to another."""
+  if earlier is not None:
+    same = not differences(earlier["config"]["data"]["tokenizer"], config["data"]["tokenizer"])
+    return read_tokenizer(earlier, trust=True) if same else None
+  if config["init_from"] is None:
+    return None
+  kept = load_tokenizer(config["init_from"], trust=True)
+  spec = config["data"]["tokenizer"]
+  if spec.get("path") is not None and tokenizers.make(spec).to_files() != kept.to_files():
+    raise ConfigError(
+      f"data.tokenizer.path={spec['path']!r} is not the tokenizer of init_from={config['init_from']!r}; set it to none"
+    )
+  return kept
+
+
+def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path) -> dict[str, tuple[Any, Any]]:
+  """What changed since the run in `workdir`, as {key: (old, new)}; refuses what it cannot be continued with."""
+  changed = differences(earlier["config"], manifest["config"])
+  way_out = "change it back, use another --workdir, or --fresh to move the old run aside"
+  same_data = earlier["data_fingerprint"] == manifest["data_fingerprint"]
+  for key, (old, new) in changed.items():
+    if same_data and key == "data.corpus.files":
+      continue  # the same text in another place
+    if key not in FREE and any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+      raise ConfigError(f"{workdir} holds a run with {key}={old!r}, now {new!r}; {way_out}")
+  if not same_data:
+    raise ConfigError(f"{workdir} holds a run on other data: the content of data.corpus has changed; {way_out}")
+  return changed
+
+
+def set_aside(workdir: Path) -> None:
+  """Moves an earlier run to WORKDIR.1, .2, ...: nothing is ever deleted."""
+  if workdir.exists() and any(workdir.iterdir()):
+    number = next(i for i in range(1, 10**6) if not Path(f"{workdir}.{i}").exists())
+    workdir.rename(f"{workdir}.{number}")
+    print(f"moved the earlier run to {workdir}.{number}")
+
+
+def finished(workdir: Path, manifest: dict[str, Any], step: int) -> str:
+  """The last words of a run."""
+  numbers = ", ".join(f"{k} {v:.4f}" for k, v in manifest.get("metrics", {}).items() if isinstance(v, float))
+  return (
+    f"{workdir} is finished at {step:,} steps: {numbers or 'no evaluations'}\n"
+    f"to extend it, repeat the command with --config.total_steps={2 * step}"
+  )
