@@ -13,11 +13,12 @@ from llmjax.program import Program
 from llmjax.step import TrainState
 
 # What a checkpoint cannot be continued with once it is changed.
-FIXED = (  # (but see FREE)
+FIXED = (
   *("model", "objective", "seed", "batch_size", "seq_len", "optim.name", "optim.ema_decay"),
   *("data.corpus", "data.train", "data.tokenizer", "data.pack", "data.interleave"),
 )
-FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout")  # may change all the same
+# What of it may change all the same.
+FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout")
 
 
 def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:
@@ -63,7 +64,7 @@ def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
     return read_tokenizer(earlier, trust=True) if same else None
   if config["init_from"] is None:
     return None
-  kept = load_tokenizer(config["init_from"], trust=True)
+  kept = load_tokenizer(config["init_from"])  # it may be a stranger's, so it may not name code outside llmjax
   spec = config["data"]["tokenizer"]
   if spec.get("path") is not None and tokenizers.make(spec).to_files() != kept.to_files():
     raise ConfigError(

@@ -248,3 +248,13 @@ def test_evaluating_a_checkpoint_runs_no_code_that_its_config_names(folder):
   manifest.write_text(json.dumps(content))
   with pytest.raises(ConfigError, match="--trust"):
     evaluate.evaluate_checkpoint(str(folder / "x"), data=str(folder / "t.txt"))
+
+
+def test_starting_from_a_checkpoint_runs_no_code_that_its_tokenizer_names(folder):
+  run(folder, "a", "--config.total_steps=1")
+  [manifest] = (folder / "a" / "checkpoints" / "1" / "manifest").rglob("metadata")
+  content = json.loads(manifest.read_text())
+  content["tokenizer"]["spec"] = {"name": "os:abort"}
+  manifest.write_text(json.dumps(content))
+  with pytest.raises(ConfigError, match="outside llmjax"):
+    run(folder, "b", f"--config.init_from={folder / 'a'}")
