@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
-EVAL = ["seqeval>=1.2.2", "rouge_score>=0.1.2", "sacrebleu>=2.4", "scikit-learn>=1.5"]
+BM25 = ["bm25s>=0.2"]
+EVAL = [*BM25, "seqeval>=1.2.2", "rouge_score>=0.1.2", "sacrebleu>=2.4", "scikit-learn>=1.5"]
 
 setup(
   name="llmjax",
@@ -43,7 +44,7 @@ setup(
     "cuda": ["jax[cuda13]>=0.10.0"],
     "hf": HF,
     "eval": EVAL,
-    "dev": [*HF, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
+    "dev": [*HF, *BM25, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
   },
   entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
   classifiers=[

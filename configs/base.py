@@ -23,6 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.max_len = optional(None, int)  # None: seq_len
   config.model.d_model = 256
   config.model.decoder_layers = 4
+  config.model.encoder_layers = 0
   config.model.num_heads = 4
   config.model.num_kv_heads = optional(None, int)
   config.model.head_dim = optional(None, int)
@@ -30,8 +31,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.norm = "layernorm"
   config.model.norm_epsilon = 1e-5
   config.model.norm_bias = True
+  config.model.norm_placement = "pre"
+  config.model.embedding_norm = False
+  config.model.first_attention_norm = True
   config.model.positions = "learned"
   config.model.rotary_base = 10_000.0
+  config.model.local_rotary_base = optional(None, float)
+  config.model.relative_buckets = 32
+  config.model.relative_max_distance = 128
+  config.model.attention_pattern = ("global",)
+  config.model.window = optional(None, int)
+  config.model.attention_scale = optional(None, float)
+  config.model.token_types = 0
   config.model.activation = "gelu"
   config.model.gated = False
   config.model.qkv_bias = True
@@ -39,8 +50,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.mlp_bias = True
   config.model.qk_norm = False
   config.model.tie_embeddings = True
+  config.model.scale_tied_logits = False
+  config.model.head_transform = False
+  config.model.head_bias = False
+  config.model.pooler = False
+  config.model.sentence_classes = 0
+  config.model.bidirectional_prompt = False
   config.model.dropout = 0.0
   config.model.attention_dropout = 0.0
+  config.model.mlp_dropout = 0.0
   config.model.init_stddev = optional(0.02, float)
   config.model.embedding_stddev = optional(None, float)
   config.model.residual_init = "scaled"
@@ -84,6 +102,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.rules.head_dim = optional(None)
   config.rules.mlp = optional("tensor")
   config.rules.norm = optional(None)
+  config.rules.head = optional(None)
+  config.rules.classes = optional(None)
+  config.rules.token_types = optional(None)
+  config.rules.buckets = optional(None)
   config.rules.act_batch = optional(("data", "fsdp"))
   config.rules.act_len = optional(None)
   config.rules.act_embed = optional(None)
@@ -107,16 +129,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def language_model_evals(config: ConfigDict, prompt: str | None) -> None:
   """Held-out loss over the whole split, and a prompt (None: the beginning of the held-out text) continued."""
-  config.evals.heldout = ConfigDict(
-    {
-      "name": "loss",
-      "every": optional("20%"),
-      "at": (),
-      "split": optional(None, str),
-      "batch_size": optional(None, int),
-      "max_batches": optional(None, int),
-    }
-  )
+  _heldout(config)
   config.evals.sample = ConfigDict(
     {
       "name": "sample",
@@ -128,3 +141,50 @@ def language_model_evals(config: ConfigDict, prompt: str | None) -> None:
       "top_p": optional(0.95, float),
     }
   )
+
+
+def masked_evals(config: ConfigDict) -> None:
+  """Held-out loss over the whole split, beside what guessing by frequency gives on the same labels."""
+  _heldout(config)
+  _unigram(config)
+
+
+def span_evals(config: ConfigDict) -> None:
+  """Held-out loss over the whole split, beside what guessing by frequency gives on the same spans."""
+  _heldout(config)
+  _unigram(config)
+
+
+def retrieval_evals(config: ConfigDict, bm25: bool = False) -> None:
+  """Held-out loss, and each anchor's own positive looked for among all of the split, by BM25 too where asked for."""
+  _heldout(config)
+  config.evals.retrieval = ConfigDict(
+    {
+      "name": "retrieval",
+      "every": optional("20%"),
+      "at": (),
+      "split": optional(None, str),
+      "batch_tokens": 16384,
+      "limit": optional(None, int),
+      "bm25": bm25,
+    }
+  )
+
+
+def _heldout(config: ConfigDict) -> None:
+  config.evals.heldout = ConfigDict(
+    {
+      "name": "loss",
+      "every": optional("20%"),
+      "at": (),
+      "split": optional(None, str),
+      "batch_size": optional(None, int),
+      "max_batches": optional(None, int),
+    }
+  )
+
+
+def _unigram(config: ConfigDict) -> None:
+  """On the labels of `heldout`, whose keys it follows."""
+  same = {key: config.evals.heldout.get_oneway_ref(key) for key in ("split", "batch_size", "max_batches")}
+  config.evals.unigram = ConfigDict({"name": "unigram", "every": optional(None), "at": (), **same})

@@ -1,15 +1,32 @@
-"""Model shapes by name: `SIZES[name]` holds the model's keys and the recipe that was published with them.
+"""Model shapes by name: `SIZES[stacks][name]` holds the model's keys and the recipe that was published with them.
 
-Sources: GPT-2 (Radford et al. 2019, and the released configs), GPT-3 (Brown et al. 2020, table 2.1), Llama 2
-(Touvron et al. 2023), Llama 3 (Grattafiori et al. 2024, and the released configs of 3.2 for 1B and 3B).
+`stacks` is which of a Transformer's stacks there are: "decoder", "encoder" or "both". Of the recipe there are always
+"seq_len", "batch_tokens" (input tokens an update) and "lr" (its peak), and where known "total_steps", and keys of
+`optim`, `schedule` and the objective.
+
+Sources of decoders: GPT-2 (Radford et al. 2019, and the released configs), GPT-3 (Brown et al. 2020, table 2.1), Llama
+2 (Touvron et al. 2023), Llama 3 (Grattafiori et al. 2024, and the released configs of 3.2 for 1B and 3B).
 Where the GPT-3 table contradicts itself: XL lists 24 heads of 128 at width 2048; 16 x 128 = 2048 is taken. 13B lists
 width 5140 with 40 heads of 128; 40 x 128 = 5120 is taken.
+
+Of encoders: BERT (Devlin et al. 2019; its small sizes are Turc et al. 2019; uncased vocabulary), RoBERTa (Liu et al.
+2019, table 9), ModernBERT (Warner et al. 2024, and its released pretraining config), all with the released configs.
+BERT's first 90 % of steps had rows of 128 tokens; here all have 512. RoBERTa's released checkpoints have 514 rows of
+positions, the first two of which are never used; here there are 512. ModernBERT's shape is the final one: its rotary
+base was 10,000 everywhere until rows grew from 1,024 to 8,192 tokens, after 1.7 of 2 trillion.
+
+Of encoder–decoders: T5 (Raffel et al. 2020) and T5 v1.1 (Shazeer 2020), with the released configs. Version 1.0 was
+trained on supervised tasks as well. Its rate is constant for 10,000 steps; here it rises to the same over as many.
 """
 
 from typing import Any
 
+Size = dict[str, Any]
 
-def gpt(layers: int, width: int, heads: int, context: int, **recipe: Any) -> dict[str, Any]:
+NO_BIASES = {"norm_bias": False, "qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+
+
+def gpt(layers: int, width: int, heads: int, context: int, **recipe: Any) -> Size:
   """GPT-2's and GPT-3's choices: pre-norm LayerNorm, learned positions, GELU, biases, tied embeddings."""
   model = {
     "vocab_size": 50257,
@@ -35,10 +52,9 @@ def llama(
   vocab: int,
   context: int,
   base: float,
-  head_dim: int | None = None,
   tied: bool = False,
   **recipe: Any,
-) -> dict[str, Any]:
+) -> Size:
   """Llama's choices: RMSNorm, rotary positions, SwiGLU, no biases, grouped heads."""
   model = {
     "vocab_size": vocab,
@@ -46,38 +62,167 @@ def llama(
     "decoder_layers": layers,
     "num_heads": heads,
     "num_kv_heads": kv_heads,
-    "head_dim": head_dim,
     "d_ff": ff,
     "max_len": context,
     "norm": "rmsnorm",
-    "norm_bias": False,
     "positions": "rotary",
     "rotary_base": base,
     "activation": "silu",
     "gated": True,
-    "qkv_bias": False,
-    "attention_out_bias": False,
-    "mlp_bias": False,
     "tie_embeddings": tied,
+    **NO_BIASES,
   }
   return {"model": model, "seq_len": context, **recipe}
 
 
-def small(layers: int, width: int, heads: int, context: int, **recipe: Any) -> dict[str, Any]:
+def bert(layers: int, width: int, **recipe: Any) -> Size:
+  """BERT's choices: post-norm LayerNorm, learned positions, GELU, biases, dropout, heads for tokens and sentences."""
+  model = {
+    "vocab_size": 30522,
+    "d_model": width,
+    "decoder_layers": 0,
+    "encoder_layers": layers,
+    "num_heads": width // 64,
+    "max_len": 512,
+    "norm": "layernorm",
+    "norm_epsilon": 1e-12,
+    "norm_placement": "post",
+    "embedding_norm": True,
+    "positions": "learned",
+    "token_types": 2,
+    "activation": "gelu_exact",
+    "head_transform": True,
+    "head_bias": True,
+    "pooler": True,
+    "sentence_classes": 2,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "residual_init": "plain",
+  }
+  return {"model": model, "seq_len": 512, **recipe}
+
+
+def roberta(layers: int, width: int, **recipe: Any) -> Size:
+  """BERT without pairs of sentences, and with GPT-2's vocabulary."""
+  size = bert(layers, width, **recipe)
+  size["model"] |= {"vocab_size": 50265, "norm_epsilon": 1e-5, "token_types": 1}
+  size["model"] |= {"pooler": False, "sentence_classes": 0}
+  return size
+
+
+def modernbert(layers: int, width: int, ff: int, **recipe: Any) -> Size:
+  """ModernBERT's choices: pre-norm, rotary positions, GeGLU, no biases; two of three layers see a window alone."""
+  model = {
+    "vocab_size": 50368,
+    "d_model": width,
+    "decoder_layers": 0,
+    "encoder_layers": layers,
+    "num_heads": width // 64,
+    "d_ff": ff,
+    "max_len": 8192,
+    "norm": "layernorm",
+    "embedding_norm": True,
+    "first_attention_norm": False,
+    "positions": "rotary",
+    "rotary_base": 160_000.0,
+    "local_rotary_base": 10_000.0,
+    "attention_pattern": ("global", "local", "local"),
+    "window": 128,
+    "activation": "gelu_exact",
+    "gated": True,
+    "head_transform": True,
+    "head_bias": True,
+    **NO_BIASES,
+  }
+  return {"model": model, "seq_len": 1024, **recipe}
+
+
+def t5(layers: int, width: int, heads: int, ff: int, head_dim: int = 64) -> Size:
+  """T5's choices: RMSNorm, relative positions, unscaled scores, no biases; version 1.0: ReLU, tied embeddings."""
+  model = {
+    "vocab_size": 32128,
+    "d_model": width,
+    "decoder_layers": layers,
+    "encoder_layers": layers,
+    "num_heads": heads,
+    "head_dim": head_dim,
+    "d_ff": ff,
+    "max_len": 512,
+    "norm": "rmsnorm",
+    "norm_epsilon": 1e-6,
+    "positions": "relative",
+    "relative_buckets": 32,
+    "relative_max_distance": 128,
+    "attention_scale": 1.0,
+    "activation": "relu",
+    "scale_tied_logits": True,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "mlp_dropout": 0.1,
+    "init_stddev": None,
+    "embedding_stddev": 1.0,
+    "residual_init": "plain",
+    **NO_BIASES,
+  }
+  return {"model": model, "seq_len": 512, **T5}
+
+
+def t5_v1_1(layers: int, width: int, heads: int, ff: int) -> Size:
+  """T5 v1.1: gated GELU, an output projection of its own, no dropout before fine-tuning."""
+  size = t5(layers, width, heads, ff)
+  size["model"] |= {"activation": "gelu", "gated": True, "tie_embeddings": False, "scale_tied_logits": False}
+  size["model"] |= dict.fromkeys(("dropout", "attention_dropout", "mlp_dropout"), 0.0)
+  return size
+
+
+def small(
+  width: int, heads: int, context: int, *, decoder_layers: int = 0, encoder_layers: int = 0, **recipe: Any
+) -> Size:
   """Llama's choices with query-key norms and tied embeddings, for small models trained with Muon."""
-  size = llama(layers, width, heads, heads, 8 * width // 3 // 8 * 8, vocab=1, context=context, base=10_000.0, tied=True)
-  size["model"] |= {"vocab_size": None, "qk_norm": True, "residual_init": "zeros", "init_stddev": None}
+  ff = 8 * width // 3 // 8 * 8
+  size = llama(decoder_layers, width, heads, heads, ff, vocab=1, context=context, base=10_000.0, tied=True)
+  size["model"] |= {"vocab_size": None, "encoder_layers": encoder_layers, "qk_norm": True}
+  size["model"] |= {"residual_init": "zeros", "init_stddev": None}
   size["model"]["embedding_stddev"] = 0.02  # tied to the output: 1/sqrt(D) would begin with a loss above uniform's
-  return {**size, "optim": "muon", **recipe}
+  return {**size, "lr": 0.02, "optim": {"name": "muon"}, **recipe}
 
 
 LLAMA2 = {"vocab": 32000, "context": 4096, "base": 10_000.0, "batch_tokens": 2**22}
 LLAMA3 = {"vocab": 128256, "context": 8192, "base": 500_000.0, "batch_tokens": 2**22}
+BERT = {
+  "lr": 1e-4,
+  "batch_tokens": 2**17,
+  "total_steps": 1_000_000,
+  "optim": {"name": "adamw", "b2": 0.999, "eps": 1e-6, "weight_decay": 0.01},
+  "schedule": {"name": "linear", "warmup": "1%", "final": 0.0},
+  "objective": {"sentence_pairs": "next"},
+}
+ROBERTA = {
+  "batch_tokens": 2**22,
+  "total_steps": 500_000,
+  "optim": {"name": "adamw", "b2": 0.98, "eps": 1e-6, "weight_decay": 0.01, "clip_norm": None},
+}
+# In place of its StableAdamW, which bounds the step of each parameter, AdamW with clipped gradients. Its rate falls in
+# the last 50 billion tokens.
+MODERNBERT = {
+  "total_steps": "1719B tokens",
+  "optim": {"name": "adamw", "b2": 0.98, "eps": 1e-6, "weight_decay": 1e-5},
+  "schedule": {"name": "wsd", "warmup": "0.2%", "decay": "3%", "shape": "sqrt", "final": 0.0},
+  "objective": {"rate": 0.3},
+}
+T5 = {
+  "lr": 0.01,  # times each parameter's own size
+  "batch_tokens": 2**20,
+  "total_steps": 1_000_000,
+  "optim": {"name": "adafactor", "parameter_scale": True, "weight_decay": 0.0, "clip_norm": None},
+  "schedule": {"name": "inverse_sqrt", "warmup": "1%"},
+  "objective": {"z_loss": 1e-4},
+}
 
-SIZES: dict[str, dict[str, Any]] = {
+DECODERS = {
   # for the machine at hand
-  "debug": small(2, 32, 2, 32, lr=0.02, batch_tokens=256),
-  "nano": small(4, 256, 4, 256, lr=0.02, batch_tokens=2**11),
+  "debug": small(32, 2, 32, decoder_layers=2, batch_tokens=2**8, total_steps=2),
+  "nano": small(256, 4, 256, decoder_layers=4, batch_tokens=2**11, total_steps=600),
   # GPT-2 publishes no learning rate; that of GPT-3 at the same size is taken
   "gpt2_124m": gpt(12, 768, 12, 1024, lr=6e-4, batch_tokens=2**19),
   "gpt2_355m": gpt(24, 1024, 16, 1024, lr=3e-4, batch_tokens=2**19),
@@ -100,3 +245,35 @@ SIZES: dict[str, dict[str, Any]] = {
   "llama3_70b": llama(80, 8192, 64, 8, 28672, lr=1.5e-4, **LLAMA3),
   "llama3_405b": llama(126, 16384, 128, 8, 53248, lr=8e-5, **LLAMA3),
 }
+
+ENCODERS = {
+  "debug": small(32, 2, 32, encoder_layers=2, batch_tokens=2**8, total_steps=2),
+  "nano": small(256, 4, 256, encoder_layers=4, batch_tokens=2**11, total_steps=1000, objective={"rate": 0.3}),
+  "bert_tiny": bert(2, 128, **BERT),
+  "bert_mini": bert(4, 256, **BERT),
+  "bert_small": bert(4, 512, **BERT),
+  "bert_medium": bert(8, 512, **BERT),
+  "bert_base": bert(12, 768, **BERT),
+  "bert_large": bert(24, 1024, **BERT),
+  "roberta_base": roberta(12, 768, lr=6e-4, schedule={"name": "linear", "warmup": "4.8%", "final": 0.0}, **ROBERTA),
+  "roberta_large": roberta(24, 1024, lr=4e-4, schedule={"name": "linear", "warmup": "6%", "final": 0.0}, **ROBERTA),
+  "modernbert_base": modernbert(22, 768, 1152, lr=8e-4, batch_tokens=4608 * 1024, **MODERNBERT),
+  "modernbert_large": modernbert(28, 1024, 2624, lr=5e-4, batch_tokens=4928 * 1024, **MODERNBERT),
+}
+
+ENCODER_DECODERS = {
+  "debug": small(32, 2, 32, encoder_layers=2, decoder_layers=2, batch_tokens=2**8, total_steps=2),
+  "nano": small(256, 4, 256, encoder_layers=3, decoder_layers=3, batch_tokens=2**11, total_steps=1000),
+  "t5_small": t5(6, 512, 8, 2048),
+  "t5_base": t5(12, 768, 12, 3072),
+  "t5_large": t5(24, 1024, 16, 4096),
+  "t5_3b": t5(24, 1024, 32, 16384, head_dim=128),
+  "t5_11b": t5(24, 1024, 128, 65536, head_dim=128),
+  "t5_v1.1_small": t5_v1_1(8, 512, 6, 1024),
+  "t5_v1.1_base": t5_v1_1(12, 768, 12, 2048),
+  "t5_v1.1_large": t5_v1_1(24, 1024, 16, 2816),
+  "t5_v1.1_xl": t5_v1_1(24, 2048, 32, 5120),
+  "t5_v1.1_xxl": t5_v1_1(24, 4096, 64, 10240),
+}
+
+SIZES: dict[str, dict[str, Size]] = {"decoder": DECODERS, "encoder": ENCODERS, "both": ENCODER_DECODERS}

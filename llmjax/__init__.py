@@ -11,6 +11,7 @@ _LAZY = {
   "load": "llmjax.pretrained",
   "run": "llmjax.train",
   "generate": "llmjax.generation",
+  "embed": "llmjax.embeddings",
 }
 _MODULES = ("types",)
 

@@ -27,6 +27,16 @@ begin here:
 """
 
 
+EMBED_NOTES = """\
+The array is float32 [texts, width] in the order of the input; each row has length 1, so that a product of rows is a
+cosine. FILE.ids.txt has a line for each: the record's field `id` where it has one, else its number, from 0.
+An empty line or text is an error.
+
+  llmjax embed --model=runs/x --input=queries.txt --output=queries.npy
+  llmjax embed --model=runs/x --input=docs.jsonl --column=abstract --output=docs.npy
+"""
+
+
 def parser() -> argparse.ArgumentParser:
   """All subcommands."""
   main = argparse.ArgumentParser(
@@ -73,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
   )
   evaluate.add_argument("--workdir", help="a run of --config")
   evaluate.add_argument("--model", help="a workdir or one of its checkpoints")
-  evaluate.add_argument("--data", help="a file or glob; of .jsonl, .parquet, .csv and .tsv the field `text`")
+  evaluate.add_argument("--data", help="a file or glob; of records the field `text`, or those that the objective names")
   evaluate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   generate = add("generate", "continue a prompt", run_generate, "Without --prompt, it is read from standard input.\n")
@@ -87,6 +97,17 @@ def parser() -> argparse.ArgumentParser:
   generate.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
   generate.add_argument("--seed", type=int, default=0)
   generate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
+
+  embed = add("embed", "vectors of texts, as a NumPy file", run_embed, EMBED_NOTES)
+  embed.add_argument("--model", required=True, help="a workdir or one of its checkpoints")
+  embed.add_argument("--input", required=True, help="text, one a line, or JSONL, CSV, TSV or Parquet")
+  embed.add_argument("--output", required=True, help="FILE.npy; ids go to FILE.ids.txt")
+  embed.add_argument("--pooling", help="cls, mean, last or pooler (default: the checkpoint's, else mean)")
+  embed.add_argument("--column", help="the field of a record that is the text (default: text)")
+  embed.add_argument("--max_len", type=int, help="tokens of a text; longer ones lose their end (default: as trained)")
+  embed.add_argument("--batch_tokens", type=int, help="rows times length of a batch (default: 16384)")
+  embed.add_argument("--mesh", default="data=-1", help="devices, such as data=-1,tensor=2 (default: %(default)s)")
+  embed.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   tokenizer = add("tokenizer", "train a SentencePiece vocabulary", run_tokenizer)
   tokenizer.add_argument("--input", required=True, nargs="+", help="text files or globs")
@@ -190,14 +211,17 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
   if "" in arguments.stop:
     raise ConfigError("--stop is empty; give the text to end before, or leave it out")
   start_jax()
-  from llmjax.generation import make_sampling, until
+  from llmjax.generation import encode_prompt, make_sampling, until
   from llmjax.pretrained import load
 
   make_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)  # checks
   pretrained = load(arguments.model, trust=arguments.trust)
   prompt = read_prompt(arguments.prompt)
-  ids, count = fit(pretrained.tokenizer.prompt(prompt), pretrained.model.cfg.max_len, arguments.max_new_tokens)
-  sys.stdout.write(shown(prompt))
+  config = pretrained.model.cfg
+  separate = config.stacks == "both"  # the decoder has a text of its own, which does not go on from the prompt
+  ids = encode_prompt(pretrained.model, pretrained.tokenizer, prompt)
+  ids, count = fit(ids, config.max_len, arguments.max_new_tokens, separate)
+  sys.stdout.write("" if separate else shown(prompt))
   for text in until(continuation(pretrained, ids, count, arguments), tuple(arguments.stop)):
     sys.stdout.write(shown(text))
     sys.stdout.flush()
@@ -214,10 +238,11 @@ def read_prompt(given: str | None) -> str:
   return prompt
 
 
-def fit(ids: Any, context: int, max_new_tokens: int | None) -> tuple[Any, int]:
+def fit(ids: Any, context: int, max_new_tokens: int | None, separate: bool = False) -> tuple[Any, int]:
   """Prompt and number of new tokens that a context holds; a prompt too long loses its beginning, with a word about it.
 
-  Where `max_new_tokens` is not given, it is at most 200, and the prompt may fill half of the context at least.
+  Where `max_new_tokens` is not given, it is at most 200, and the prompt may fill half of the context at least; all of
+  it where an encoder has a `separate` context for it.
   """
   if len(ids) == 0:
     raise ConfigError("the prompt is empty, and the model knows no token that begins a text; give a prompt")
@@ -225,10 +250,12 @@ def fit(ids: Any, context: int, max_new_tokens: int | None) -> tuple[Any, int]:
     reason = "must be at least 1" if max_new_tokens < 1 else f"leaves no room in a context of {context}"
     raise ConfigError(f"--max_new_tokens={max_new_tokens} {reason}")
   room = max(context - 200, (context + 1) // 2) if max_new_tokens is None else context - max_new_tokens
+  room = context if separate else room
   if len(ids) > room:
     print(f"llmjax: the prompt has {len(ids)} tokens; only its last {room} are read", file=sys.stderr)
     ids = ids[-room:]
-  return ids, min(200, context - len(ids)) if max_new_tokens is None else max_new_tokens
+  left = context - (1 if separate else len(ids))
+  return ids, min(200, left) if max_new_tokens is None else max_new_tokens
 
 
 def continuation(pretrained: Any, ids: Any, count: int, arguments: argparse.Namespace) -> Iterator[str]:
@@ -236,12 +263,13 @@ def continuation(pretrained: Any, ids: Any, count: int, arguments: argparse.Name
   from llmjax.generation import stream
 
   model, params, tokenizer = pretrained
-  text = tokenizer.stream()
+  text = tokenizer.stream(special=model.cfg.stacks == "both")  # sentinels say which span is written
   for token in stream(
     model,
     params,
     ids[None],
     max_new_tokens=count,
+    start_id=tokenizer.pad_id,
     seed=arguments.seed,
     temperature=arguments.temperature,
     top_k=arguments.top_k,
@@ -252,6 +280,25 @@ def continuation(pretrained: Any, ids: Any, count: int, arguments: argparse.Name
       break
     yield text.push(int(token[0]))
   yield text.finish()
+
+
+def run_embed(arguments: argparse.Namespace, rest: list[str]) -> None:
+  start_jax()
+  from llmjax.embeddings import BATCH_TOKENS, embed_file
+  from llmjax.sharding import parse_mesh
+
+  ids, (count, width) = embed_file(
+    arguments.model,
+    arguments.input,
+    arguments.output,
+    pooling=arguments.pooling,
+    column=arguments.column,
+    max_len=arguments.max_len,
+    batch_tokens=BATCH_TOKENS if arguments.batch_tokens is None else arguments.batch_tokens,
+    mesh=parse_mesh(arguments.mesh),
+    trust=arguments.trust,
+  )
+  print(f"wrote {arguments.output}: {count:,} vectors of {width}, their ids to {ids}")
 
 
 def run_tokenizer(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -1,13 +1,13 @@
 """Evaluators: what is measured beside the training loss.
 
 An evaluator is built from an entry of `config.evals` and called with parameters (the average, where one is kept). It
-returns {name: number}, recorded as eval/ENTRY/name or as it is where it holds a slash, or {name: text to show}. A new
-one is a function and a config entry (`name` may be "module:function").
+returns {name: number}, or {name: text to show}, see `record`. A new one is a function and a config entry (`name` may be
+"module:function").
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,11 +17,14 @@ from llmjax import metrics as metriclib
 from llmjax import optim, sharding
 from llmjax.config import ConfigError, build, resolve
 from llmjax.data import pipeline
+from llmjax.data.records import fields
+from llmjax.data.source import thin
+from llmjax.embeddings import BATCH_TOKENS, contrastive_part
 from llmjax.models.transformer import MODELS
-from llmjax.objectives import OBJECTIVES
-from llmjax.pretrained import open_checkpoint, read_tokenizer
+from llmjax.objectives.weighted_sum import WeightedSum
+from llmjax.pretrained import open_checkpoint, read_objective, read_tokenizer
 from llmjax.program import Program, make_program, open_source
-from llmjax.types import Batch
+from llmjax.types import Batch, Objective
 
 Evaluator = Callable[[Any], dict[str, Any]]
 
@@ -29,10 +32,22 @@ EVALUATORS = {
   "loss": "llmjax.evaluate:loss",
   "sample": "llmjax.evaluate:sample",
   "yardsticks": "llmjax.evaluate:yardsticks",
+  "unigram": "llmjax.evaluate:unigram",
+  "retrieval": "llmjax.retrieval:retrieval",
+  "similarity": "llmjax.retrieval:similarity",
 }
 
 # Keys of an evals entry that say when, and are read by the train loop.
 WHEN = ("every", "at")
+
+# Terms of an objective that are tokens, and how much of the training text their frequencies are counted in.
+TOKEN_TERMS = ("nll", "mlm")
+UNIGRAM_BYTES = 1 << 22
+
+
+def record(entry: str, what: str) -> str:
+  """What a number of an evals entry is called in the curves; yardsticks, which no model changes, go by their own."""
+  return what if what.startswith("yardstick/") else f"eval/{entry}/{what}"
 
 
 def loss(
@@ -69,20 +84,26 @@ def loss(
   return evaluate
 
 
+def eval_batches(program: Program, source: Any, batch_size: int, rows: Iterable[int], **counts: Any) -> list[Batch]:
+  """Some rows of the batches of a whole split, see `pipeline.eval_batches`."""
+  return pipeline.eval_batches(
+    source,
+    program.tokenizer,
+    program.objective,
+    batch_size=batch_size,
+    seq_len=program.config["seq_len"],
+    seed=program.config["seed"],
+    rows=rows,
+    **counts,
+  )
+
+
 def held_out_batches(program: Program, source: Any, batch_size: int, max_batches: int | None) -> list[Batch]:
   """This host's rows of every batch of a split; all hosts get equally many."""
 
   def make(count: int | None) -> list[Batch]:
-    return pipeline.eval_batches(
-      source,
-      program.tokenizer,
-      program.objective,
-      batch_size=batch_size,
-      seq_len=program.config["seq_len"],
-      seed=program.config["seed"],
-      rows=program.local_rows(batch_size),
-      num_batches=count,
-      max_batches=max_batches,
+    return eval_batches(
+      program, source, batch_size, program.local_rows(batch_size), num_batches=count, max_batches=max_batches
     )
 
   batches = make(None)
@@ -98,13 +119,15 @@ def sample(
   program: Program, prompt: str | None, max_new_tokens: int, temperature: float, top_p: float | None = None
 ) -> Evaluator:
   """The same prompt continued, as text; None takes the first words of the held-out text."""
-  from llmjax.generation import generate
+  from llmjax.generation import encode_prompt, generate
 
   if prompt is None:
     prompt = open_source(program.config, program.config["data"]["eval"])[0]["text"][:16]
-  ids = program.tokenizer.prompt(prompt)[None]
+  tokenizer = program.tokenizer
+  ids = encode_prompt(program.model, tokenizer, prompt)[None]
   context = program.model.cfg.max_len
-  room = min(max_new_tokens, context - ids.shape[1])
+  separate = program.model.cfg.stacks == "both"  # what is written does not follow the prompt
+  room = min(max_new_tokens, context - (1 if separate else ids.shape[1]))
   if not ids.size or room < 1:
     raise ConfigError(f"evals.*.prompt={prompt!r} has {ids.size} tokens: it needs at least 1, and less than {context}")
 
@@ -117,13 +140,14 @@ def sample(
         max_new_tokens=room,
         temperature=temperature,
         top_p=top_p,
-        eos_id=program.tokenizer.eos_id,
+        eos_id=tokenizer.eos_id,
+        start_id=tokenizer.pad_id,
         seed=program.config["seed"],
       )
-    new = np.asarray(tokens)[0, ids.shape[1] :].tolist()
-    if program.tokenizer.eos_id in new:
-      new = new[: new.index(program.tokenizer.eos_id)]
-    return {"text": prompt + program.tokenizer.decode(new)}
+    new = np.asarray(tokens)[0, -room:].tolist()
+    if tokenizer.eos_id in new:
+      new = new[: new.index(tokenizer.eos_id)]
+    return {"text": f"{prompt} → {tokenizer.show(new)}" if separate else prompt + tokenizer.decode(new)}
 
   return evaluate
 
@@ -149,6 +173,42 @@ def yardsticks(program: Program, split: str | None = None) -> Evaluator:
   return evaluate
 
 
+def unigram(
+  program: Program, split: str | None = None, batch_size: int | None = None, max_batches: int | None = None
+) -> Evaluator:
+  """What is reached by always guessing the same: on the labels of `loss`, whose arguments are these, the negative
+  log-likelihood (nats) of the frequencies that labels have in the training split, each count plus one, and the accuracy
+  of the most frequent. They do not depend on the model.
+  """
+  config, whole = program.config, program.objective
+  view, part = (whole.principal, whole.parts[whole.principal]) if isinstance(whole, WeightedSum) else (None, whole)
+  term = next((term for term in TOKEN_TERMS if term in part.coefficients), None)
+  if term is None:
+    raise ConfigError("evals.*.name='unigram' needs an objective that predicts tokens; take the entry away")
+  size = config["batch_size"] if batch_size is None else batch_size
+  heldout = open_source(config, split or config["data"]["eval"])
+  training = open_source(config, config["data"]["train"])
+
+  def counts(source: Any, most: int | None) -> np.ndarray:
+    total = np.zeros(program.tokenizer.vocab_size)
+    for batch in eval_batches(program, source, size, range(size), max_batches=most):
+      one = batch if view is None else batch.extras[view]
+      total += np.bincount(one.labels[term].reshape(-1), one.weights[term].reshape(-1), len(total))
+    return total
+
+  measured: dict[str, float] = {}
+
+  def evaluate(params: Any) -> dict[str, float]:
+    if not measured:
+      seen = counts(thin(training, UNIGRAM_BYTES), None) + 1
+      held = counts(heldout, max_batches)
+      measured["yardstick/unigram_loss"] = -float(held @ np.log(seen / seen.sum()) / held.sum())
+      measured["yardstick/unigram_accuracy"] = float(held[np.argmax(seen)] / held.sum())
+    return measured
+
+  return evaluate
+
+
 def evaluate_checkpoint(
   path: str, *, config: Any = None, data: str | None = None, trust: bool = False
 ) -> dict[str, Any]:
@@ -156,8 +216,8 @@ def evaluate_checkpoint(
 
   Args:
     path: a workdir or checkpoint.
-    config: run its evaluations; None takes the checkpoint's config and measures the loss on `data`.
-    data: a file or glob, every record of which is held-out text.
+    config: run its evaluations; None takes the checkpoint's config and measures on `data` what `data_evals` says.
+    data: a file or glob, every record of which is held out.
   """
   checkpoints, step, manifest = open_checkpoint(path)
   try:
@@ -166,9 +226,8 @@ def evaluate_checkpoint(
       config = manifest["config"]
       if not trust:
         resolve(config["model"]["name"], MODELS, "model", trust=False)
-        resolve(config["objective"]["name"], OBJECTIVES, "objective", trust=False)
-      config["data"] |= {"corpus": {"name": "files", "files": data}, "train": "all", "eval": "all"}
-      config["evals"] = {"data": {"name": "loss", "every": None, "at": ()}}
+      corpus, config["evals"] = data_evals(str(data), read_objective(manifest, tokenizer, trust=trust))
+      config["data"] |= {"corpus": corpus, "train": "all", "eval": "all"}
       # Evaluation uses neither of these, and a checkpoint's own may name code.
       config["optim"] |= {"name": "sgd", "decay_mask": ((".*", True),)}
       config["optim"] = {k: config["optim"][k] for k in ("name", *optim.COMMON)}
@@ -183,5 +242,31 @@ def evaluate_checkpoint(
   for name, entry in program.config["evals"].items():
     spec = {k: v for k, v in entry.items() if k not in WHEN}
     found = build(spec, EVALUATORS, f"evals.{name}", program=program)(params)
-    results.update({f"{name}/{what}": value for what, value in found.items()})
+    results.update({record(name, what).removeprefix("eval/"): value for what, value in found.items()})
   return results
+
+
+def data_evals(data: str, objective: Objective) -> tuple[dict[str, Any], dict[str, Any]]:
+  """How a file is read, as a corpus, and what is measured on it, as evals.
+
+  The loss; where an objective learns from pairs, retrieval of the file's; where the file has the fields text_a, text_b
+  and score, the correlation of an embedding's cosines with it.
+  """
+  corpus: dict[str, Any] = {"name": "files", "files": data}
+  evals: dict[str, dict[str, Any]] = {"data": {"name": "loss"}}
+  part = contrastive_part(objective)
+  if part is not None:
+    known, wanted = fields(data), [part.anchor, *part.views.values()]
+    corpus |= {"column": "text" if "text" in wanted else part.anchor, "columns": tuple(wanted)}
+    if not set(wanted) <= set(known):
+      del evals["data"]
+    elif part.positive is not None:
+      evals["retrieval"] = {"name": "retrieval", "batch_tokens": BATCH_TOKENS}
+    if {"text_a", "text_b", "score"} <= set(known):
+      evals["similarity"] = {"name": "similarity", "files": data, "batch_tokens": BATCH_TOKENS}
+    if not evals:
+      raise ConfigError(
+        f"--data={data} has the fields {', '.join(known)}; the model's objective needs {', '.join(wanted)} (for loss "
+        "and retrieval), or text_a, text_b and score (for the correlation of its cosines)"
+      )
+  return corpus, {name: entry | {"every": None, "at": ()} for name, entry in evals.items()}

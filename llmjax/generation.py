@@ -1,5 +1,8 @@
 """Generation: prefill, then one token at a time over the cache. Same tokens as the uncached forward.
 
+A decoder continues its prompt. An encoder–decoder reads the prompt with its encoder, once, and its decoder begins with
+`start_id`.
+
 `generate` is one compiled loop that returns when all rows are done; `stream` yields every token as it comes.
 """
 
@@ -122,7 +125,7 @@ def prefill(
   model: nn.Module, params: Any, batch: Batch, key: Array, sampling: Sampling, *, cache_length: int
 ) -> Decoding:
   """Reads the prompts (padding on either side) into a fresh cache and draws the first token of every row."""
-  tokens = batch.inputs
+  tokens = _read(batch)
   out, variables = model.apply({"params": params}, batch, cache_length=cache_length, logits=False, mutable=["cache"])
   last = tokens.ids.shape[1] - 1 - jnp.argmax(tokens.segments[:, ::-1], axis=1)  # the last real token of a row
   hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)
@@ -139,8 +142,9 @@ def prefill(
 
 def _decode(model: nn.Module, params: Any, state: Decoding, sampling: Sampling, cache_length: int) -> Decoding:
   column = Tokens(state.token[:, None], state.position[:, None], jnp.ones_like(state.token)[:, None])
+  batch = Batch(inputs=None, targets=column) if _is_encoder_decoder(model) else Batch(inputs=column)
   out, variables = model.apply(
-    {"params": params, "cache": state.cache}, Batch(inputs=column), cache_length=cache_length, mutable=["cache"]
+    {"params": params, "cache": state.cache}, batch, cache_length=cache_length, mutable=["cache"]
   )
   return _next(model, params, dataclasses.replace(state, cache=variables["cache"]), out.logits[:, 0], sampling)
 
@@ -182,8 +186,21 @@ def _loop(
   return jax.lax.while_loop(more, step, (state, out, ended(state.token)))[1]
 
 
-def _prepare(model: Any, ids: Any, mask: Any, max_new_tokens: int) -> tuple[Batch, int]:
+def _is_encoder_decoder(model: Any) -> bool:
+  """Raises ConfigError for an encoder."""
+  if model.cfg.stacks == "encoder":
+    raise ConfigError("the model is an encoder, which writes no text; `llmjax embed` gives its vectors")
+  return model.cfg.stacks == "both"
+
+
+def _read(batch: Batch) -> Tokens:
+  """The tokens that the decoder continues."""
+  return batch.inputs if batch.targets is None else batch.targets
+
+
+def _prepare(model: Any, ids: Any, mask: Any, max_new_tokens: int, start_id: int) -> tuple[Batch, int]:
   """The prompt, padded on the left to a power of two so that few lengths compile, and the cache's length."""
+  both = _is_encoder_decoder(model)
   ids = np.asarray(ids, np.int32)
   mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int32)
   if ids.ndim != 2 or mask.shape != ids.shape or not ids.size:
@@ -194,15 +211,33 @@ def _prepare(model: Any, ids: Any, mask: Any, max_new_tokens: int) -> tuple[Batc
     raise ConfigError(f"prompt {int(np.argmin(mask.any(axis=1)))} is empty; give at least one token (such as BOS)")
   if max_new_tokens < 1:
     raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
-  longest = int(mask.sum(axis=1).max())
-  if longest + max_new_tokens > model.cfg.max_len:
+  longest, context = int(mask.sum(axis=1).max()), model.cfg.max_len
+  if max(longest, 1 + max_new_tokens) > context if both else longest + max_new_tokens > context:
     raise ConfigError(
-      f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context of "
-      f"{model.cfg.max_len}; shorten one of them"
+      f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {context}; "
+      "shorten one of them"
     )
   extra = (1 << (ids.shape[1] - 1).bit_length()) - ids.shape[1]
   ids, mask = (np.pad(x, ((0, 0), (extra, 0))) for x in (ids, mask))
-  return Batch.from_tokens(ids, mask), ids.shape[1] + max_new_tokens
+  if both:
+    start = np.full((len(ids), 1), start_id, np.int32)
+    return Batch.from_tokens(ids, mask, target_ids=start), 1 + max_new_tokens
+  batch = Batch.from_tokens(ids, mask)
+  if model.cfg.bidirectional_prompt:
+    batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, prefix=batch.inputs.segments))
+  return batch, ids.shape[1] + max_new_tokens
+
+
+def encode_prompt(model: Any, tokenizer: Any, text: str) -> np.ndarray:
+  """Int32[n]: a prompt as the model has learned to read it.
+
+  A decoder gets the beginning of a document. An encoder gets a text and its end, in which <extra_id_0>, <extra_id_1>,
+  ... stand for the spans to be written.
+  """
+  if not _is_encoder_decoder(model):
+    return tokenizer.prompt(text)
+  end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  return np.append(tokenizer.parse(text), end).astype(np.int32)
 
 
 def generate(
@@ -218,25 +253,29 @@ def generate(
   repetition_penalty: float = 1.0,
   eos_id: int | None = None,
   pad_id: int = 0,
+  start_id: int = 0,
   seed: int = 0,
 ) -> Int[Array, "B out"]:
-  """Prompts and their continuations, [B, L + max_new_tokens].
+  """Prompts and their continuations, [B, L + max_new_tokens]; of an encoder–decoder what its decoder reads and writes,
+  [B, 1 + max_new_tokens].
 
   Args:
     ids: prompts; `mask` is 1 where a token is real, padding on either side, lengths may differ.
     temperature: 0 is greedy.
     eos_id: a row ends after this token; `pad_id` fills what follows.
+    start_id: what the decoder of an encoder–decoder begins with: the tokenizer's `pad_id`, as T5 has it.
     seed: of the sampling; every row has randomness of its own, whatever else is in the batch.
   Raises:
     ConfigError: an empty prompt, or more tokens than the model's context holds.
   """
   sampling = make_sampling(temperature, top_k, top_p, repetition_penalty)
-  batch, cache_length = _prepare(model, ids, mask, max_new_tokens)
+  batch, cache_length = _prepare(model, ids, mask, max_new_tokens, start_id)
   state = prefill(model, params, batch, jax.random.key(seed), sampling, cache_length=cache_length)
   new = _loop(
     model, params, state, sampling, cache_length=cache_length, count=max_new_tokens, eos_id=eos_id, pad_id=pad_id
   )
-  return jnp.concatenate([jnp.asarray(ids, jnp.int32), new], axis=1)
+  before = jnp.asarray(ids, jnp.int32) if batch.targets is None else batch.targets.ids
+  return jnp.concatenate([before, new], axis=1)
 
 
 def stream(
@@ -246,12 +285,13 @@ def stream(
   mask: Int[Any, "B L"] | None = None,
   *,
   max_new_tokens: int = 20,
+  start_id: int = 0,
   seed: int = 0,
   **sampling: Any,
 ) -> Iterator[np.ndarray]:
   """The tokens of `generate`, each Int[B], as they are drawn; the caller stops when it has enough."""
   settings = make_sampling(**sampling)
-  batch, cache_length = _prepare(model, ids, mask, max_new_tokens)
+  batch, cache_length = _prepare(model, ids, mask, max_new_tokens, start_id)
   state = prefill(model, params, batch, jax.random.key(seed), settings, cache_length=cache_length)
   for i in range(max_new_tokens):
     if i:

@@ -263,21 +263,34 @@ class Progress:
       self._live = None
 
 
-def train_flops_per_token(matmul_params: float, layers: int, width: int, seq_len: int) -> float:
-  """Model FLOPs of a training step per token, as the PaLM paper counts them (arXiv:2204.02311, appendix B).
+def forward_flops(function: Any, *arguments: Any) -> float:
+  """Floating-point operations of all matrix products in one call of a function, counted from its traced program.
 
-  6 x matmul_params (two for the forward pass, four for the backward) plus 12 x layers x width x seq_len for attention
-  scores and their weighted sum. By this convention a causal mask does not halve attention, and recomputation does not
-  count; so numbers compare with published ones.
+  Three times this is a training step's model FLOPs, as the PaLM paper counts them (arXiv:2204.02311, appendix B): twice
+  as much for the backward pass, a causal mask does not halve attention, recomputation does not count.
 
   Args:
-    matmul_params: parameters that every token is multiplied with: tables that are only looked up do not count, an
-      output head that shares its table does.
-    layers: attention layers.
-    width: heads x width of a head.
-    seq_len: tokens that a token may attend to.
+    arguments: arrays or jax.ShapeDtypeStructs.
   """
-  return 6.0 * matmul_params + 12.0 * layers * width * seq_len
+  import jax
+
+  return _dot_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _dot_flops(jaxpr: Any) -> float:
+  total = 0.0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+      total += 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+    times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+    for value in equation.params.values():  # the bodies of loops, calls and branches
+      for part in value if isinstance(value, (tuple, list)) else (value,):
+        body = getattr(part, "jaxpr", part)
+        if hasattr(body, "eqns"):
+          total += times * _dot_flops(body)
+  return total
 
 
 # Dense peaks in TFLOP/s of what JAX calls one device, from the vendors' spec sheets (Google Cloud TPU documentation;

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.config import ConfigError, build, to_dict
 
 Number = int | float
+OUTSIDE = {"vocab", "positions", "token_types", "classes"}  # axes of what is not a hidden matrix
 Axes = tuple[str | None, ...]  # the logical names of a parameter's dimensions
 
 OPTIMIZERS = {
@@ -291,10 +292,9 @@ def muon(
 def matrix_inputs(axes: Axes) -> tuple[int, ...] | None:
   """Which dimensions of a hidden matrix are its input side; None for what is no such matrix.
 
-  Tables and output heads (a "vocab" or "positions" axis) are none, nor are biases of heads, whose two dimensions
-  lack "embed".
+  Tables and output heads (an axis of `OUTSIDE`) are none, nor are biases of heads, whose two dimensions lack "embed".
   """
-  if len(axes) < 2 or "vocab" in axes or "positions" in axes:
+  if len(axes) < 2 or OUTSIDE & set(axes):
     return None
   if axes[0] == "embed":
     return (0,)

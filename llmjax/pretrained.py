@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from llmjax import checkpoint
-from llmjax.config import ConfigError, build
+from llmjax import checkpoint, sharding
+from llmjax.config import ConfigError, build, resolve
 from llmjax.data import tokenizer as tokenizers
 from llmjax.models.transformer import MODELS
-from llmjax.types import Batch
+from llmjax.objectives import OBJECTIVES
+from llmjax.types import Objective
 
 
 class Pretrained(NamedTuple):
@@ -53,12 +54,15 @@ def open_checkpoint(path: str | Path) -> tuple[checkpoint.Checkpoints, int, dict
   return checkpoints, step, manifest
 
 
-def load(path: str | Path, *, trust: bool = False) -> Pretrained:
+def load(
+  path: str | Path, *, trust: bool = False, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
+) -> Pretrained:
   """Model, parameters (the average, where one was kept) and tokenizer from a PATH; needs no config file.
 
   Args:
     path: a workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP.
     trust: allow the checkpoint to name a model outside llmjax, which runs its code.
+    mesh: where the parameters lie, cut by `rules`; None is the first device.
   Raises:
     ConfigError: no such path, no checkpoint in it, or one from a newer format.
   """
@@ -67,13 +71,44 @@ def load(path: str | Path, *, trust: bool = False) -> Pretrained:
     tokenizer = read_tokenizer(manifest, trust=trust)
     spec = manifest["model"]
     model = build(spec, MODELS, "model", trust=trust)
-    shapes = jax.eval_shape(lambda k: nn.unbox(model.init(k, _probe()))["params"], jax.random.key(0))
-    where = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
-    params = checkpoints.restore_part(step, "ema" if manifest["ema"] else "params", abstract)
+    part = "ema" if manifest["ema"] else "params"
+    params = checkpoints.restore_part(step, part, abstract_params(model, mesh, rules))
   finally:
     checkpoints.close()
   return Pretrained(model, params, tokenizer)
+
+
+def abstract_params(model: nn.Module, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES) -> Any:
+  """The parameters as ShapeDtypeStructs with shardings: over a mesh, or on the first device.
+
+  Raises:
+    ConfigError: a dimension that its mesh axes do not divide.
+  """
+  shapes, axes = sharding.parameters(model)
+  if mesh is None:
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    where = jax.tree.map(lambda _: first, shapes)
+  else:
+    where = sharding.param_shardings(shapes, axes, mesh, rules)
+  return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, where)
+
+
+def read_objective(manifest: dict[str, Any], tokenizer: Any, *, trust: bool = False) -> Objective:
+  """The objective that a checkpoint was trained on; one that names code outside llmjax, also in a part, needs
+  `trust`."""
+  config = manifest["config"]
+  if not trust:
+    check_trusted(config["objective"])
+  return build(config["objective"], OBJECTIVES, "objective", tokenizer=tokenizer, seq_len=config["seq_len"])
+
+
+def check_trusted(objective: Any) -> None:
+  """Refuses every `name` outside llmjax in an objective's config."""
+  if isinstance(objective, dict):
+    if "name" in objective:
+      resolve(objective["name"], OBJECTIVES, "objective", trust=False)
+    for part in objective.values():
+      check_trusted(part)
 
 
 def read_tokenizer(manifest: dict[str, Any], *, trust: bool = False) -> Any:
@@ -95,9 +130,3 @@ def load_params(path: str | Path, abstract: Any) -> Any:
     return checkpoints.restore_part(step, "ema" if manifest["ema"] else "params", abstract)
   finally:
     checkpoints.close()
-
-
-def _probe() -> Batch:
-  import jax.numpy as jnp
-
-  return Batch.from_tokens(jnp.zeros((1, 1), jnp.int32))

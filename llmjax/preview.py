@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,15 +28,16 @@ def preview(config: Any) -> str:
   stream = make_stream(program, source, prefetch=0)
   batch = next(iter(stream))
   stream.close()
-  return "\n\n".join([parameters(program), memory(program, batch), tokens(program, batch)])
+  return "\n\n".join([parameters(program, batch), memory(program, batch), tokens(program, batch)])
 
 
-def parameters(program: Program) -> str:
+def parameters(program: Program, batch: Batch) -> str:
   """A table of parameters by group, and what a step costs."""
   groups: dict[str, int] = defaultdict(int)
   for path, leaf in flat_paths(program.state_shapes.params).items():
     parts = path.split("/")
-    groups["/".join(parts[: 3 if parts[0] == "decoder" else 1][: len(parts) - 1])] += leaf.size
+    depth = 3 if parts[0] in ("encoder", "decoder") else 1
+    groups["/".join(parts[:depth][: len(parts) - 1])] += leaf.size
   lines = [f"  {name:<32} {size:>16,}" for name, size in groups.items()]
   per_step = program.config["batch_size"] * program.config["seq_len"]
   mesh = " x ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
@@ -45,7 +47,7 @@ def parameters(program: Program) -> str:
       *lines,
       f"  {'total':<32} {program.num_params:>16,}",
       f"Mesh: {mesh} on {program.mesh.size} x {jax.devices()[0].device_kind}",
-      f"Step: {per_step:,} tokens, {program.flops_per_token * per_step:.3g} model FLOPs; "
+      f"Step: {per_step:,} input tokens, {program.step_flops(batch):.3g} model FLOPs; "
       f"{program.total_steps:,} steps are {program.total_steps * per_step:,} tokens",
     ]
   )
@@ -81,21 +83,38 @@ def memory(program: Program, batch: Batch) -> str:
 
 
 def tokens(program: Program, batch: Batch, rows: int = 2, columns: int = 48) -> str:
-  """The beginning of the first rows: each token as text, those that bear loss in [brackets], documents apart."""
-  lines = ["First batch: [tokens whose prediction bears loss], ‖ between documents"]
-  weights = np.sum([np.asarray(w) for w in batch.weights.values()], axis=0)
-  labels = next(iter(batch.labels.values()))
-  for row in range(min(rows, len(labels))):
-    segments = np.asarray(batch.inputs.segments[row])
-    out = []
-    for i in range(min(columns, int((segments > 0).sum()))):
-      if i and segments[i] != segments[i - 1]:
-        out.append(" ‖ ")
-      text = repr(program.tokenizer.decode([int(labels[row][i])]))[1:-1]
-      out.append(f"[{text}]" if weights[row][i] > 0 else text)
-    used = int((segments > 0).sum())
-    lines.append(f"  row {row} ({used}/{len(segments)} tokens, {segments.max()} documents): {''.join(out)} ...")
+  """The beginning of the first rows: what goes in, and below it what is to be predicted, `·` where nothing is."""
+  lines = ["First batch: tokens, ‖ between documents; below them what is predicted"]
+  for row in range(min(rows, program.config["batch_size"])):
+    lines.append(f"  row {row}")
+    lines.extend(f"    {name:<10} {text}" for name, text in _streams(program.tokenizer, batch, row, columns))
   return "\n".join(lines)
+
+
+def _streams(tokenizer: Any, batch: Batch, row: int, columns: int, view: str = "") -> Iterator[tuple[str, str]]:
+  """(name, text) of every stream of a row."""
+  for name, stream in (("inputs", batch.inputs), ("targets", batch.targets)):
+    if stream is None:
+      continue
+    segments = np.asarray(stream.segments[row])
+    used = int((segments > 0).sum())
+    shown = [_show(tokenizer, stream.ids[row][i]) for i in range(min(columns, used))]
+    for i in reversed(range(1, len(shown))):
+      if segments[i] != segments[i - 1]:
+        shown.insert(i, " ‖ ")
+    yield view + name, f"{''.join(shown)} ...  ({used}/{len(segments)} tokens, {segments.max()} documents)"
+  predicted = batch.inputs if batch.targets is None else batch.targets
+  for term, labels in batch.labels.items():
+    if predicted is not None and term in batch.weights:
+      bears = np.asarray(batch.weights[term][row])[:columns] > 0
+      said = (str(x) if term == "sentence" else _show(tokenizer, x) for x in labels[row][:columns])
+      yield view + term, "".join(x if w else "·" for x, w in zip(said, bears)) + " ..."
+  for name, inner in batch.extras.items():
+    yield from _streams(tokenizer, inner, row, columns, f"{view}{name}/")
+
+
+def _show(tokenizer: Any, token: Any) -> str:
+  return repr(tokenizer.show([int(token)]))[1:-1]
 
 
 def _size(count: float) -> str:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax import config as cfglib
@@ -25,7 +23,7 @@ from llmjax.data import tokenizer as tokenizers
 from llmjax.data.source import SOURCES
 from llmjax.models.transformer import MODELS
 from llmjax.objectives import OBJECTIVES
-from llmjax.types import Batch, Objective
+from llmjax.types import Batch, Objective, probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +75,9 @@ class Program:
         return make(params)
       key = jax.random.key(self.config["seed"])
       make = jax.jit(
-        lambda k: step.init_state(k, self.model, self.tx, self.dummy_batch(), ema), out_shardings=self.state_shardings
+        lambda k: step.init_state(k, self.model, self.tx, probe(), ema), out_shardings=self.state_shardings
       )
       return make(key)
-
-  def dummy_batch(self) -> Batch:
-    return Batch.from_tokens(jnp.zeros((1, self.config["seq_len"]), jnp.int32))
 
   def put(self, batch: Batch, batch_size: int) -> Batch:
     """This host's rows of a batch (NumPy) as global arrays of `batch_size` rows."""
@@ -105,15 +100,14 @@ class Program:
   def num_params(self) -> int:
     return sum(x.size for x in jax.tree.leaves(self.state_shapes.params))
 
-  @property
-  def flops_per_token(self) -> float:
-    """Model FLOPs of forward and backward pass per token (rematerialisation not counted)."""
-    c = self.model.cfg
-    tables = sum(x.size for k, x in flat_paths(self.state_shapes.params).items() if k.endswith("/table"))
-    matmul = self.num_params - tables + (c.vocab_size * c.d_model if c.tie_embeddings else 0)
-    return metriclib.train_flops_per_token(
-      matmul_params=matmul, layers=c.decoder_layers, width=c.num_heads * c.head_width, seq_len=self.config["seq_len"]
-    )
+  def step_flops(self, batch: Batch) -> float:
+    """Model FLOPs of a train step, forward and backward; see `metrics.forward_flops`."""
+
+    def loss(params: Any, batch: Batch) -> Any:
+      return step.objective_sums(params, batch, model=self.model, objective=self.objective)
+
+    with sharding.use(self.mesh, self.rules):
+      return 3 * metriclib.forward_flops(loss, self.state_shapes.params, batch)
 
 
 def flat_paths(tree: Any) -> dict[str, Any]:
@@ -150,6 +144,20 @@ def check(config: Mapping[str, Any]) -> None:
   for part, what in (("corpus", "what to train on"), ("tokenizer", "how text becomes tokens")):
     if "name" not in config["data"][part]:
       raise ConfigError(f"config.data.{part}.name must be set: it says {what}; see configs/gpt.py")
+
+
+def check_fit(objective: Objective, cfg: Any, name: str) -> None:
+  """Whether a model can learn an objective; a model of one's own is trusted where its config does not say."""
+  have = getattr(cfg, "stacks", None)
+  if have is not None and have not in objective.stacks:
+    layers = {"encoder": "encoder_layers alone", "decoder": "decoder_layers alone", "both": "both kinds of layers"}
+    wanted = " or ".join(layers[stacks] for stacks in objective.stacks)
+    raise ConfigError(f"objective.name={name!r} needs a model with {wanted}, not with {layers[have]}; change model.*")
+  for key, value in objective.needs.items():
+    if getattr(cfg, key, value) != value:
+      raise ConfigError(
+        f"objective.name={name!r} needs model.{key}={value}, not {getattr(cfg, key)}; change it, or the objective"
+      )
 
 
 def make_tokenizer(config: Mapping[str, Any]) -> Any:
@@ -200,7 +208,8 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
   check(config)
   tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
   model, config["model"] = make_model(config["model"], tokenizer.vocab_size, config["seq_len"])
-  objective = build(config["objective"], OBJECTIVES, "objective", byte_lengths=tokenizer.byte_lengths())
+  objective = build(config["objective"], OBJECTIVES, "objective", tokenizer=tokenizer, seq_len=config["seq_len"])
+  check_fit(objective, model.cfg, config["objective"]["name"])
 
   mesh = sharding.make_mesh(config["mesh"], devices)
   rules = {**sharding.RULES, **config["rules"]}
@@ -218,10 +227,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
   peak = config["optim"]["lr"]
 
   with sharding.use(mesh, rules):
-    batch = Batch.from_tokens(np.zeros((1, config["seq_len"]), np.int32))
-    boxed = jax.eval_shape(functools.partial(step.init_params, model=model), jax.random.key(0), batch=batch)
-    axes = jax.tree.map(lambda b: tuple(b.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    params = nn.unbox(boxed)
+    params, axes = sharding.parameters(model)
     tx = optim.make_optimizer(config["optim"], params, axes)
     ema = config["optim"]["ema_decay"] is not None
     state_shapes = jax.eval_shape(functools.partial(step.start, tx=tx, ema=ema), params)

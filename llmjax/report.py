@@ -25,6 +25,10 @@ TITLES = {  # panels come in this order, then those of other metrics
   "bits_per_byte": "Bits per byte",
   "loss": "Loss",
   "accuracy": "Accuracy",
+  "masked_accuracy": "Accuracy on hidden tokens",
+  "mrr": "Mean reciprocal rank",
+  "recall_at_1": "Recall at 1",
+  "recall_at_10": "Recall at 10",
   "learning_rate": "Learning rate",
   "norm": "Gradient and update norms",
   "tokens_per_second": "Tokens per second",
@@ -33,12 +37,18 @@ TITLES = {  # panels come in this order, then those of other metrics
 SHARED = {"grad_norm": "norm", "update_norm": "norm"}
 LABELS = {"heldout": "held-out", "grad_norm": "gradient", "update_norm": "update"}
 SAME_SHAPE = {"perplexity", "model_flops_per_second"}  # as another panel's; their numbers are in the tables
-YARDSTICKS = {
-  "unigram": "byte frequencies",
-  "gzip": "gzip",
-  "lzma": "xz",
-  "lzma_primed": "xz after the training text",
+YARDSTICKS = {  # {name: (the metrics that it may be held against, of which the run's first counts; its label)}
+  "unigram": (("bits_per_byte",), "byte frequencies"),
+  "gzip": (("bits_per_byte",), "gzip"),
+  "lzma": (("bits_per_byte",), "xz"),
+  "lzma_primed": (("bits_per_byte",), "xz after the training text"),
+  "unigram_loss": (("loss",), "token frequencies"),
+  "unigram_accuracy": (("masked_accuracy", "accuracy"), "most frequent token"),
+  "bm25_mrr": (("mrr",), "BM25"),
+  "bm25_recall_at_1": (("recall_at_1",), "BM25"),
+  "bm25_recall_at_10": (("recall_at_10",), "BM25"),
 }
+RANKED = {"bits_per_byte": "less", "loss": "less", "mrr": "more"}  # in words and bars, and which is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Run:
 
   workdir: Path
   curves: Mapping[str, Curve]
-  yardsticks: Mapping[str, float]  # {label: bits per byte}
+  yardsticks: Mapping[str, Mapping[str, float]]  # {metric: {label: value}}
   samples: list[dict[str, Any]]
   config: Mapping[str, Any]  # flat: {"optim.lr": 1e-3}; empty where the workdir has none
 
@@ -71,10 +81,13 @@ def load(workdir: str | Path) -> Run:
       config = flatten(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as error:
       raise ConfigError(f"{path} is not a JSON object ({error}); mend it, or move it away to do without") from error
-  yardsticks = {}
+  yardsticks: dict[str, dict[str, float]] = {}
+  measured = {split(name)[0] for name in curves}
   for name in [name for name in curves if name.startswith("yardstick/")]:
     key = name.removeprefix("yardstick/")
-    yardsticks[YARDSTICKS.get(key, key)] = curves.pop(name)[1][-1]
+    metrics, label = YARDSTICKS.get(key, (("bits_per_byte",), key))
+    metric = next((metric for metric in metrics if metric in measured), metrics[-1])
+    yardsticks.setdefault(metric, {})[label] = curves.pop(name)[1][-1]
   if not curves:
     raise ConfigError(f"{workdir / CURVES} holds yardsticks only: the run has not logged a step yet")
   return Run(workdir, curves, yardsticks, read_samples(workdir), config)
@@ -94,9 +107,9 @@ def panels(run: Run) -> list[Panel]:
     if what not in SAME_SHAPE and any(math.isfinite(v) for v in run.curves[name][1]):
       key = SHARED.get(what, what)
       grouped.setdefault(key, {})[LABELS.get(who, who) if key == what else LABELS[what]] = run.curves[name]
-  levels = {k: v for k, v in run.yardsticks.items() if math.isfinite(v)}
+  levels = {what: {k: v for k, v in of.items() if math.isfinite(v)} for what, of in run.yardsticks.items()}
   order = [*(k for k in TITLES if k in grouped), *sorted(set(grouped) - set(TITLES))]
-  return [Panel(k, heading(k), grouped[k], levels if k == "bits_per_byte" else {}) for k in order]
+  return [Panel(k, heading(k), grouped[k], levels.get(k, {})) for k in order]
 
 
 def heading(what: str) -> str:
@@ -112,14 +125,22 @@ def finals(run: Run) -> tuple[list[str], list[list[str]]]:
   return who, [[w, *(values.get((w, x), "") for x in who)] for w in what]
 
 
-def ranking(run: Run) -> list[tuple[str, float, bool]]:
-  """Held-out bits per byte beside the yardsticks, least first: (label, value, is it this run's)."""
-  rows = [(label, value, False) for label, value in run.yardsticks.items()]
-  for name, curve in run.curves.items():
-    what, who = split(name)
-    if what == "bits_per_byte" and who != "train":
-      rows.append((f"this run, {LABELS.get(who, who)}", last(curve[1], what), True))
-  return sorted((row for row in rows if math.isfinite(row[1])), key=lambda row: row[1])
+Ranking = list[tuple[str, float, bool]]  # (label, value, is it this run's)
+
+
+def rankings(run: Run) -> dict[str, Ranking]:
+  """{what is measured and which is better: the run beside its yardsticks, the best first}."""
+  found = {}
+  for metric in [metric for metric in RANKED if metric in run.yardsticks]:
+    rows = [(label, value, False) for label, value in run.yardsticks[metric].items()]
+    for name, curve in run.curves.items():
+      what, who = split(name)
+      if what == metric and who != "train" and "/" not in who:  # a slash: of one part of the objective
+        rows.append((f"this run, {LABELS.get(who, who)}", last(curve[1], what), True))
+    rows = sorted((row for row in rows if math.isfinite(row[1])), key=lambda row: row[1])
+    title = f"held-out {heading(metric).lower()}, {RANKED[metric]} is better"
+    found[title] = rows[::-1] if RANKED[metric] == "more" else rows
+  return found
 
 
 def stages(run: Run) -> list[tuple[str, dict[str, Any]]]:
@@ -175,7 +196,7 @@ def _page(run: Run, shown: list[Panel]) -> str:
     f'<div class="wide lead">{first}</div>',
     f'<div class="small">{"".join(others)}</div>' if others else "",
     _section("Final numbers", _table(["", *(LABELS.get(w, w) for w in who)], rows)),
-    _section("Held-out bits per byte, less is better", _bars(ranking(run))) if run.yardsticks else "",
+    *(_section(title.capitalize(), _bars(rows)) for title, rows in rankings(run).items()),
     _section("What it writes", "".join(_sample(run, *stage) for stage in stages(run))) if run.samples else "",
     _fold(f"All {len(run.samples)} samples", (_sample(run, "", s) for s in run.samples)) if run.samples else "",
     _fold("Configuration", [_table(["", ""], [[k, json.dumps(v)] for k, v in run.config.items()])])
@@ -231,7 +252,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
   return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _bars(rows: list[tuple[str, float, bool]]) -> str:
+def _bars(rows: Ranking) -> str:
   most = max((value for _, value, _ in rows), default=1.0) or 1.0
   lines = (
     f"<tr{' class=mine' if mine else ''}><td>{html.escape(label)}<td>{value:.3f}"
@@ -270,11 +291,10 @@ def summary(workdir: str | Path) -> str:
   run = load(workdir)
   who, rows = finals(run)
   blocks = [f"{workdir}: {facts(run)}"]
-  if run.yardsticks:
-    ranked = ranking(run)
+  for title, ranked in rankings(run).items():
     most = max((value for _, value, _ in ranked), default=1.0) or 1.0
     bars = (f"  {v:6.3f}  {'█' * max(round(24 * v / most), 1):<24}  {'→ ' * me}{label}" for label, v, me in ranked)
-    blocks.append("\n".join(["held-out bits per byte, less is better", *bars]))
+    blocks.append("\n".join([title, *bars]))
   head = ["", *(LABELS.get(w, w) for w in who)]
   widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
   lines = ("  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in [head, *rows])

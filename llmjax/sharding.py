@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import jax
+from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmjax.config import ConfigError, nearest
+from llmjax.types import probe
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -32,6 +35,10 @@ RULES: Rules = {
   "head_dim": None,
   "mlp": "tensor",
   "norm": None,
+  "head": None,  # outputs of the projections behind the last layer
+  "classes": None,
+  "token_types": None,
+  "buckets": None,
   # activations
   "act_batch": ("data", "fsdp"),
   "act_len": None,
@@ -73,6 +80,17 @@ def make_mesh(sizes: Mapping[str, int | None], devices: list[Any] | None = None)
   # jax.make_mesh defaults to explicit axes, which Linen's parameters do not support.
   auto = (AxisType.Auto,) * len(AXES)
   return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=devices)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """The sizes in "data=2,tensor=4"; where none of them is -1, `data` takes what they leave."""
+  sizes = {}
+  for part in text.split(","):
+    match = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part)
+    if match is None:
+      raise ConfigError(f"--mesh={text}: {part!r} is no AXIS=SIZE, such as data=-1; axes are {', '.join(AXES)}")
+    sizes[match[1]] = int(match[2])
+  return {"data": 1 if -1 in sizes.values() else -1} | sizes
 
 
 @contextlib.contextmanager
@@ -117,6 +135,13 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x
   mesh, rules = current
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules)))
+
+
+def parameters(model: nn.Module) -> tuple[Any, Any]:
+  """A model's parameters as ShapeDtypeStructs, and the same tree of their logical axes. Computes nothing."""
+  boxed = jax.eval_shape(lambda key: model.init(key, probe())["params"], jax.random.key(0))
+  axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+  return nn.unbox(boxed), axes
 
 
 def param_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:

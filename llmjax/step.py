@@ -6,6 +6,7 @@ padding and data parallelism cannot change the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -14,7 +15,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from llmjax.types import Array, Batch, Metrics, Objective, Outputs, Sums
+from llmjax.types import Array, Batch, Forward, Metrics, Objective, Outputs, Sums
 
 
 @struct.dataclass
@@ -43,13 +44,25 @@ def start(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainStat
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
 
 
-def make_forward(model: nn.Module, params: Any):
-  """What objectives receive instead of a model."""
+class ModelForward(Forward):
+  """A Linen module with its parameters."""
 
-  def forward(batch: Batch, rngs: Any, **kwargs: Any) -> Outputs:
-    return cast(Outputs, model.apply({"params": params}, batch, rngs=rngs, **kwargs))
+  def __init__(self, model: nn.Module, params: Any, chunks: int = 1):
+    self.model, self.params, self.chunks = model, params, chunks
 
-  return forward
+  def __call__(self, batch: Batch, rngs: Mapping[str, Array], **kwargs: Any) -> Outputs:
+    return cast(Outputs, self.model.apply({"params": self.params}, batch, rngs=dict(rngs), **kwargs))
+
+  def unembed(self, hidden: Array) -> Array:
+    return cast(Array, self.model.apply({"params": self.params}, hidden, method="unembed"))
+
+  def sentence_logits(self, hidden: Array) -> Array:
+    return cast(Array, self.model.apply({"params": self.params}, hidden, method="sentence_logits"))
+
+  def in_chunks(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
+    if self.chunks == 1:
+      return jax.tree.map(lambda x: x[None], function(batch))
+    return jax.lax.map(jax.checkpoint(function), microbatches(batch, self.chunks))
 
 
 def microbatches(batch: Batch, accum: int) -> Batch:
@@ -71,9 +84,10 @@ def gradients(
 ) -> tuple[Any, Metrics]:
   """The gradient of the objective on the whole global batch, and its metrics."""
   weights = objective.weights(batch)
+  chunks, accum = (accum, 1) if objective.whole_batch else (1, accum)
 
   def loss(params: Any, micro: Batch) -> tuple[Array, Metrics]:
-    sums, metrics = objective.loss(make_forward(model, params), micro, {"dropout": key})
+    sums, metrics = objective.loss(ModelForward(model, params, chunks), micro, {"dropout": key})
     value = objective_value(sums, weights, objective)
     return value, metrics | ({"objective": (value, jnp.zeros(()))} if len(sums) > 1 else {})
 
@@ -133,6 +147,11 @@ def train_step(
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
 
 
+def objective_sums(params: Any, batch: Batch, *, model: nn.Module, objective: Objective) -> Sums:
+  """The objective's sums of a batch without dropout."""
+  return objective.loss(ModelForward(model, params), batch, {})[0]
+
+
 def eval_step(params: Any, batch: Batch, *, model: nn.Module, objective: Objective) -> Metrics:
   """Metrics of a batch without dropout, as (sum, weight)."""
-  return objective.loss(make_forward(model, params), batch, {})[1]
+  return objective.loss(ModelForward(model, params), batch, {})[1]

@@ -20,7 +20,7 @@ from llmjax import sharding
 from llmjax.checkpoint import Checkpoints, make_manifest
 from llmjax.config import ConfigError, build, to_dict
 from llmjax.data.pipeline import TrainStream, merge_cursors
-from llmjax.evaluate import EVALUATORS, WHEN
+from llmjax.evaluate import EVALUATORS, WHEN, record
 from llmjax.program import Program, make_program, open_source
 from llmjax.resume import check_same, finished, kept_tokenizer, read_earlier, restore, set_aside
 
@@ -107,7 +107,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           if progress:
             progress.say(f"[{name} at step {step:,}]\n{value}\n")
         else:
-          measured[1][what if "/" in what else f"eval/{name}/{what}"] = float(value)
+          measured[1][record(name, what)] = float(value)
     new = measured[1]
     results.update(new)
     if new:
@@ -127,6 +127,8 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
         profile(step)
         batch = program.put(next(stream), config["batch_size"])
         rate = jax.device_put(np.float32(program.learning_rate(step)), program.replicated)
+        if step == first:
+          meter.step_flops = program.step_flops(batch)
         with jax.transfer_guard("disallow"):
           state, new = program.train_step(state, batch, key, rate)
         done = step + 1
@@ -166,6 +168,7 @@ class Meter:
     self.program, self.writer, self.progress, self.tokens = program, writer, progress, tokens_per_step
     self.pending: list[Any] = []
     self.due: int | None = None
+    self.step_flops = 0.0  # known with the first batch
     self.clock: float | None = None  # None until a step has been compiled and run
 
   def add(self, step: int, metrics: Any, due: bool) -> None:
@@ -191,7 +194,7 @@ class Meter:
     speed = None
     if self.clock is not None:
       speed = self.tokens * len(fetched) / (now - self.clock)
-      flops = speed * self.program.flops_per_token
+      flops = speed / self.tokens * self.step_flops
       new |= {"train/tokens_per_second": speed, "train/model_flops_per_second": flops}
       peak = metriclib.peak_flops(jax.devices()[0].device_kind, self.program.model.cfg.dtype)
       if peak:

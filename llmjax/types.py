@@ -3,6 +3,7 @@
   B batch (global sequences)   L length            S source or cache length   D model width
   H query heads                K key/value heads   F feed-forward width       V vocabulary
   N layers                     E experts           C classes                  A head width
+  T target length              R relative buckets
 
 Signatures of public functions carry these letters as jaxtyping annotations, einsum strings use the same ones.
 Here the dimensions are comments: annotated fields of a pytree dataclass would be checked on every tree
@@ -11,8 +12,9 @@ transformation, where leaves are specs, shardings or scan slices rather than arr
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,67 +30,156 @@ Metrics = dict[str, tuple[Array, Array]]  # {name: (sum, weight)}: added over mi
 class Tokens:
   """One stream of token sequences; several documents may share a row.
 
-  Masks are made from `segments` and `positions`, never from token values.
+  Masks are made from `segments`, `positions` and `prefix`, never from token values.
   """
 
   ids: Any  # Int[B L]
   positions: Any  # Int[B L], counted from 0 inside each segment
   segments: Any  # Int[B L], 0 = padding, 1, 2, ... = the documents of a row
+  prefix: Any = None  # Int[B L], 1 = every query of its document may see it, also an earlier one; None = no token is so
+  token_types: Any = None  # Int[B L], such as which of two sentences; None = all 0
 
   @classmethod
-  def from_ids(cls, ids, mask=None) -> Tokens:
+  def from_ids(cls, ids, mask=None, token_types=None) -> Tokens:
     """One document a row. `mask` [B L] is 1 where a token is real; padding may be on either side."""
     ids = jnp.asarray(ids, jnp.int32)
     if ids.ndim != 2:
       raise ValueError(f"ids must have shape [B, L], got {ids.shape}")
     mask = jnp.ones_like(ids) if mask is None else jnp.asarray(mask, jnp.int32)
-    if mask.shape != ids.shape:
-      raise ValueError(f"mask {mask.shape} must have the shape of ids {ids.shape}")
-    return cls(ids=ids, positions=jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), segments=mask)
+    token_types = None if token_types is None else jnp.asarray(token_types, jnp.int32)
+    for name, other in (("mask", mask), ("token_types", token_types)):
+      if other is not None and other.shape != ids.shape:
+        raise ValueError(f"{name} {other.shape} must have the shape of ids {ids.shape}")
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    return cls(ids=ids, positions=positions, segments=mask, token_types=token_types)
 
 
 @struct.dataclass
 class Batch:
-  """What a step consumes. Every leaf has the (global) batch as its first axis."""
+  """What a step consumes. Every leaf has the (global) batch as its first axis.
 
-  inputs: Tokens
+  `inputs` feeds the only stack, or the encoder; `targets` the decoder of an encoder–decoder. Labels and weights are
+  aligned with the stream that is predicted: `targets` where there is one, else `inputs`.
+  """
+
+  inputs: Any  # Tokens; None in a batch of views alone
+  targets: Any = None  # Tokens, or None
   labels: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: Int[B L]}
   weights: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: Float[B L]}, 0 = bears no loss
   rows: Any = None  # Int[B]: the row's number in the global batch; dropout is keyed by it
+  extras: Mapping[str, Any] = struct.field(default_factory=dict)  # {name: Batch}: further views of the same examples
 
   @classmethod
-  def from_tokens(cls, ids, mask=None) -> Batch:
-    """A batch for inference. ids: Int[B L]; mask: 1 where real, default all."""
-    tokens = Tokens.from_ids(ids, mask)
-    return cls(inputs=tokens, rows=jnp.arange(tokens.ids.shape[0], dtype=jnp.int32))
+  def from_tokens(cls, ids, mask=None, target_ids=None, target_mask=None, token_types=None) -> Batch:
+    """A batch for inference.
+
+    Args:
+      ids: Int[B L]; mask: 1 where real, default all.
+      target_ids: Int[B T], what an encoder–decoder's decoder reads (already shifted), with a mask of its own.
+      token_types: Int[B L], default all 0.
+    """
+    inputs = Tokens.from_ids(ids, mask, token_types)
+    targets = None if target_ids is None else Tokens.from_ids(target_ids, target_mask)
+    return cls(inputs=inputs, targets=targets, rows=jnp.arange(inputs.ids.shape[0], dtype=jnp.int32))
+
+
+def probe() -> Batch:
+  """The smallest batch that any model reads, to make its parameters."""
+  zero = jnp.zeros((1, 1), jnp.int32)
+  return Batch.from_tokens(zero, target_ids=zero)
 
 
 @struct.dataclass
 class Outputs:
-  """What a model returns; None where it has no such output."""
+  """What a model returns; None where it has no such output. L is the length of the stream that is predicted."""
 
   logits: Any = None  # Float[B L V]
   hidden: Any = None  # Float[B L D], after the final norm
+  pooled: Any = None  # Float[B D], the pooler's output for the first token of every row
   all_hidden: Any = None  # Float[N+1 B L D]: the embeddings, then every layer's output; on request
+  encoder_hidden: Any = None  # Float[B S D] of an encoder–decoder
+  encoder_all_hidden: Any = None  # Float[N+1 B S D] of an encoder–decoder, on request
 
 
-Forward = Callable[..., Outputs]  # (batch, rngs={}) -> Outputs
-Features = Mapping[str, Any]  # {"inputs": Int[n], "labels": {term: Int[n]}, "weights": {term: Float[n]}}
+class Forward(abc.ABC):
+  """A model with its parameters: what an objective receives instead of a model."""
+
+  @abc.abstractmethod
+  def __call__(self, batch: Batch, rngs: Mapping[str, Array], **kwargs: Any) -> Outputs:
+    """The model's outputs; dropout runs iff `rngs` has a key for it."""
+
+  @abc.abstractmethod
+  def unembed(self, hidden: Array) -> Array:
+    """Float[B L V], the logits of hidden states [B L D]."""
+
+  @abc.abstractmethod
+  def sentence_logits(self, hidden: Array) -> Array:
+    """Float[B L C], what the sentence head says of hidden states [B L D]."""
+
+  @abc.abstractmethod
+  def in_chunks(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
+    """`function` of strided chunks of a batch, one after the other, whose activations are not kept but made again for
+    the gradient. Leaves are [chunks ...]; `merge_chunks` puts rows back in their order."""
 
 
-class Objective(Protocol):
-  """What is learned. Host and device halves stand side by side in one file and must agree."""
+def merge_chunks(x: Array) -> Array:
+  """[chunks B/chunks ...] -> [B ...], the inverse of strided chunks."""
+  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-  coefficients: Mapping[str, float]  # loss = sum over terms of coefficient * sum / weight
 
+Features = Mapping[str, Any]
+
+
+class Objective(abc.ABC):
+  """What is learned. Host and device halves stand side by side in one file and must agree.
+
+  Attributes:
+    packing: "split", features may be cut anywhere and share rows with others; "whole", they share rows uncut; "never",
+      each has a row of its own.
+    whole_batch: the loss must see the whole global batch at once (contrastive): `accum` becomes chunks inside it.
+    stacks: which models can learn it: an "encoder", a "decoder", or "both" behind each other.
+    needs: {model key: value} that it needs besides.
+  """
+
+  packing: str = "whole"
+  whole_batch: bool = False
+  stacks: tuple[str, ...] = ("encoder", "decoder", "both")
+
+  @property
+  def needs(self) -> Mapping[str, Any]:
+    return {}
+
+  @property
+  @abc.abstractmethod
+  def coefficients(self) -> Mapping[str, float]:
+    """The objective is the sum over terms of coefficient * sum / weight."""
+
+  def row_lengths(self, seq_len: int) -> dict[str, int]:
+    """{stream: its length in a row} where rows have `seq_len` input tokens (host)."""
+    return {"inputs": seq_len}
+
+  @abc.abstractmethod
   def window(self, ids: np.ndarray, length: int) -> list[np.ndarray]:
-    """Cuts a document's ids into pieces whose features are at most `length` long (host)."""
+    """Cuts a document's ids into pieces whose features fit in rows of `length` input tokens (host)."""
 
-  def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features:
-    """One example (`example["ids"]`: Int[n]) to aligned one-dimensional features (host)."""
+  @abc.abstractmethod
+  def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features | None:
+    """One example to features, None to leave it out (host).
+
+    Args:
+      example: the record, with "ids" Int[n]: a piece that `window` gave, or with packing "split" the whole document.
+      rng: the example's own generator.
+      corpus: the source that the record is from.
+    Returns:
+      {"inputs": Int[n], "labels": {term: Int[n]}, "weights": {term: Float[n]}}, with "targets": Int[m] where there are
+      any (labels and weights are then [m]). A stream may be a dict {"ids": Int[n], "token_types": Int[n], "prefix":
+      Int[n]}. Further views of the example are {"extras": {name: features}}.
+    """
 
   def weights(self, batch: Batch) -> Sums:
     """The denominators, taken once on the whole global batch (device)."""
+    return {term: jnp.sum(batch.weights[term]) for term in self.coefficients}
 
+  @abc.abstractmethod
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     """Named sums over a microbatch, and metrics as (sum, weight) (device, pure)."""

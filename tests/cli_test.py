@@ -132,7 +132,7 @@ def test_a_rerun_says_what_it_does(text, capsys):
 def test_dry_run_says_parameters_memory_and_the_first_batch_and_writes_nothing(text, capsys):
   assert train(text, "--dry_run") == 0
   said = capsys.readouterr().out
-  assert "total" in said and "Memory per device" in said and "fits" in said and "First batch" in said and "[" in said
+  assert "total" in said and "Memory per device" in said and "fits" in said and "First batch" in said and "lazy" in said
   assert not Path("runs").exists()
 
 

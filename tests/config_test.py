@@ -60,10 +60,12 @@ def test_what_cannot_be_built_is_told_in_one_line(spec, line):
 
 
 def test_a_checkpoint_runs_only_our_own_code_unless_trusted():
-  assert build({"name": "llmjax.config:to_dict", "spec": (1,)}, {}, "model", trust=False) == (1,)
-  for name in ("os:getcwd", "llmjaxen:f", "llmjax.config:Path"):  # the last is only imported there
+  table = {"plain": "llmjax.config:to_dict"}
+  for name in ("plain", "llmjax.config:to_dict"):
+    assert build({"name": name, "spec": (1,)}, table, "model", trust=False) == (1,)
+  for name in ("os:getcwd", "llmjaxen:f", "llmjax.config:Path", "llmjax.config:build"):  # the last calls any other
     with pytest.raises(ConfigError, match="pass --trust"):
-      build({"name": name}, {}, "model", trust=False)
+      build({"name": name}, table, "model", trust=False)
 
 
 def test_a_mistyped_key_is_told_the_nearest_and_what_others_call_it():

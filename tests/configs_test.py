@@ -15,8 +15,9 @@ from configs.sizes import SIZES
 from llmjax import config as cfglib
 from llmjax import program, sharding, step, train
 from llmjax.config import ConfigError
+from llmjax.data import tokenizer as tokenizers
 from llmjax.models.transformer import Transformer, TransformerConfig
-from llmjax.types import Batch
+from llmjax.types import probe
 
 # Counted from the released checkpoints (Hugging Face model cards and safetensors headers).
 PUBLISHED = {
@@ -32,6 +33,24 @@ PUBLISHED = {
   "llama3_8b": 8_030_261_248,
   "llama3_70b": 70_553_706_496,
   "llama3_405b": 405_853_388_800,
+  # with both heads of pretraining
+  "bert_base": 110_106_428,
+  "bert_large": 336_226_108,
+  # without the two rows of positions that are never used
+  "roberta_base": 124_697_433 - 2 * 768,
+  "roberta_large": 355_412_057 - 2 * 1024,
+  "modernbert_base": 149_655_232,
+  "modernbert_large": 395_881_664,
+  "t5_small": 60_506_624,
+  "t5_base": 222_903_552,
+  "t5_large": 737_668_096,
+  "t5_3b": 2_851_598_336,
+  "t5_11b": 11_307_321_344,
+  "t5_v1.1_small": 76_961_152,
+  "t5_v1.1_base": 247_577_856,
+  "t5_v1.1_large": 783_150_080,
+  "t5_v1.1_xl": 2_849_757_184,
+  "t5_v1.1_xxl": 11_135_332_352,
 }
 # The GPT-3 paper gives rounded names; the counts agree with them to the digits they have.
 ROUNDED = {
@@ -44,21 +63,94 @@ ROUNDED = {
   "gpt3_13b": 12.85e9,
   "gpt3_175b": 174.6e9,
 }
+# In millions, table 1 of Turc et al. 2019: what comes out with both heads of pretraining (without, mini has 11.2).
+TABLE = {"bert_tiny": 4.4, "bert_mini": 11.3, "bert_small": 29.1, "bert_medium": 41.7}
+
+OWN = ("debug", "nano")
+NAMED = {name: size for sizes in SIZES.values() for name, size in sizes.items() if name not in OWN}
 
 
 def count(name):
-  fields = {k: v for k, v in SIZES[name]["model"].items() if v is not None or k != "vocab_size"}
-  model = Transformer(TransformerConfig(**fields))
-  batch = Batch.from_tokens(np.zeros((1, 2), np.int32))
-  shapes = nn.unbox(jax.eval_shape(functools.partial(step.init_params, model=model), jax.random.key(0), batch=batch))
+  model = Transformer(TransformerConfig(**NAMED[name]["model"]))
+  init = functools.partial(step.init_params, model=model)
+  shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), batch=probe()))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def test_parameter_counts_are_the_published_ones():
   assert {name: count(name) for name in PUBLISHED} == PUBLISHED
+  assert {name: round(count(name) / 1e6, 1) for name in TABLE} == TABLE
   for name, size in ROUNDED.items():
     assert abs(count(name) / size - 1) < 0.02, name
-  assert {"debug", "nano", *PUBLISHED, *ROUNDED} == set(SIZES)
+
+
+def test_every_size_has_its_published_count_and_no_other_stack_has_its_name():
+  assert {*PUBLISHED, *ROUNDED, *TABLE} == set(NAMED)
+  assert sum(map(len, SIZES.values())) == len(NAMED) + len(OWN) * len(SIZES)
+
+
+CONFIGS = {"gpt": "decoder", "bert": "encoder", "contrastive": "encoder", "t5": "both"}
+
+
+def load(reference, *flags):
+  return cfglib.load_config([f"--config={reference}", *flags])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_size_loads_with_its_recipe(name):
+  for size, entry in SIZES[CONFIGS[name]].items():
+    config = load(f"{name}:size={size}")
+    assert config.batch_size * config.seq_len == entry["batch_tokens"] and config.optim.lr == entry["lr"], size
+    assert cfglib.to_dict(config.optim).items() >= entry.get("optim", {}).items()
+  with pytest.raises(ConfigError, match=r"size='big' is unknown"):
+    load(f"{name}:size=big")
+  with pytest.raises(ConfigError, match=r"optim='adam' is unknown; did you mean `adamw`"):
+    load(f"{name}:optim=adam")
+
+
+@pytest.mark.parametrize(
+  "reference",
+  [
+    *("gpt:size=gpt2_124m", "gpt:size=gpt2_124m,optim=lion", "bert:size=bert_tiny", "bert:size=roberta_base"),
+    *("bert:size=modernbert_base", "bert:size=modernbert_base,pairs=order", "t5:size=t5_small"),
+    *("t5:size=t5_v1.1_small,optim=muon", "contrastive:size=bert_base", "contrastive:size=bert_base,with_mlm"),
+  ],
+)
+def test_published_recipes_build(reference):
+  tokenizer = tokenizers.make({"name": "bytes", "mask": True, "sentinels": 100})
+  built = program.make_program(load(reference), tokenizer=tokenizer)
+  assert built.learning_rate(built.total_steps // 2) > 0
+
+
+def test_a_bert_learns_from_pairs_what_it_was_published_with():
+  assert load("bert:size=bert_base").objective.sentence_pairs == "next"
+  for size, pairs in (("nano", ""), ("roberta_base", ""), ("modernbert_base", ""), ("bert_base", ",pairs=none")):
+    config = load(f"bert:size={size}{pairs}")
+    assert config.objective.sentence_pairs == "none" and not config.model.pooler and not config.model.sentence_classes
+  config = load("bert:pairs=order,whole_words")
+  assert config.objective.whole_words and config.model.pooler and config.model.token_types == 2
+
+
+def test_contrast_begins_from_a_bert_of_the_same_size():
+  for size in SIZES["encoder"]:
+    assert load(f"contrastive:size={size}").model == load(f"bert:size={size},pairs=none").model, size
+
+
+def test_views_by_dropout_have_dropout_and_nothing_to_find():
+  pairs, dropout = load("contrastive"), load("contrastive:views=dropout")
+  assert (pairs.objective.anchor, pairs.objective.positive, pairs.objective.symmetric) == ("summary", "text", True)
+  assert "retrieval" in pairs.evals and "retrieval" not in dropout.evals
+  for config in (dropout, load("contrastive:views=dropout,corpus=lm1b"), load("contrastive:with_mlm,text=my.txt")):
+    part = config.objective.get("parts", {}).get("contrastive", config.objective)
+    assert config.model.dropout > 0 and part.anchor == "text" and part.positive is None
+  with pytest.raises(ConfigError, match="anchor=FIELD is missing"):
+    load("contrastive:corpus=lm1b")
+
+
+def test_fields_of_ones_own_files_are_read():
+  config = load("contrastive:text=my.csv,column=passage,anchor=query,negative=other")
+  assert config.data.corpus.columns == ("other", "query") and config.data.corpus.column == "passage"
+  assert (config.objective.anchor, config.objective.negative) == ("query", "other")
 
 
 def test_base_lists_every_choice_of_the_model_with_its_default():
@@ -92,22 +184,24 @@ def test_a_knob_that_nothing_reads_is_found(home):
       train.make_evals(program.make_program(config))
 
 
-@pytest.mark.parametrize("name", sorted(cfglib.shipped()))
-def test_every_config_builds_and_traces_abstractly(home, name):
-  config = cfglib.load_config([f"--config={name}:debug", "--config.batch_size=8"])
+VARIANTS = (
+  *("gpt:objective=prefix_lm", "bert:pairs=next", "bert:pairs=order,whole_words"),
+  *("contrastive:views=dropout", "contrastive:with_mlm"),
+)
+
+
+@pytest.mark.parametrize("reference", [*(f"{name}:" for name in sorted(cfglib.shipped())), *VARIANTS])
+def test_every_config_builds_and_traces_abstractly(home, reference):
+  config = load(f"{reference},debug", "--config.batch_size=8")
   built = program.make_program(config)
-  batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((config.batch_size, config.seq_len), x.dtype),
-    Batch.from_tokens(np.zeros((1, 1), np.int32)).inputs,
-  )
-  labels = {"nll": jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.int32)}
-  weights = {"nll": jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.float32)}
-  rows = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
+  stream = train.make_stream(built, program.open_source(config, config.data.train), prefetch=0)
+  batch = next(stream)
+  stream.close()
   with sharding.use(built.mesh, built.rules):
     state, metrics = jax.eval_shape(
       built.train_step,
       built.state_shapes,
-      Batch(batch, labels, weights, rows),
+      batch,
       jax.eval_shape(jax.random.key, 0),
       jax.ShapeDtypeStruct((), np.float32),
     )

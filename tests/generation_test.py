@@ -1,5 +1,6 @@
 """Cached decoding gives the tokens of the uncached forward; sampling draws what it says."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,22 +12,29 @@ from flax import linen as nn
 from llmjax.config import ConfigError
 from llmjax.generation import draw, filter_logits, generate, make_sampling, stream, until
 from llmjax.models.transformer import Transformer, TransformerConfig
-from llmjax.types import Batch
+from llmjax.types import Batch, probe
 
 V = 31
+PLAIN = {"qkv_bias": False, "mlp_bias": False, "norm": "rmsnorm", "norm_bias": False, "init_stddev": 0.3}
 CONFIGS = {
   "learned": TransformerConfig(V, 32, 2, 4, 64, init_stddev=0.3),
   "rotary": TransformerConfig(
     *(V, 32, 2, 4, 64), num_kv_heads=2, norm="rmsnorm", norm_bias=False, positions="rotary", gated=True, init_stddev=0.3
   ),
 }
+CONFIGS["windowed"] = TransformerConfig(
+  V, 32, 3, 4, 64, **PLAIN, positions="rotary", attention_pattern=("local", "global"), window=4
+)
+CONFIGS["prefix"] = dataclasses.replace(CONFIGS["rotary"], bidirectional_prompt=True)
+CONFIGS["encoder–decoder"] = TransformerConfig(
+  V, 32, 2, 4, 64, 2, **PLAIN, positions="relative", relative_buckets=8, relative_max_distance=16
+)
 
 
 @functools.cache
-def model_and_params(name, scan=True):
-  cfg = CONFIGS[name]
-  model = Transformer(cfg)
-  return model, nn.unbox(model.init(jax.random.key(0), Batch.from_tokens(np.zeros((1, 4), np.int32))))["params"]
+def model_and_params(name):
+  model = Transformer(CONFIGS[name])
+  return model, nn.unbox(model.init(jax.random.key(0), probe()))["params"]
 
 
 def prompts():
@@ -38,7 +46,10 @@ def prompts():
   return ids, mask
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+DECODERS = ["learned", "rotary", "windowed", "prefix"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_greedy_equals_the_uncached_forward_for_prompts_of_any_length(name):
   model, params = model_and_params(name)
   ids, mask = prompts()
@@ -50,9 +61,42 @@ def test_greedy_equals_the_uncached_forward_for_prompts_of_any_length(name):
     for _ in range(10):
       padded = np.zeros((1, 32), np.int64)
       padded[0, : len(tokens)] = tokens
-      logits = forward(Batch.from_tokens(padded, np.arange(32)[None] < len(tokens)))
+      batch = Batch.from_tokens(padded, np.arange(32)[None] < len(tokens))
+      prefix = jnp.asarray(np.arange(32)[None] < mask[row].sum()) if name == "prefix" else None
+      batch = dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, prefix=prefix))
+      logits = forward(batch)
       tokens.append(int(logits[0, len(tokens) - 1].argmax()))
     assert tokens[-10:] == got[row, 9:].tolist()
+
+
+def test_a_prefix_is_read_both_ways():
+  """The same parameters continue the same prompt otherwise where it is a prefix."""
+  ids, mask = prompts()
+  outputs = [
+    np.asarray(generate(*model_and_params(name), ids, mask, max_new_tokens=10)) for name in ("rotary", "prefix")
+  ]
+  assert (outputs[0] != outputs[1]).any()
+
+
+def test_an_encoder_decoder_writes_what_its_uncached_decoder_says():
+  model, params = model_and_params("encoder–decoder")
+  ids, mask = prompts()
+  got = np.asarray(generate(model, params, ids, mask, max_new_tokens=10, start_id=3))
+  assert got.shape == (3, 11) and (got[:, 0] == 3).all()
+  forward = jax.jit(lambda batch: model.apply({"params": params}, batch).logits)
+  tokens = np.zeros((3, 11), np.int64)
+  tokens[:, 0] = 3
+  for i in range(10):
+    tokens[:, i + 1] = forward(Batch.from_tokens(ids, mask, target_ids=tokens))[:, i].argmax(-1)
+  np.testing.assert_array_equal(got, tokens)
+  streamed = np.stack(list(stream(model, params, ids, mask, max_new_tokens=10, start_id=3)), axis=1)
+  np.testing.assert_array_equal(streamed, got[:, 1:])
+
+
+def test_an_encoder_writes_nothing():
+  cfg = TransformerConfig(V, 32, 0, 4, 64, 2)
+  with pytest.raises(ConfigError, match=r"encoder.*llmjax embed"):
+    generate(Transformer(cfg), {}, *prompts())
 
 
 def test_streaming_gives_the_same_tokens_and_rows_do_not_depend_on_each_other():

@@ -5,10 +5,15 @@ import json
 import math
 import random
 
+import jax
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from llmjax import metrics
 from llmjax.config import ConfigError
+from llmjax.models.transformer import Transformer, TransformerConfig
+from llmjax.types import Batch, probe
 
 
 def test_means_do_not_depend_on_how_the_data_is_cut():
@@ -128,9 +133,15 @@ def test_the_progress_line_fits_and_keeps_the_step(width):
 
 
 def test_flops_by_the_palm_convention():
-  # GPT-3 175B (arXiv:2005.14165): 3.14e23 FLOPs for 300e9 tokens, attention left out there.
-  flops = metrics.train_flops_per_token(174.6e9, layers=96, width=12288, seq_len=2048)
-  assert flops * 300e9 == pytest.approx(3.14e23 * (1 + 12 * 96 * 12288 * 2048 / (6 * 174.6e9)), rel=1e-3)
+  """6 x parameters of matrix products + 12 x layers x width x length per token, scanned or not."""
+  for scan in (True, False):
+    cfg = TransformerConfig(96, 32, 3, 4, 16, d_ff=80, tie_embeddings=False, scan=scan)
+    model = Transformer(cfg)
+    params = jax.eval_shape(lambda k, m=model: nn.unbox(m.init(k, probe()))["params"], jax.random.key(0))
+    batch = Batch.from_tokens(np.zeros((2, 16), np.int32))
+    flops = 3 * metrics.forward_flops(lambda p, b, m=model: m.apply({"params": p}, b).logits, params, batch)
+    matmul = 3 * (4 * 32 * 32 + 2 * 32 * 80) + 32 * 96
+    assert flops == 2 * 16 * (6 * matmul + 12 * 3 * 32 * 16)
 
 
 @pytest.mark.parametrize(

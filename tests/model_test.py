@@ -10,24 +10,100 @@ from flax import linen as nn
 
 from llmjax.config import ConfigError
 from llmjax.models import layers
-from llmjax.models.attention import dot_product_attention, rotary_angles, rotate
+from llmjax.models.attention import (
+  attention_mask,
+  cross_mask,
+  dot_product_attention,
+  relative_buckets,
+  rotary_angles,
+  rotate,
+)
 from llmjax.models.transformer import Transformer, TransformerConfig, make_transformer
-from llmjax.types import Batch
+from llmjax.types import Batch, Tokens
+
+
+def packed_rows(length, seed, prefix=False):
+  """Two rows of several documents each, padding in front of one and behind the other."""
+  rng = np.random.default_rng(seed)
+  segments, positions = np.zeros((2, length), int), np.zeros((2, length), int)
+  for row, start, cuts in ((0, 0, rng.integers(1, length - 3, 2)), (1, 2, rng.integers(3, length, 2))):
+    ends = sorted({*cuts.tolist(), length - 2 * (1 - row)})
+    for i, (a, b) in enumerate(zip([start, *ends], ends), 1):
+      segments[row, a:b], positions[row, a:b] = i, np.arange(b - a)
+  marks = (positions < 3) * 1 if prefix else None
+  return jax.tree.map(jnp.asarray, Tokens(np.zeros_like(segments), positions, segments, marks))
+
+
+MASKS = {  # name: (attention_mask's settings, what a query at position p may see of a key at position k, with a prefix)
+  "causal": ({"causal": True}, lambda p, k: k <= p),
+  "prefix": ({"causal": True}, lambda p, k: k <= p or k < 3),
+  "causal window": ({"causal": True, "window": 4}, lambda p, k: 0 <= p - k < 4),
+  "prefix window": ({"causal": True, "window": 4}, lambda p, k: (k <= p or k < 3) and abs(p - k) < 4),
+  "both ways": ({"causal": False}, lambda p, k: True),
+  "local": ({"causal": False, "window": 5}, lambda p, k: abs(p - k) <= 2),
+}
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_softmax_of_scaled_scores_in_float64(kv_heads):
+@pytest.mark.parametrize("kind", [*MASKS, "cross"])
+def test_attention_is_softmax_of_scaled_scores_in_float64(kind, kv_heads):
+  """Masks by their definition, one query and key after the other; scores with a bias and a scale of their own."""
   rng = np.random.default_rng(0)
-  query, mask = rng.normal(size=(2, 5, 4, 8)), rng.random((2, 5, 7)) < 0.7
-  key, value = rng.normal(size=(2, 2, 7, kv_heads, 8))
-  mask[..., 0] = True
-  got = dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), jnp.asarray(mask))
+  queries = keys = packed_rows(12, 0, prefix="prefix" in kind)
+  rule = (lambda p, k: True) if kind == "cross" else MASKS[kind][1]
+  if kind == "cross":
+    keys = packed_rows(9, 1)
+    mask = cross_mask(queries, keys)
+  else:
+    mask = attention_mask(queries, keys, **MASKS[kind][0])
+  L, S = queries.ids.shape[1], keys.ids.shape[1]
+  for b, i, j in np.ndindex(2, L, S):
+    same = queries.segments[b, i] == keys.segments[b, j] > 0
+    assert bool(mask[b, i, j]) == (same and bool(rule(queries.positions[b, i], keys.positions[b, j])))
+
+  query, bias = rng.normal(size=(2, L, 4, 8)), rng.normal(size=(2, 4, L, S))
+  key, value = rng.normal(size=(2, 2, S, kv_heads, 8))
+  arrays = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
+  got = dot_product_attention(*arrays, mask, scale=0.3, bias=jnp.asarray(bias, jnp.float32))
+  plain = dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), mask)
+  sees = np.asarray(mask).any(-1)
   for head in range(4):
     shared = head // (4 // kv_heads)
-    scores = np.einsum("bld,bsd->bls", query[:, :, head], key[:, :, shared]) / np.sqrt(8)
-    weights = np.where(mask, np.exp(scores), 0)
-    want = (weights / weights.sum(-1, keepdims=True)) @ value[:, :, shared]
-    np.testing.assert_allclose(got[:, :, head], want, atol=1e-6)
+    dots = np.einsum("bld,bsd->bls", query[:, :, head], key[:, :, shared])
+    for out, scores in ((got, 0.3 * dots + bias[:, head]), (plain, dots / np.sqrt(8))):
+      weights = np.where(mask, np.exp(scores), 0)
+      want = (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)) @ value[:, :, shared]
+      np.testing.assert_allclose(np.asarray(out)[:, :, head][sees], want[sees], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "bidirectional, buckets, reach", [(True, 32, 128), (False, 32, 128), (True, 12, 24), (False, 8, 16)]
+)
+def test_relative_buckets_are_t5s(bidirectional, buckets, reach):
+  """The formula of T5's published code, one pair of positions at a time."""
+
+  def bucket(ahead):
+    number, count = 0, buckets
+    if bidirectional:
+      count //= 2
+      number += count * (ahead > 0)
+      distance = abs(ahead)
+    else:
+      distance = max(-ahead, 0)
+    exact = count // 2
+    if distance < exact:
+      return number + distance
+    return number + min(
+      exact + int(np.log(distance / exact) / np.log(reach / exact) * (count - exact) + 1e-6), count - 1
+    )
+
+  positions = jnp.arange(reach + 20)[None]
+  got = np.asarray(
+    relative_buckets(positions, positions, bidirectional=bidirectional, num_buckets=buckets, max_distance=reach)
+  )[0]
+  for i in range(0, reach + 20, 7):
+    assert got[i].tolist() == [bucket(j - i) for j in range(reach + 20)]
+  assert got.max() == buckets - 1 and got.min() == 0
 
 
 def test_a_query_that_may_attend_to_nothing_is_finite():
@@ -111,6 +187,17 @@ def test_every_layers_hidden_state_is_given_on_request():
     ({"dropout": 1.0}, ["dropout=1.0"]),
     ({"positions": "rotary", "head_dim": 7}, ["head_dim=7", "even"]),
     ({"remat": "all"}, ["model.remat", "full"]),
+    ({"decoder_layers": 0}, ["decoder_layers", "encoder_layers", "both 0"]),
+    ({"norm_placement": "after"}, ["model.norm_placement='after'", "pre, post"]),
+    ({"norm_placement": "post", "first_attention_norm": False}, ["first_attention_norm=False", "post"]),
+    ({"positions": "relative", "relative_max_distance": 8}, ["relative_buckets=32", "relative_max_distance=8"]),
+    ({"attention_pattern": ("local",)}, ["model.window"]),
+    ({"attention_pattern": ("lokal",), "window": 4}, ["'lokal'", "global, local"]),
+    ({"attention_pattern": ()}, ["attention_pattern", "global, local"]),
+    ({"window": 0}, ["window=0", "at least 1"]),
+    ({"scale_tied_logits": True, "tie_embeddings": False}, ["scale_tied_logits", "tie_embeddings=True"]),
+    ({"sentence_classes": 2}, ["sentence_classes=2", "pooler=True"]),
+    ({"token_types": -1}, ["token_types=-1", "negative"]),
     ({"activaton": "gelu"}, ["model.activaton", "activation"]),
   ],
 )

@@ -14,16 +14,14 @@ from llmjax.config import ConfigError
 from llmjax.data.character_tokenizer import bytes_
 from llmjax.data.pipeline import TrainStream, eval_batches, merge_cursors, permuted
 from llmjax.data.source import Source, join
+from llmjax.objectives.causal_lm import CausalLM
 
 TOKENIZER = bytes_()
 B, L = 4, 16
 
 
-class NextToken:
+class NextToken(CausalLM):
   """Causal language modelling whose weights are random, to see the generator that it gets."""
-
-  def window(self, ids, length):
-    return [ids[i : i + length + 1] for i in range(0, len(ids) - 1, length)]
 
   def features(self, example, rng, corpus):
     ids = example["ids"]

@@ -1,3 +1,4 @@
+import ast
 import collections
 import importlib
 import logging
@@ -49,6 +50,92 @@ def test_it_is_prepared_once_for_each_content(few, monkeypatch):
   assert python_stdlib("train").fingerprint == first
   assert python_stdlib("train[:50%]").fingerprint != first
   assert [p.name for p in (cache_dir() / "python_stdlib").iterdir()] == ["few60"]
+
+
+MODULE = '''
+import abc
+
+@abc.decorated(
+  1)
+def first(x):
+  """Return the first
+  of all things.
+
+  And more.
+    """
+
+  # Why not?
+  return """
+  x""", x
+
+class Outer(object):
+    """A class is no function."""
+
+    if True:
+        async def method(self):
+            r"""Wait for it \\o."""
+            def inner():
+                """This one is a part."""
+            return (inner,
+\t1)
+
+    try:
+        import fast
+    except ImportError:
+        class Inner:
+            def deep(self): return "Has no docstring at all."
+            def deeper(self):
+                "Say what é means here."; x = 1
+            def deepest(self):
+                "Do this one thing." # why
+                return 1
+
+def twice():
+  """Return the first of all things."""
+  return 2
+
+def terse(): return """Nothing."""
+def short():
+  """Too short."""
+  return 3
+def abstract():
+  """Do what subclasses do."""
+  raise NotImplementedError("abstract")
+'''
+
+
+def test_docstring_pairs():
+  found = list(stdlib.docstring_pairs([("a.py", MODULE), ("b.py", "not python"), ("c.py", MODULE), ("x#topic", "a b")]))
+  assert [(r["name"], r["summary"], r["path"]) for r in found] == [
+    ("first", "Return the first of all things.", "a.py"),
+    ("Outer.method", r"Wait for it \o.", "a.py"),
+    ("Outer.Inner.deepest", "Do this one thing.", "a.py"),
+  ]
+  assert found[0]["docstring"] == "Return the first\nof all things.\n\nAnd more."
+  source = '@abc.decorated(\n  1)\ndef first(x):\n  # Why not?\n  return """\n  x""", x'
+  assert found[0]["text"] == source
+  method = 'async def method(self):\n    def inner():\n        """This one is a part."""\n    return (inner,\n\t1)'
+  assert found[1]["text"] == method
+  assert found[2]["text"] == "def deepest(self):\n    return 1"
+
+
+def test_docstring_pairs_of_the_library_are_python_and_occur_once():
+  found = list(stdlib.docstring_pairs(stdlib.documents()))
+  assert len(found) > 3000
+  assert len({r["summary"] for r in found}) == len({r["text"] for r in found}) == len(found)
+  for record in found:
+    [function] = ast.parse(record["text"]).body
+    assert ast.get_docstring(function) is None and record["name"].split(".")[-1] == function.name
+
+
+def test_pairs_are_in_the_split_of_their_file(few, monkeypatch):
+  code = "def f{i}():\n  'Return number {i} here.'\n  return {i}\n"
+  monkeypatch.setattr(stdlib, "documents", lambda: [(path, code.format(i=i)) for i, (path, _) in enumerate(few)])
+  for split in ("train", "validation", "test"):
+    records = list(python_stdlib(split, config="docstring_pairs"))
+    assert {r["path"] for r in records} == {path for path, _ in few if stdlib.split_of(path) == split}
+    assert all(r["summary"] == f"Return number {r['name'][1:]} here." for r in records)
+  assert python_stdlib("train", config="docstring_pairs").fingerprint != python_stdlib("train").fingerprint
 
 
 def test_slices_and_mistakes(few):

@@ -58,6 +58,25 @@ def test_the_summary_ranks_the_run_among_the_yardsticks(workdir):
   assert f"generate --model='{workdir}' --prompt='def f(x):'" in text
 
 
+def test_each_yardstick_stands_beside_what_it_measures(tmp_path):
+  run = {"train/loss": 5.0, "eval/heldout/loss": 2.5, "eval/heldout/contrastive/loss": 1.0, "eval/pairs/mrr": 0.25}
+  run |= {"eval/heldout/masked_accuracy": 0.5, "train/contrastive/accuracy": 1.0}
+  sticks = {"unigram_loss": 6.0, "unigram_accuracy": 0.125, "bm25_mrr": 0.75}
+  curves = {**run, **{f"yardstick/{name}": value for name, value in sticks.items()}}
+  write_run(tmp_path, {name: {1: value} for name, value in curves.items()})
+  levels = {panel.key: panel.levels for panel in report.panels(report.load(tmp_path))}
+  assert levels["loss"] == {"token frequencies": 6.0} and levels["mrr"] == {"BM25": 0.75}
+  assert levels["masked_accuracy"] == {"most frequent token": 0.125} and not levels["accuracy"]
+  loss, mrr = (
+    report.rankings(report.load(tmp_path))[f"held-out {what} is better"]
+    for what in ("loss, less", "mean reciprocal rank, more")
+  )
+  assert loss == [("this run, held-out", 2.5, True), ("token frequencies", 6.0, False)]
+  assert mrr == [("BM25", 0.75, False), ("this run, pairs", 0.25, True)]
+  assert "bits per byte" not in report.summary(tmp_path)
+  assert "Held-out loss, less is better" in report.write_report(tmp_path)[1].read_text()
+
+
 def test_the_picture_is_1600_wide_and_the_page_stands_alone(workdir):
   png, page = report.write_report(workdir)
   assert png.read_bytes()[:4] == b"\x89PNG"

@@ -1,10 +1,14 @@
+import contextlib
+import importlib
 import itertools
 import json
 
 import numpy as np
 import pytest
 
-from llmjax.config import ConfigError, build
+from configs.corpora import CORPORA
+from llmjax.config import ConfigError, build, load_config
+from llmjax.data import python_stdlib
 from llmjax.data.source import SOURCES, cached, join, select
 
 
@@ -268,10 +272,6 @@ def test_tfds_folders(home):
     open_("tfds", folder=str(folder))
   with pytest.raises(ConfigError, match=r"tiny/1\.0\.0 has train, test"):
     open_("tfds", "validation", folder=str(folder), text="line")
-  info = folder / "dataset_info.json"
-  info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  with pytest.raises(ConfigError, match="is not stored as ArrayRecord"):
-    open_("tfds", folder=str(folder), text="line")
 
 
 def test_mistakes_with_tfds(home):
@@ -281,6 +281,31 @@ def test_mistakes_with_tfds(home):
     open_("tfds", folder=str(home))
   with pytest.raises(ConfigError, match="needs either"):
     open_("tfds")
+
+
+def test_corpora_are_datasets_of_tfds_with_their_fields(home):
+  import tensorflow_datasets
+
+  for name, entry in CORPORA.items():
+    corpus = entry["corpus"]
+    if corpus["name"] == "tfds":
+      with contextlib.suppress(ImportError):  # registered as far as the packages that they need are there
+        for collection in ("text", "summarization"):
+          importlib.import_module(f"tensorflow_datasets.{collection}")
+      builder = tensorflow_datasets.builder(corpus["dataset"], data_dir=str(home))
+      assert corpus["text"] in builder.info.features, name
+    else:
+      assert corpus["config"] in python_stdlib.CONFIGS, name
+
+
+def test_a_corpus_of_short_records_shortens_rows(home):
+  for argument, seq_len in (("", 256), (",corpus=lm1b", 128), (",corpus=c4", 256), (",debug,corpus=lm1b", 32)):
+    config = load_config([f"--config=gpt:size=nano{argument}"])
+    assert config.seq_len == seq_len
+  longer = load_config(["--config=gpt:corpus=lm1b", "--config.seq_len=200", "--config.data.train=train[:1%]"])
+  assert longer.seq_len == 200 and longer.data.train == "train[:1%]" and longer.data.eval == "test"
+  config = load_config(["--config=gpt:corpus=lm1b"])
+  assert config.seq_len * config.batch_size == 2048  # the tokens of a batch stay what they are
 
 
 def test_a_cache_entry_is_whole_or_absent(home):

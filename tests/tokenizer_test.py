@@ -20,6 +20,9 @@ KINDS = {
   "bytes": {"name": "bytes"},
   "bare bytes": {"name": "bytes", "special": False},
   "byte-level": {"name": "hf", "path": "HF"},
+  "bpe with extra tokens": {"name": "sentencepiece", "vocab_size": 411, "mask": True, "sentinels": 10},
+  "bytes with extra tokens": {"name": "bytes", "mask": True, "sentinels": 3},
+  "byte-level with extra tokens": {"name": "hf", "path": "HF", "sentinels": 5},
 }
 
 
@@ -61,6 +64,8 @@ def strange_texts(count=300):
     "</s>",
     "<unk>",
     "<0x41>",
+    "<mask>",
+    "<extra_id_0>",
     "🙂",
     "e\u0301",
   ]
@@ -124,6 +129,47 @@ def test_files_rebuild_it(tokenizer):
   for text in strange_texts(50):
     assert again.document(text).tolist() == tokenizer.document(text).tolist()
   assert again.to_files() == tokenizer.to_files() and again.byte_lengths().tolist() == tokenizer.byte_lengths().tolist()
+  assert again.special.tolist() == tokenizer.special.tolist() and again.names == tokenizer.names
+  assert (again.mask_id, again.sentinels) == (tokenizer.mask_id, tokenizer.sentinels)
+
+
+def test_special_tokens_stand_for_no_text(tokenizer):
+  special = tokenizer.special
+  assert special.shape == (tokenizer.vocab_size,) and special.dtype == bool
+  assert (tokenizer.byte_lengths()[special] == 0).all() and tokenizer.decode(np.flatnonzero(special)) == ""
+  roles = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id, *tokenizer.sentinels} - {None}
+  assert special[list(roles)].all() and set(tokenizer.names) == set(np.flatnonzero(special))
+  for text in strange_texts(50):
+    assert not special[tokenizer.encode(text)].any() and tokenizer.show(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("mask", "sentinels"), [(False, 0), (True, 0), (False, 2), (True, 100)])
+def test_extra_tokens_follow_the_vocabulary_in_the_order_of_t5(tmp_path, kind, mask, sentinels):
+  spec = {k: v for k, v in KINDS[kind].items() if k not in ("mask", "sentinels")}
+  if spec.get("path") == "HF":
+    spec["path"] = byte_level(tmp_path / "hf")
+  plain = tokenizers.make(spec, SOURCE, tmp_path)
+  if spec["name"] == "sentencepiece":
+    spec["vocab_size"] += mask + sentinels  # it counts them
+  made = tokenizers.make({**spec, "mask": mask, "sentinels": sentinels}, SOURCE, tmp_path)
+  size = made.vocab_size
+  assert size == plain.vocab_size + mask + sentinels and made.pieces[: plain.vocab_size] == plain.pieces
+  assert made.mask_id == (plain.vocab_size if mask else None)
+  assert made.sentinels == tuple(size - 1 - k for k in range(sentinels))
+  assert [made.names[token] for token in made.sentinels] == [f"<extra_id_{k}>" for k in range(sentinels)]
+  if not mask and not sentinels:
+    assert made.to_files() == plain.to_files()  # those of checkpoints from before there were extra tokens
+
+
+def test_special_tokens_are_shown_by_name(tmp_path):
+  made = tokenizers.make({"name": "bytes", "mask": True, "sentinels": 2}, SOURCE)
+  a, b = made.sentinels
+  ids = [*made.prompt("né"), a, *made.encode("d"), made.mask_id, b, made.eos_id, 999]
+  assert made.show(ids) == "<s>né<extra_id_0>d<mask><extra_id_1></s><999>" and made.decode(ids) == "néd"
+  assert made.show(made.encode("é")[:1]) == "\ufffd"
+  known = tokenizers.make({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
+  assert known.show(known.document("aЖb")) == "<s>a<unk>b</s>" and known.special.sum() == 3
 
 
 def test_training_is_deterministic_cached_and_quiet(tmp_path, capfd):
@@ -174,9 +220,9 @@ def test_a_tokenizer_for_words(tmp_path):
   """WordPiece drops capitals and joins words by rules: text is decoded by the library, in windows."""
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "un", "##happy", "fox", ",", "##s"]
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "un", "##happy", "fox", ",", "##s", "[MASK]"]
   model = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-  model.add_special_tokens(words[:4])
+  model.add_special_tokens([*words[:4], "[MASK]"])
   model.normalizer, model.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
   model.decoder = decoders.WordPiece()
   model.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -187,7 +233,41 @@ def test_a_tokenizer_for_words(tmp_path):
   assert made.decode(made.document("The unhappy foxs")) == "the unhappy foxs"
   for ids in itertools.product(range(len(words)), repeat=4):
     assert "".join(streamed(made, ids)) == made.decode(ids)
-  assert made.byte_lengths().tolist() == [0, 0, 0, 0, 3, 2, 5, 3, 1, 1]
+  assert made.byte_lengths().tolist() == [0, 0, 0, 0, 3, 2, 5, 3, 1, 1, 0]
+  assert (made.unk_id, made.mask_id, made.sentinels) == (1, 10, ())
+  assert np.flatnonzero(made.special).tolist() == [0, 1, 2, 3, 10]
+  assert made.show([2, 4, 10, 6, 9, 3, 0]) == "[CLS]the[MASK]happys[SEP][PAD]"
+
+  more = tokenizers.make({"name": "hf", "path": str(tmp_path / "tokenizer.json"), "mask": True, "sentinels": 2})
+  assert (more.mask_id, more.sentinels, more.vocab_size) == (10, (12, 11), 13)
+  assert more.decode([12, 4, 11, 5, 6, 10]) == "".join(streamed(more, [12, 4, 11, 5, 6, 10])) == "the unhappy"
+  again = tokenizers.from_files(more.spec(), more.to_files())
+  assert (again.mask_id, again.sentinels, again.vocab_size) == (10, (12, 11), 13)
+
+
+def test_a_vocabulary_with_sentinels_of_its_own(tmp_path):
+  """A tokenizer.json as T5's is."""
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+  pieces = ["<pad>", "</s>", "<unk>", "▁Thank", "▁you", "▁me", "▁", "<", ">", "_", *"extraid0"]
+  model = Tokenizer(models.Unigram([(piece, -1.0) for piece in dict.fromkeys(pieces)], unk_id=2))
+  model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+  model.add_special_tokens(["<pad>", "</s>", "<unk>", *(f"<extra_id_{k}>" for k in (2, 1, 0))])
+  model.save(str(tmp_path / "tokenizer.json"))
+  roles = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+  (tmp_path / "special_tokens_map.json").write_text(json.dumps(roles))
+  spec = {"name": "hf", "path": str(tmp_path)}
+  made = tokenizers.make({**spec, "sentinels": 3})
+  size = made.vocab_size
+  assert made.sentinels == (size - 1, size - 2, size - 3) and made.to_files() == tokenizers.make(spec).to_files()
+  assert (made.bos_id, made.eos_id, made.pad_id, made.unk_id, made.mask_id) == (None, 1, 0, 2, None)
+  ids = [*made.encode("Thank you"), made.sentinels[0], *made.encode("me"), 1]
+  assert made.show(ids) == "Thank you<extra_id_0> me</s>" and made.decode(ids) == "Thank you me"
+  assert not made.special[made.encode("<extra_id_0>")].any()
+  masked = tokenizers.make({**spec, "mask": True, "sentinels": 2})
+  assert masked.mask_id == size and masked.sentinels == made.sentinels
+  with pytest.raises(ConfigError, match="sentinels=4: the vocabulary has 3 of its own"):
+    tokenizers.make({**spec, "sentinels": 4})
 
 
 def test_a_sentencepiece_model_made_for_words(tmp_path):
@@ -205,7 +285,13 @@ def test_a_sentencepiece_model_made_for_words(tmp_path):
   made = tokenizers.make({"name": "sentencepiece", "path": str(tmp_path / "words.model")})
   text = "The quick 🙂 café  fox"
   assert made.decode(made.document(text)) == "".join(streamed(made, made.document(text))) == "The quick 🙂 café fox"
-  assert made.pad_id == 3
+  assert made.pad_id == 3 and made.special[:4].all() and made.special.sum() == 4
+
+  more = tokenizers.make({"name": "sentencepiece", "path": str(tmp_path / "words.model"), "sentinels": 2})
+  assert more.vocab_size == made.vocab_size + 2
+  ids = [*more.encode("The quick"), more.sentinels[0], *more.encode("fox"), more.eos_id, more.sentinels[1]]
+  assert more.decode(ids) == "".join(streamed(more, ids)) == "The quick fox"
+  assert more.show(ids) == "The quick<extra_id_0> fox</s><extra_id_1>"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +303,11 @@ def test_a_sentencepiece_model_made_for_words(tmp_path):
     ({"name": "sentencepiece", "model_type": "word"}, "must be 'bpe' or 'unigram'"),
     ({"name": "sentencepiece", "path": "none.model"}, "path='none.model' cannot be read: No such file"),
     ({"name": "sentencepiece", "path": __file__}, "no SentencePiece model"),
+    ({"name": "sentencepiece", "vocab_size": 300, "sentinels": 100}, "vocab_size=300: .*beside 100 added tokens: "),
+    ({"name": "sentencepiece", "vocab_size": 90, "sentinels": 100}, "vocab_size=90 leaves none for text"),
+    ({"name": "bytes", "sentinels": -1}, "sentinels=-1 must be a number of tokens"),
+    ({"name": "bytes", "sentinels": True}, "sentinels=True must be a number of tokens"),
+    ({"name": "bytes", "mask": 1}, "mask=1 must be True or False"),
     ({"name": "hf", "path": "nowhere"}, "path='nowhere': there is no"),
     ({"name": "hf", "path": __file__}, "no tokenizer.json"),
   ],

@@ -256,5 +256,5 @@ def test_starting_from_a_checkpoint_runs_no_code_that_its_tokenizer_names(folder
   content = json.loads(manifest.read_text())
   content["tokenizer"]["spec"] = {"name": "os:abort"}
   manifest.write_text(json.dumps(content))
-  with pytest.raises(ConfigError, match="outside llmjax"):
+  with pytest.raises(ConfigError, match="none of llmjax"):
     run(folder, "b", f"--config.init_from={folder / 'a'}")

@@ -12,6 +12,8 @@ from llmjax.config import ConfigError
 from llmjax.data.source import Source, cached, digest
 from llmjax.data.tokenizer import Tokenizer, training_text
 
+BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
+
 
 def bytes_(special: bool = True) -> Tokenizer:
   """UTF-8 bytes are ids 0 to 255; with `special`, 256 begins and 257 ends a document."""
@@ -27,6 +29,7 @@ def bytes_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     files=dict(files),
     bos_id=256 if special else None,
     eos_id=257 if special else None,
+    names={256: BOS, 257: EOS} if special else {},
   )
 
 
@@ -73,14 +76,17 @@ def characters_from_files(files: Mapping[str, bytes]) -> Tokenizer:
       )
     return ids
 
-  first = len(alphabet) + unknown
+  first = len(alphabet)
+  names = dict(enumerate([UNKNOWN] * unknown + [BOS, EOS] * special, start=first))
   return Tokenizer(
     name="characters",
-    pieces=tuple(c.encode() for c in alphabet) + (b"",) * (unknown + 2 * special),
+    pieces=tuple(c.encode() for c in alphabet) + (b"",) * len(names),
     to_ids=to_ids,
     files=dict(files),
-    bos_id=first if special else None,
-    eos_id=first + 1 if special else None,
+    bos_id=first + unknown if special else None,
+    eos_id=first + unknown + 1 if special else None,
+    unk_id=first if unknown else None,
+    names=names,
   )
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError
-from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.tokenizer import SENTINEL, Tokenizer
 
 # Files beside tokenizer.json that say which tokens are special, and, where there are none, the usual names.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
-ROLES = {"bos": ("bos_token", "cls_token"), "eos": ("eos_token", "sep_token"), "pad": ("pad_token",)}
+ROLES = {
+  "bos": ("bos_token", "cls_token"),
+  "eos": ("eos_token", "sep_token"),
+  "pad": ("pad_token",),
+  "unk": ("unk_token",),
+  "mask": ("mask_token",),
+}
 USUAL = {
   "bos": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
   "eos": ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|endoftext|>"),
   "pad": ("<pad>", "[PAD]"),
+  "unk": ("<unk>", "[UNK]"),
+  "mask": ("<mask>", "[MASK]"),
 }
 
 
@@ -57,6 +66,8 @@ def hf_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     pieces[index] = to_bytes(token) if special is None else b"" if special else token.encode()
 
   special = _special_tokens(files, vocabulary)
+  sentinels = itertools.takewhile(added.__contains__, map(SENTINEL.format, itertools.count()))
+  names = {i: token for token, i in vocabulary.items() if added.get(token) or i in special.values()}
   framed = model.encode("a", add_special_tokens=True).ids
   return Tokenizer(
     name="hf",
@@ -66,6 +77,11 @@ def hf_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     bos_id=special["bos"],
     eos_id=special["eos"],
     pad_id=special["pad"] or 0,
+    unk_id=special["unk"],
+    mask_id=special["mask"],
+    sentinels=tuple(vocabulary[token] for token in sentinels),
+    names=names,
+    continuing=frozenset(i for t, i in vocabulary.items() if "WordPiece" in decoder and t.startswith("##")),
     prompt_bos=bool(framed) and framed[0] == special["bos"],
     to_text=None if "ByteLevel" in decoder else lambda ids: model.decode(ids, skip_special_tokens=True),
   )

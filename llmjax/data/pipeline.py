@@ -27,7 +27,7 @@ import numpy as np
 
 from llmjax.config import ConfigError
 from llmjax.data import packing
-from llmjax.data.packing import Piece
+from llmjax.data.packing import Piece, Sizes
 from llmjax.data.source import Source
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.types import Batch, Objective
@@ -35,6 +35,7 @@ from llmjax.types import Batch, Objective
 Cursor = dict[str, Any]  # JSON
 
 SHUFFLE, DRAW, TRAIN, EVAL = range(4)  # what a hash is for
+BLOCK = 16  # rows that whole examples are packed into at a time: more fill better, and take memory
 TABLE = 1 << 16  # index_shuffle walks a cycle of about this length, so it is slow for fewer records
 
 
@@ -71,14 +72,16 @@ class Row:
   Attributes:
     number: which of all streams; modulo the batch size, its place in the global batch.
     counts: examples used up, by source.
-    offset: what of the current example is used up: tokens when packing, else pieces.
+    offset: what of the current example is used up: tokens where it is split, else pieces; or rows of the block.
     pieces: the current example, made again from the rest after a restart.
+    block: the rows that whole examples from `counts` on are packed into, and the counts after them; made again too.
   """
 
   number: int
   counts: list[int]
   offset: int = 0
   pieces: list[Piece] | None = None
+  block: tuple[list[list[Piece]], list[int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,11 @@ class Plan:
   streams: int
   seq_len: int
   seed: int
-  pack: bool
+  packing: str  # "split", "whole" or "never", see `Objective`
+
+  @functools.cached_property
+  def sizes(self) -> Sizes:
+    return self.objective.row_lengths(self.seq_len)
 
   def locate(self, row: Row) -> tuple[int, int, int]:
     """(source, epoch, index) of the row's current example."""
@@ -113,9 +120,10 @@ class Plan:
         yield {**record, "ids": window}
 
   def pieces(self, example: dict[str, Any], rng: np.random.Generator, part: int) -> list[Piece]:
-    """The example's features, if they have tokens."""
-    piece = packing.flatten(self.objective.features(example, rng, self.parts[part]))
-    return [piece] if packing.length(piece) else []
+    """The example's features, if they have tokens in every stream."""
+    features = self.objective.features(example, rng, self.parts[part])
+    piece = {} if features is None else packing.flatten(features)
+    return [piece] if piece and all(packing.lengths(piece).values()) else []
 
   def advance(self, row: Row) -> int:
     """Makes sure that the row has a current example; returns which source it is from."""
@@ -125,7 +133,7 @@ class Plan:
       part, epoch, index = self.locate(row)
       if row.pieces is None:
         rng = generator(self.seed, TRAIN, part, epoch, index)
-        examples = self.windows(part, index, whole=self.pack)
+        examples = self.windows(part, index, whole=self.packing == "split")
         row.pieces = [piece for example in examples for piece in self.pieces(example, rng, part)]
       if row.pieces:
         return part
@@ -139,33 +147,63 @@ class Plan:
     row.offset, row.pieces = 0, None
 
   def fill(self, row: Row) -> Piece:
-    """The row's part of the next batch: pieces cut anywhere and carried over, or one padded window."""
-    if not self.pack:
-      part = self.advance(row)
-      assert row.pieces
-      piece = row.pieces[row.offset]
-      row.offset += 1
-      if row.offset == len(row.pieces):
-        self.finish(row, part)
-      [[piece]] = packing.next_fit([piece], self.seq_len)
-      return packing.make_row([piece], piece, self.seq_len)
+    """The row's part of the next batch."""
+    taken = {"split": self.fill_split, "whole": self.fill_whole, "never": self.fill_one}[self.packing](row)
+    return packing.make_row(taken, taken[0], self.sizes)
+
+  def fill_split(self, row: Row) -> list[Piece]:
+    """Pieces cut anywhere and carried over, so that nothing is left empty."""
     taken: list[Piece] = []
-    room = self.seq_len
+    [room] = self.sizes.values()
     while room:
       part = self.advance(row)
       assert row.pieces
-      piece, row.offset = packing.split(row.pieces[0], row.offset, room)
+      piece, stop = packing.split(row.pieces[0], row.offset, room)
       taken.append(piece)
-      room -= packing.length(piece)
-      if row.offset == packing.length(row.pieces[0]):
+      room -= stop - row.offset
+      row.offset = stop
+      if row.offset == next(iter(packing.lengths(row.pieces[0]).values())):
         self.finish(row, part)
-    return packing.make_row(taken, taken[0], self.seq_len)
+    return taken
+
+  def fill_one(self, row: Row) -> list[Piece]:
+    """One piece, padded."""
+    part = self.advance(row)
+    assert row.pieces
+    piece = row.pieces[row.offset]
+    row.offset += 1
+    if row.offset == len(row.pieces):
+      self.finish(row, part)
+    [pieces] = packing.best_fit([piece], self.sizes)
+    return pieces
+
+  def fill_whole(self, row: Row) -> list[Piece]:
+    """Uncut pieces that fit together: the next row of a block of examples packed at once."""
+    if row.block is None:
+      ahead = Row(row.number, list(row.counts))
+      pieces: list[Piece] = []
+      filled = 0.0
+      while filled < BLOCK:
+        part = self.advance(ahead)
+        assert ahead.pieces
+        pieces.extend(ahead.pieces)
+        filled += packing.fill_of(ahead.pieces, self.sizes)
+        self.finish(ahead, part)
+      row.block = packing.best_fit(pieces, self.sizes), ahead.counts
+    rows, after = row.block
+    taken = rows[row.offset]
+    row.offset += 1
+    if row.offset == len(rows):
+      row.counts, row.offset, row.block = after, 0, None
+    return taken
 
 
-def make_plan(source: Source, tokenizer: Tokenizer, objective: Objective, **settings: Any) -> Plan:
+def make_plan(source: Source, tokenizer: Tokenizer, objective: Objective, *, pack: bool, **settings: Any) -> Plan:
   parts = source.parts or (source,)
   shares = np.cumsum(source.weights or (1.0,))
-  return Plan(parts, shares / shares[-1], tokenizer, objective, **settings)
+  return Plan(
+    parts, shares / shares[-1], tokenizer, objective, packing=objective.packing if pack else "never", **settings
+  )
 
 
 class TrainStream:
@@ -175,7 +213,7 @@ class TrainStream:
     batch_size: rows of a global batch, over all hosts.
     seq_len: tokens of a row.
     rows: the global numbers of this host's rows.
-    pack: documents are concatenated and cut into rows; else a row holds one window of a document, padded.
+    pack: rows are shared by documents as far as the objective allows; else a row holds one window, padded.
     interleave: lanes of a row, taken in turn; so many documents a row are open at a time, and in memory.
     workers: threads that make rows; 1 makes them one after the other.
     prefetch: batches made ahead by a thread; 0 makes them when they are asked for.
@@ -206,7 +244,7 @@ class TrainStream:
       if value < least:
         raise ConfigError(f"{key}={value} must be at least {least}")
     streams = batch_size * interleave
-    self.plan = make_plan(source, tokenizer, objective, streams=streams, seq_len=seq_len, seed=seed, pack=pack)
+    self.plan = make_plan(source, tokenizer, objective, pack=pack, streams=streams, seq_len=seq_len, seed=seed)
     numbers = list(range(batch_size) if rows is None else rows)
     if not numbers or not all(0 <= r < batch_size for r in numbers):
       raise ValueError(f"rows {numbers} must be some of the batch's {batch_size}")
@@ -261,7 +299,7 @@ class TrainStream:
       "seed": plan.seed,
       "batch_size": self.batch_size,
       "interleave": len(self.lanes),
-      "pack": plan.pack,
+      "pack": plan.packing != "never",
       "sources": [part.fingerprint for part in plan.parts],
       "shares": plan.shares.tolist(),
     }
@@ -287,7 +325,7 @@ class TrainStream:
     self.turn = cursor["turn"]
     for row in self.rows:
       row.offset, *row.counts = cursor["rows"][str(row.number)]
-      row.pieces = None
+      row.pieces = row.block = None
     self.state, self.failure = self._state(), None
 
   def _stop(self) -> None:
@@ -339,7 +377,7 @@ def eval_batches(
     num_batches: how many to give, at least as many as this host's rows need; None is just that.
     max_batches: only the beginning of the split, as many windows as there are rows in so many batches.
   """
-  plan = make_plan(source, tokenizer, objective, streams=batch_size, seq_len=seq_len, seed=seed, pack=False)
+  plan = make_plan(source, tokenizer, objective, pack=False, streams=batch_size, seq_len=seq_len, seed=seed)
   dealt: dict[int, list[Piece]] = {number: [] for number in (range(batch_size) if rows is None else rows)}
   windows = (
     (part, index, window, ids)
@@ -357,14 +395,18 @@ def eval_batches(
       dealt.get(number, []).extend(pieces)
   if example is None:
     raise ConfigError("data.eval: no record of the split gives features; the texts are empty or too short")
-  filled = {number: packing.next_fit(pieces, seq_len) for number, pieces in dealt.items()}
+  alone = objective.packing == "never"
+  filled = {
+    number: [[piece] for piece in pieces] if alone else packing.best_fit(pieces, plan.sizes)
+    for number, pieces in dealt.items()
+  }
   needed = max(map(len, filled.values()))
   num_batches = needed if num_batches is None else num_batches
   if num_batches < needed:
     raise ValueError(f"num_batches={num_batches}, but the rows need {needed}")
   return [
     packing.make_batch(
-      [packing.make_row(row[i] if i < len(row) else (), example, seq_len) for row in filled.values()], list(filled)
+      [packing.make_row(row[i] if i < len(row) else (), example, plan.sizes) for row in filled.values()], list(filled)
     )
     for i in range(num_batches)
   ]

@@ -7,12 +7,15 @@ versions, and the fingerprint says so.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
 import importlib
+import re
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,16 +83,87 @@ def text_records(found: Documents) -> Iterator[dict[str, Any]]:
     yield {"text": text, "path": path}
 
 
-# {config: (features, records of some documents)}: another kind of task is one function and one entry.
-CONFIGS: dict[str, tuple[dict[str, Any], Callable[[Documents], Iterator[dict[str, Any]]]]] = {
-  "text": ({"text": tfds.features.Text(), "path": tfds.features.Text()}, text_records),
+def docstring_pairs(found: Documents) -> Iterator[dict[str, Any]]:
+  """Code search: a function or method each, its source without the docstring beside the docstring.
+
+  Left out: summaries of fewer than three words, bodies that do nothing, functions inside functions (they are a part of
+  the outer one's source). The library repeats itself, so of functions with the same summary or the same source only the
+  first in the whole library counts: neither occurs twice, in one split or in two.
+  """
+  seen: set[str] = set()
+  for path, source in found:
+    for name, function in _functions(source):
+      docstring = (ast.get_docstring(function) or "").rstrip()
+      summary = " ".join(re.split(r"\n\s*\n", docstring)[0].split())
+      if len(summary.split()) < 3 or _does_nothing(function):
+        continue
+      text = _without_docstring(source, function)
+      if text and not {summary, text} & seen:
+        seen |= {summary, text}
+        yield {"text": text, "docstring": docstring, "summary": summary, "name": name, "path": path}
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _functions(source: str) -> Iterator[tuple[str, Function]]:
+  """(qualified name, function) of the functions and methods of a file, in order; none where it is not Python."""
+
+  def visit(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
+    for child in ast.iter_child_nodes(node):
+      if isinstance(child, Function):
+        yield prefix + child.name, child
+      elif isinstance(child, ast.ClassDef):
+        yield from visit(child, f"{prefix}{child.name}.")
+      elif isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):  # such as "if" and "try"
+        yield from visit(child, prefix)
+
+  try:
+    with warnings.catch_warnings(action="ignore"):  # of odd escapes in strings
+      tree = ast.parse(source)
+  except (SyntaxError, ValueError):
+    return
+  yield from visit(tree, "")
+
+
+def _does_nothing(function: Function) -> bool:
+  """Whether the body is nothing but a docstring, `pass`, `...` and `raise NotImplementedError`."""
+
+  def idle(node: ast.stmt) -> bool:
+    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return constant or isinstance(node, ast.Pass) or ast.unparse(node).startswith("raise NotImplementedError")
+
+  return all(map(idle, function.body))
+
+
+def _without_docstring(source: str, function: Function) -> str:
+  """The lines of a function from its decorators on, moved to the left margin; "" where its docstring shares a line."""
+  lines = source.split("\n")
+  docstring, following = function.body[:2]
+  assert docstring.end_lineno is not None and function.end_lineno is not None  # a parsed file has them
+  if lines[docstring.lineno - 1][: docstring.col_offset].strip() or following.lineno == docstring.end_lineno:
+    return ""
+  start = min(node.lineno for node in (function, *function.decorator_list)) - 1
+  after = docstring.end_lineno
+  while not lines[after].strip():
+    after += 1
+  kept = lines[start : docstring.lineno - 1] + lines[after : function.end_lineno]
+  margin = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
+  return "\n".join(line.removeprefix(margin) for line in kept)
+
+
+# {config: (fields, all of them text, and records of documents)}: another kind of task is one function and one entry.
+# Records come from the whole library, and each is in the split of its "path".
+CONFIGS: dict[str, tuple[tuple[str, ...], Callable[[Documents], Iterator[dict[str, Any]]]]] = {
+  "text": (("text", "path"), text_records),
+  "docstring_pairs": (("text", "docstring", "summary", "name", "path"), docstring_pairs),
 }
 
 _registered = "python_stdlib" in tfds.core.registered.list_imported_builders()  # so when this module is reloaded
 with tfds.core.registered.skip_registration() if _registered else contextlib.nullcontext():
 
   class PythonStdlib(tfds.core.GeneratorBasedBuilder):
-    """The builder. Prepare it with `file_format="array_record"`: TFDS's default format needs TensorFlow."""
+    """The builder. Prepare it with `file_format="array_record"`: TFDS needs TensorFlow to write its default format."""
 
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = tuple(tfds.core.BuilderConfig(name=n, description=f.__doc__) for n, (_, f) in CONFIGS.items())
@@ -97,22 +171,22 @@ with tfds.core.registered.skip_registration() if _registered else contextlib.nul
     url_infos = None  # nothing is downloaded, and TFDS's own search for checksums needs a package it does not require
 
     def _info(self):
-      features, _ = CONFIGS[self.builder_config.name]
+      fields, _ = CONFIGS[self.builder_config.name]
       return tfds.core.DatasetInfo(
         builder=self,
         description=__doc__,
-        features=tfds.features.FeaturesDict(features),
+        features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields}),
         homepage="https://docs.python.org/3/library/",
       )
 
     def _split_generators(self, dl_manager):
-      found = documents()
+      _, make = CONFIGS[self.builder_config.name]
+      records = list(make(documents()))
       splits = ("train", "validation", "test")
-      return {name: self._generate_examples([d for d in found if split_of(d[0]) == name]) for name in splits}
+      return {name: self._generate_examples([r for r in records if split_of(r["path"]) == name]) for name in splits}
 
-    def _generate_examples(self, found):
-      _, records = CONFIGS[self.builder_config.name]
-      for i, record in enumerate(records(found)):
+    def _generate_examples(self, records):
+      for i, record in enumerate(records):
         yield f"{i:08d}", record
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmjax.config import ConfigError, nearest
 from llmjax.data.files import Files, expand, file_digest
-from llmjax.data.source import Source, cache_dir, cached, digest, select
+from llmjax.data.source import Source, cache_dir, cached, digest, kind_of, select
 
 Tables = Callable[[Path, tuple[str, ...]], Iterator[Any]]  # Arrow tables of a file, with at least the wanted columns
 
@@ -35,16 +35,52 @@ def csv(split: str, files: Files, text: str = "text", columns: tuple[str, ...] =
   from pyarrow import csv as arrow
 
   def tables(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
-    parse = arrow.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
     convert = arrow.ConvertOptions(column_types=dict.fromkeys(wanted, pyarrow.string()))
     try:
-      table = arrow.read_csv(path, parse_options=parse, convert_options=convert)
+      table = arrow.read_csv(path, parse_options=_parse_options(path), convert_options=convert)
     except pyarrow.ArrowException as error:
       raise ConfigError(f"{path}: cannot be read as CSV: {str(error).splitlines()[0]}") from error
     _check_columns(path, table.schema, wanted)
     yield table
 
   return _columns("csv", split, files, (text, *columns), tables)
+
+
+def _parse_options(path: Path) -> Any:
+  from pyarrow import csv as arrow
+
+  return arrow.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
+
+
+def fields(files: Files) -> list[str]:
+  """What a record holds, by the first of the first file; "text" alone where that is plain text or ArrayRecord.
+
+  Raises:
+    ConfigError: there is no such file, or nothing of its kind in it.
+  """
+  import pyarrow
+  from pyarrow import csv as arrow
+  from pyarrow import parquet as pq
+
+  path = expand(files, "all")[0]
+  kind = kind_of(path)
+  try:
+    if kind == "parquet":
+      return list(pq.read_schema(path).names)
+    if kind == "csv":
+      with arrow.open_csv(path, parse_options=_parse_options(path)) as reader:
+        return list(reader.schema.names)
+    if kind == "jsonl":
+      with path.open("rb") as file:
+        record = json.loads(next(line for line in file if line.strip()))
+      if not isinstance(record, dict):
+        raise ValueError(f"not an object but a {type(record).__name__}")
+      return list(record)
+  except StopIteration:
+    raise ConfigError(f"{path}: the file is empty") from None
+  except (pyarrow.ArrowException, ValueError) as error:
+    raise ConfigError(f"{path}: the first record cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+  return ["text"]
 
 
 def _columns(kind: str, split: str, files: Files, names: tuple[str, ...], tables: Tables) -> Source:

@@ -13,10 +13,12 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llmjax.config import ConfigError, build
 
@@ -123,16 +125,33 @@ def select(split: str, size: int, unit: str = "records") -> tuple[int, int]:
 ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".array_record": "array_record"}
 
 
-def files(split: str, files: str, column: str = "text", max_bytes: int = 65536) -> Source:
+def kind_of(file: str | Path) -> str:
+  """Which source reads a file or glob."""
+  return ENDINGS.get(Path(file).suffix, "text")
+
+
+def files(split: str, files: str, column: str = "text", columns: Sequence[str] = (), max_bytes: int = 65536) -> Source:
   """One's own file or glob, of whatever kind its name says.
 
   Args:
     column: the field of a record that is the text.
+    columns: further ones to read from Parquet and CSV; records of other kinds hold all their fields.
     max_bytes: pieces of plain text.
   """
-  kind = ENDINGS.get(Path(files).suffix, "text")
-  settings = {"max_bytes": max_bytes} if kind == "text" else {"text": column}
+  kind = kind_of(files)
+  settings: dict[str, Any] = {"max_bytes": max_bytes} if kind == "text" else {"text": column}
+  if kind in ("parquet", "csv"):
+    settings["columns"] = tuple(columns)
   return build({"name": kind, "files": files, **settings}, SOURCES, "data.corpus", split=split)
+
+
+def thin(source: Source, max_bytes: int) -> Source:
+  """Evenly spaced records with about `max_bytes` of text together; all of them where there is no more."""
+  probe = np.linspace(0, len(source) - 1, min(len(source), 64)).astype(np.int64)
+  mean = sum(len(source[int(i)]["text"].encode()) for i in probe) / len(probe)
+  count = len(source) if mean * len(source) <= max_bytes else max(int(max_bytes / mean), 1)
+  which = np.linspace(0, len(source) - 1, count).astype(np.int64)
+  return Source(count, lambda index: source[int(which[index])], digest(source.fingerprint, count))
 
 
 def mixture(split: str, sources: Mapping[str, Mapping[str, Any]]) -> Source:

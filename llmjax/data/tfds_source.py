@@ -7,17 +7,24 @@ import importlib
 import io
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from llmjax.config import ConfigError, nearest
 from llmjax.data.files import file_digest
 from llmjax.data.source import Source, digest, parse_split
+from llmjax.data.tfrecord import Slice, TFRecords
 
 
 def python_stdlib(split: str, config: str = "text") -> Source:
-  """The running interpreter's standard library; real text without a download. See `python_stdlib.py`."""
+  """The running interpreter's standard library; real text without a download.
+
+  Args:
+    config: "text" (files and help texts) or "docstring_pairs" (functions and what they do), see `python_stdlib.py`.
+  """
   from llmjax.data.python_stdlib import fingerprint, prepare
 
   with _quiet():
@@ -31,10 +38,10 @@ def tfds(
   data_dir: str | None = None,
   text: str = "text",
 ) -> Source:
-  """A TensorFlow Dataset, read without TensorFlow; so it must be prepared as ArrayRecord.
+  """A TensorFlow Dataset, stored as ArrayRecord or as TFRecord (TFDS's default); read without TensorFlow.
 
   Args:
-    dataset: "lm1b", "wiki40b/en", ...; downloaded and prepared if it is not in `data_dir` yet.
+    dataset: "lm1b", "wiki40b/en", ...; downloaded and prepared as ArrayRecord if it is not in `data_dir` yet.
     folder: a prepared dataset's own folder (holding dataset_info.json) instead.
     data_dir: None is TFDS's default (~/tensorflow_datasets, or $TFDS_DATA_DIR).
     text: the field of a record to be called "text".
@@ -62,22 +69,22 @@ def _named(dataset: str, data_dir: str | None) -> Any:
       importlib.import_module(f"tensorflow_datasets.{collection}")
   try:
     with _quiet():  # it warns of every folder that is not prepared yet
-      builder = tensorflow_datasets.builder(dataset, data_dir=data_dir, file_format="array_record")
+      builder = tensorflow_datasets.builder(dataset, data_dir=data_dir)
+      prepared = builder.is_prepared()
   except tensorflow_datasets.core.registered.DatasetNotFoundError as error:
     known = re.findall(r"^\s*- (\w+)", str(error), re.MULTILINE)
     raise ConfigError(f"data.corpus.dataset={dataset!r} is no TFDS dataset; {nearest(dataset, known)}") from error
   except ValueError as error:
-    hint = _needs_array_record(f"{dataset} in {data_dir or 'the TFDS folder'}") if "TFRECORD" in str(error) else ""
-    raise ConfigError(hint or f"data.corpus.dataset={dataset!r}: {_line(error)}") from error
-  if not builder.is_prepared():
+    raise ConfigError(f"data.corpus.dataset={dataset!r}: {_line(error)}") from error
+  if not prepared:
     logging.getLogger("llmjax").warning("preparing %s in %s; this downloads it", dataset, builder.data_dir)
     failures = (OSError, ImportError, AssertionError, ValueError, RuntimeError)
     try:
-      builder.download_and_prepare()
+      builder.download_and_prepare(file_format="array_record")
     except (*failures, tensorflow_datasets.download.DownloadError) as error:
       raise ConfigError(
         f"data.corpus.dataset={dataset!r} is not prepared in {builder.data_dir}, and preparing it failed "
-        f"({type(error).__name__}: {_line(error)}); prepare it elsewhere with file_format='array_record' and copy it"
+        f"({type(error).__name__}: {_line(error)}); prepare it elsewhere and copy it"
       ) from error
   return builder
 
@@ -85,8 +92,6 @@ def _named(dataset: str, data_dir: str | None) -> Any:
 def _from_tfds(builder: Any, split: str, text: str, fingerprint: str | None) -> Source:
   """A split of a prepared builder; the fingerprint is of the metadata and shards unless the content's is known."""
   info = builder.info
-  if info.file_format is None or info.file_format.value != "array_record":
-    raise ConfigError(_needs_array_record(builder.data_dir))
   if not info.splits:
     raise ConfigError(f"{builder.data_dir} has no splits; prepare the dataset again")
   if text not in info.features:
@@ -96,27 +101,46 @@ def _from_tfds(builder: Any, split: str, text: str, fingerprint: str | None) -> 
     raise ConfigError(f"split {split!r}: {info.full_name} has {', '.join(info.splits)}")
   chosen = [info.splits[n] for n in ([name] if name != "all" else info.splits)]
   try:
-    records = builder.as_data_source(split) if info.splits[split].num_examples else ()
+    size = info.splits[split].num_examples
+    record = _records(builder, split) if size else None
   except (ValueError, AssertionError) as error:
+    if isinstance(error, ConfigError):
+      raise
     raise ConfigError(f"split {split!r} of {info.full_name}: {_line(error)}") from error
-  if not records:
+  if record is None:
     raise ConfigError(f"split {split!r} of {info.full_name} has no records; choose another")
   if fingerprint is None:
     paths = [Path(p) for s in chosen for p in (s.filepaths[0], s.filepaths[-1])]
     fingerprint = digest([[s.num_bytes, s.shard_lengths] for s in chosen], [file_digest(p, whole=0) for p in paths])
 
   def read(index: int) -> dict[str, Any]:
-    record = {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in records[index].items()}
-    return record if text == "text" else {**record, "text": record[text]}
+    fields = {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in record(index).items()}
+    return fields if text == "text" else {**fields, "text": fields[text]}
 
-  return Source(len(records), read, digest(info.full_name, fingerprint, name, low, high, text))
+  return Source(size, read, digest(info.full_name, fingerprint, name, low, high, text))
 
 
-def _needs_array_record(where: Any) -> str:
-  return (
-    f"{where} is not stored as ArrayRecord, the one TFDS format with random access and without TensorFlow; prepare it "
-    "with file_format='array_record' in another data_dir"
-  )
+def _records(builder: Any, split: str) -> Callable[[int], dict[str, Any]]:
+  """index -> record of a split or slice, which TFDS cuts, so that it is the same whatever the format."""
+  info = builder.info
+  stored = info.file_format.value if info.file_format else "an unknown format"
+  if stored == "array_record":
+    return builder.as_data_source(split).__getitem__
+  if stored != "tfrecord":
+    raise ConfigError(
+      f"{builder.data_dir} is stored as {stored}; of TFDS's formats, array_record and tfrecord are read: prepare it as "
+      "one of those in another data_dir"
+    )
+  parts = info.splits[split].file_instructions
+  contents = TFRecords(Slice(Path(p.filename), p.examples_in_shard, p.skip, p.skip + p.take) for p in parts)
+
+  def record(index: int) -> dict[str, Any]:
+    try:
+      return info.features.deserialize_example_np(contents[index])
+    except DecodeError as error:
+      raise ConfigError(f"{builder.data_dir}: record {index} of split {split!r} is damaged; copy it again") from error
+
+  return record
 
 
 def _line(error: BaseException) -> str:

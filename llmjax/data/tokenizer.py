@@ -1,14 +1,17 @@
 """Text to token ids and back: SentencePiece, Hugging Face `tokenizers`, bytes, characters.
 
 `make` builds one from `data.tokenizer` (training it where it asks for that); `spec` and `to_files` go into checkpoints,
-and `from_files` builds the same tokenizer from them.
+and `from_files` builds the same tokenizer from them. Any kind can be given the tokens of pretraining objectives beside
+its own: a mask, and sentinels.
 """
 
 from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import io
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmjax.config import ConfigError, build, resolve
-from llmjax.data.source import Source, cache_dir, cached, digest
+from llmjax.data.source import Source, cache_dir, cached, digest, thin
 
 TOKENIZERS = {
   "sentencepiece": "llmjax.data.tokenizer:sentencepiece",
@@ -33,6 +36,10 @@ LOADERS = {
   "bytes": "llmjax.data.character_tokenizer:bytes_from_files",
   "characters": "llmjax.data.character_tokenizer:characters_from_files",
 }
+
+# Tokens that `extend` adds, and the file of a checkpoint that says which.
+MASK, SENTINEL = "<mask>", "<extra_id_{}>"
+EXTRA_FILE = "extra_tokens.json"
 
 TRAINING_BYTES = 1 << 24  # of text that a vocabulary is trained on at most, evenly spread over the source
 
@@ -56,6 +63,12 @@ class Tokenizer:
     files: what it can be rebuilt from.
     bos_id, eos_id: what begins and ends a document, None where the vocabulary has no such token.
     pad_id: 0 where the vocabulary has no padding; masks, not this id, say what is padding.
+    unk_id: what stands for text that the vocabulary lacks.
+    mask_id: what stands in the place of a hidden token (Devlin et al. 2019).
+    sentinels: what stands in the places of hidden spans, in their order in a text (Raffel et al. 2020: <extra_id_0>,
+      <extra_id_1>, ...).
+    names: what special tokens are called, for `show`.
+    continuing: tokens that continue a word where their pieces do not show it (WordPiece's "##").
     prompt_bos: whether the model expects a prompt to begin with bos.
     to_text: decodes where text is not the concatenation of the pieces.
   """
@@ -67,6 +80,11 @@ class Tokenizer:
   bos_id: int | None = None
   eos_id: int | None = None
   pad_id: int = 0
+  unk_id: int | None = None
+  mask_id: int | None = None
+  sentinels: tuple[int, ...] = ()
+  names: Mapping[int, str] = dataclasses.field(default_factory=dict)
+  continuing: frozenset[int] = frozenset()
   prompt_bos: bool = True
   to_text: Callable[[list[int]], str] | None = None
 
@@ -74,21 +92,50 @@ class Tokenizer:
   def vocab_size(self) -> int:
     return len(self.pieces)
 
+  @functools.cached_property
+  def special(self) -> np.ndarray:
+    """Bool[V]: tokens that stand for no text, such as bos, padding where it is a token of its own, mask, sentinels."""
+    roles = {self.bos_id, self.eos_id, self.unk_id, self.mask_id, *self.sentinels, *self.names}
+    return np.array([not piece or i in roles for i, piece in enumerate(self.pieces)], bool)
+
   def encode(self, text: str) -> np.ndarray:
     """Int32[n], without special tokens; what looks like one in the text stays text."""
     return np.asarray(self.to_ids(text), np.int32)
 
   def document(self, text: str) -> np.ndarray:
     """Int32[n]: the text between bos and eos, where the vocabulary has them."""
-    return self._framed(text, self.bos_id, self.eos_id)
+    return self.frame(self.encode(text))
 
   def prompt(self, text: str) -> np.ndarray:
     """Int32[n]: the beginning of a document, to be continued."""
-    return self._framed(text, self.bos_id if self.prompt_bos else None, None)
+    begin = [] if self.bos_id is None or not self.prompt_bos else [self.bos_id]
+    return np.concatenate([np.array(begin, np.int32), self.encode(text)])
 
-  def _framed(self, text: str, before: int | None, after: int | None) -> np.ndarray:
-    ends = [[] if token is None else [token] for token in (before, after)]
-    return np.concatenate([np.asarray(ends[0], np.int32), self.encode(text), np.asarray(ends[1], np.int32)])
+  def frame(self, ids: np.ndarray) -> np.ndarray:
+    """Int32[n]: ids between bos and eos, where the vocabulary has them."""
+    begin, end = ([] if token is None else [token] for token in (self.bos_id, self.eos_id))
+    return np.concatenate([np.array(begin, np.int32), ids, np.array(end, np.int32)]).astype(np.int32)
+
+  def unframe(self, ids: np.ndarray) -> np.ndarray:
+    """What `frame` was given."""
+    start = int(len(ids) > 0 and ids[0] == self.bos_id)
+    return ids[start : len(ids) - int(len(ids) > start and ids[-1] == self.eos_id)]
+
+  def word_begins(self, ids: np.ndarray) -> np.ndarray:
+    """Bool[n]: whether a token begins a word: a run of letters, digits and underscores, or any other token."""
+    if self.continuing:
+      return ~np.isin(ids, list(self.continuing))
+    first, last = self._word_ends
+    return np.append(True, ~(last[ids[:-1]] & first[ids[1:]])) if len(ids) else np.zeros(0, bool)
+
+  @functools.cached_property
+  def _word_ends(self) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the first and the last byte of each token are of a word; beyond ASCII all are."""
+
+    def of_word(byte: bytes) -> bool:
+      return byte.isalnum() or byte == b"_" or byte >= b"\x80"
+
+    return tuple(np.array([of_word(piece[end]) for piece in self.pieces]) for end in (slice(0, 1), slice(-1, None)))  # type: ignore[return-value]
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text; special tokens, and ids beyond the vocabulary, stand for nothing; broken UTF-8 becomes U+FFFD."""
@@ -96,6 +143,20 @@ class Tokenizer:
     if self.to_text is not None:
       return self.to_text(known)
     return b"".join(self.pieces[i] for i in known).decode("utf-8", errors="replace")
+
+  def show(self, ids: Iterable[int]) -> str:
+    """The text with special tokens in it by name, such as "Thank you<extra_id_0> me</s>"; for reading only."""
+    stream = self.stream(special=True)
+    return "".join([*map(stream.push, np.asarray(ids, np.int64).reshape(-1).tolist()), stream.finish()])
+
+  def parse(self, text: str) -> np.ndarray:
+    """Int32[n]: the inverse of `show`: sentinels and mask by their names; for prompts, never for data."""
+    named = {self.names[i]: i for i in (*self.sentinels, self.mask_id) if i is not None and i in self.names}
+    if not named:
+      return self.encode(text)
+    parts = re.split("(" + "|".join(map(re.escape, named)) + ")", text)
+    ids = [[named[part]] if part in named else self.encode(part) for part in parts if part]
+    return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
 
   def byte_lengths(self) -> np.ndarray:
     """Int32[V]: UTF-8 bytes that each token stands for, 0 for special ones.
@@ -115,8 +176,10 @@ class Tokenizer:
       ids[i, where], mask[i, where] = row, 1
     return ids, mask
 
-  def stream(self) -> TextStream:
-    """A decoder of tokens that come one by one."""
+  def stream(self, special: bool = False) -> TextStream:
+    """A decoder of tokens that come one by one; with `special`, special tokens come by name as in `show`."""
+    if special:
+      return _NamingStream(self)
     return _ByteStream(self) if self.to_text is None else _WindowStream(self)
 
   def spec(self) -> dict[str, Any]:
@@ -138,6 +201,22 @@ class _ByteStream:
 
   def finish(self) -> str:
     return self.decoder.decode(b"", final=True)
+
+
+class _NamingStream:
+  """Special tokens by their names between the text of the others."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self.tokenizer = tokenizer
+    self.text = tokenizer.stream()
+
+  def push(self, token: int) -> str:
+    if 0 <= token < self.tokenizer.vocab_size and not self.tokenizer.special[token]:
+      return self.text.push(token)
+    return self.text.finish() + self.tokenizer.names.get(token, f"<{token}>")
+
+  def finish(self) -> str:
+    return self.text.finish()
 
 
 class _WindowStream:
@@ -164,25 +243,65 @@ def make(spec: Mapping[str, Any], source: Source | None = None, cache: Path | No
   """The tokenizer of `data.tokenizer`.
 
   Args:
-    spec: {"name": key of TOKENIZERS, ...}.
+    spec: {"name": key of TOKENIZERS, ...}; whatever the kind, also "mask" (False) and "sentinels" (0), see `extend`.
     source: training text, for the kinds that learn from it.
     cache: where trained vocabularies are kept, by content of the text and settings; None is the user's cache.
+  Raises:
+    ConfigError: a setting that cannot work; `source` is missing; fewer sentinels in a vocabulary than asked for.
   """
-  return build(spec, TOKENIZERS, "data.tokenizer", source=source, cache=cache or cache_dir() / "tokenizers")
+  spec = dict(spec)
+  mask, sentinels = spec.pop("mask", False), spec.pop("sentinels", 0)
+  if not isinstance(mask, bool):
+    raise ConfigError(f"data.tokenizer.mask={mask!r} must be True or False")
+  if isinstance(sentinels, bool) or not isinstance(sentinels, int) or sentinels < 0:
+    raise ConfigError(f"data.tokenizer.sentinels={sentinels!r} must be a number of tokens, 0 or more")
+  cache = cache or cache_dir() / "tokenizers"
+  own = build(spec, TOKENIZERS, "data.tokenizer", source=source, cache=cache, extra=mask + sentinels)
+  return extend(own, mask, sentinels)
 
 
 def from_files(spec: Mapping[str, Any], files: Mapping[str, bytes], *, trust: bool = False) -> Tokenizer:
   """The tokenizer that gave `spec()` and `to_files()`; one from outside llmjax needs `trust`."""
-  return resolve(spec["name"], LOADERS, "tokenizer", trust=trust)(files)
+  own = {name: content for name, content in files.items() if name != EXTRA_FILE}
+  tokenizer = resolve(spec["name"], LOADERS, "tokenizer", trust=trust)(own)
+  extra = json.loads(files.get(EXTRA_FILE, b"{}"))
+  return extend(tokenizer, extra.get("mask", False), extra.get("sentinels", 0))
+
+
+def extend(tokenizer: Tokenizer, mask: bool = False, sentinels: int = 0) -> Tokenizer:
+  """The tokenizer with a mask token and sentinels; those that the vocabulary has are taken as they are.
+
+  New tokens follow the vocabulary, first the mask. In a vocabulary of V with them, sentinel k is V - 1 - k, as in T5:
+  100 beside the 32,000 pieces of its model make <extra_id_0> 32099. No text gives any of them, and they decode to none.
+  """
+  if 0 < len(tokenizer.sentinels) < sentinels:
+    raise ConfigError(
+      f"data.tokenizer.sentinels={sentinels}: the vocabulary has {len(tokenizer.sentinels)} of its own; set it to "
+      "at most those, or take another tokenizer"
+    )
+  mask = mask and tokenizer.mask_id is None
+  sentinels = 0 if tokenizer.sentinels else sentinels
+  if not mask and not sentinels:
+    return tokenizer
+  old, new = tokenizer.vocab_size, tokenizer.vocab_size + mask + sentinels
+  ids = tuple(new - 1 - k for k in range(sentinels))
+  names = {old: MASK} if mask else {}
+  to_text = tokenizer.to_text
+  return dataclasses.replace(
+    tokenizer,
+    pieces=tokenizer.pieces + (b"",) * (new - old),
+    files={**tokenizer.files, EXTRA_FILE: json.dumps({"mask": mask, "sentinels": sentinels}).encode()},
+    mask_id=old if mask else tokenizer.mask_id,
+    sentinels=ids or tokenizer.sentinels,
+    names={**tokenizer.names, **names, **{token: SENTINEL.format(k) for k, token in enumerate(ids)}},
+    to_text=None if to_text is None else lambda tokens: to_text([token for token in tokens if token < old]),
+  )
 
 
 def sample(source: Source, max_bytes: int = TRAINING_BYTES) -> Iterator[str]:
   """Texts of evenly spaced records, about `max_bytes` together; all of them where the source is not larger."""
-  probe = np.linspace(0, len(source) - 1, min(len(source), 64)).astype(np.int64)
-  mean = sum(len(source[int(i)]["text"].encode()) for i in probe) / len(probe)
-  count = len(source) if mean * len(source) <= max_bytes else max(int(max_bytes / mean), 1)
-  for index in np.linspace(0, len(source) - 1, count).astype(np.int64):
-    yield source[int(index)]["text"]
+  for record in thin(source, max_bytes):
+    yield record["text"]
 
 
 def training_text(source: Source | None, kind: str) -> Source:
@@ -206,6 +325,7 @@ def _read(path: str, key: str = "data.tokenizer.path") -> bytes:
 def sentencepiece(
   source: Source | None,
   cache: Path,
+  extra: int = 0,
   path: str | None = None,
   vocab_size: int = 4096,
   model_type: str = "bpe",
@@ -214,16 +334,17 @@ def sentencepiece(
 ) -> Tokenizer:
   """A SentencePiece model: of the file `path`, or trained on the training text (Kudo and Richardson 2018).
 
-  A trained one keeps every character as it is; other settings than `path` concern only training.
+  A trained one keeps every character as it is; other settings than `path` concern only training. `vocab_size` counts
+  all tokens, also the `extra` ones that will be added.
   """
   if path is not None:
     return sentencepiece_from_files({"tokenizer.model": _read(path)})
   source = training_text(source, "sentencepiece")
-  settings = (vocab_size, model_type, byte_fallback, character_coverage)
-  name = f"sentencepiece-{digest(source.fingerprint, settings, TRAINING_BYTES)}.model"
+  settings = (model_type, byte_fallback, character_coverage)
+  name = f"sentencepiece-{digest(source.fingerprint, (vocab_size - extra, *settings), TRAINING_BYTES)}.model"
 
   def train(made: Path) -> None:
-    made.write_bytes(train_sentencepiece(sample(source), *settings))
+    made.write_bytes(train_sentencepiece(sample(source), vocab_size, *settings, extra=extra))
 
   return sentencepiece_from_files({"tokenizer.model": cached(cache / name, train).read_bytes()})
 
@@ -234,23 +355,27 @@ def train_sentencepiece(
   model_type: str = "bpe",
   byte_fallback: bool = True,
   character_coverage: float = 0.9995,
+  extra: int = 0,
 ) -> bytes:
   """The bytes of a SentencePiece model.
 
   No normalisation and no added or removed spaces, so that decoding gives back the text; runs of spaces and line ends
-  may become pieces. Ids: 0 unknown, 1 bos, 2 eos, then (with `byte_fallback`) 256 bytes, then pieces. A short text
-  gives fewer pieces than asked for. The same texts give the same bytes.
+  may become pieces. Ids: 0 unknown, 1 bos, 2 eos, then (with `byte_fallback`) 256 bytes, then pieces; `extra` fewer
+  than `vocab_size`, which counts tokens that will be added. A short text gives fewer pieces than asked for. The same
+  texts give the same bytes.
   """
   import sentencepiece as spm
 
   if model_type not in ("bpe", "unigram"):
     raise ConfigError(f"data.tokenizer.model_type={model_type!r} must be 'bpe' or 'unigram'")
+  if vocab_size <= extra:
+    raise ConfigError(f"data.tokenizer.vocab_size={vocab_size} leaves none for text beside {extra} added tokens")
   model = io.BytesIO()
   try:
     spm.SentencePieceTrainer.train(
       sentence_iterator=_sentences(texts),
       model_writer=model,
-      vocab_size=vocab_size,
+      vocab_size=vocab_size - extra,
       model_type=model_type,
       byte_fallback=byte_fallback,
       character_coverage=character_coverage,
@@ -269,8 +394,9 @@ def train_sentencepiece(
     )
   except (RuntimeError, OSError) as error:
     reason = re.sub(r"^.*?\] ?", "", str(error).strip().splitlines()[-1])
+    beside = f" beside {extra} added tokens" if extra else ""
     raise ConfigError(
-      f"data.tokenizer.vocab_size={vocab_size}: SentencePiece cannot train: {reason or 'the text is empty'}"
+      f"data.tokenizer.vocab_size={vocab_size}: SentencePiece cannot train{beside}: {reason or 'the text is empty'}"
     ) from error
   return model.getvalue()
 
@@ -318,13 +444,16 @@ def sentencepiece_from_files(files: Mapping[str, bytes]) -> Tokenizer:
 
   prefixed = model.encode("a", out_type=str)[0].startswith("\u2581")  # models made for words, such as T5's and Llama's
   bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
+  vocabulary = range(model.vocab_size())
   return Tokenizer(
     name="sentencepiece",
-    pieces=tuple(map(piece, range(model.vocab_size()))),
+    pieces=tuple(map(piece, vocabulary)),
     to_ids=model.encode if prefixed else to_ids,
     files=dict(files),
     bos_id=bos if bos >= 0 else None,
     eos_id=eos if eos >= 0 else None,
     pad_id=max(pad, 0),
+    unk_id=model.unk_id(),
+    names={i: model.id_to_piece(i) for i in vocabulary if model.is_control(i) or model.is_unknown(i)},
     to_text=model.decode if prefixed else None,
   )

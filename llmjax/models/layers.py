@@ -51,17 +51,19 @@ class Projection(nn.Module):
 
   features: tuple[int, ...]
   axes: tuple[str, ...]  # logical names of the kernel's dimensions: inputs, then features
-  stddev: float
+  stddev: float | None  # of the kernel; None = 1 / sqrt(inputs)
   use_bias: bool
   dtype: str
   param_dtype: str
+  scale: float = 1.0  # multiplies the standard deviation
   contracted: int = 1
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     n = self.contracted
     inputs, batch = x.shape[x.ndim - n :], x.shape[: x.ndim - n]
-    kernel = parameter(self, "kernel", normal(self.stddev), self.axes, inputs + self.features, self.param_dtype)
+    stddev = self.scale * (math.prod(inputs) ** -0.5 if self.stddev is None else self.stddev)
+    kernel = parameter(self, "kernel", normal(stddev), self.axes, inputs + self.features, self.param_dtype)
     matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
     y = x.astype(self.dtype).reshape(-1, math.prod(inputs)) @ matrix
     y = y.reshape(*batch, *self.features)
@@ -69,6 +71,22 @@ class Projection(nn.Module):
       bias = parameter(self, "bias", nn.initializers.zeros, self.axes[n:], self.features, self.param_dtype)
       y = y + bias.astype(self.dtype).reshape((1,) * len(batch) + self.features)
     return y
+
+
+def projection(
+  cfg: TransformerConfig,
+  name: str | None,
+  features: tuple[int, ...],
+  axes: tuple[str, ...],
+  use_bias: bool,
+  *,
+  scale: float = 1.0,
+  contracted: int = 1,
+) -> Projection:
+  """A projection initialised as the config says, its standard deviation times `scale`."""
+  return Projection(
+    *(features, axes, cfg.init_stddev, use_bias, cfg.dtype, cfg.param_dtype, scale, contracted), name=name
+  )
 
 
 class Norm(nn.Module):
@@ -100,9 +118,22 @@ class Norm(nn.Module):
     return y.astype(self.dtype)
 
 
-def norm(cfg: TransformerConfig, name: str, axis: str = "norm") -> Norm:
+def norm(cfg: TransformerConfig, name: str | None, axis: str = "norm") -> Norm:
   """The norm that the config asks for."""
   return Norm(cfg.norm, cfg.norm_epsilon, cfg.norm_bias, cfg.dtype, cfg.param_dtype, axis, name=name)
+
+
+class Bias(nn.Module):
+  """A vector added to the last dimension."""
+
+  size: int
+  axis: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    bias = parameter(self, "bias", nn.initializers.zeros, (self.axis,), (self.size,), self.param_dtype)
+    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (self.size,))
 
 
 class Embedding(nn.Module):
@@ -110,18 +141,17 @@ class Embedding(nn.Module):
 
   size: int
   width: int
-  axis: str  # the logical name of the rows
+  axes: tuple[str, str]  # logical names of rows and columns
   stddev: float
   dtype: str
   param_dtype: str
 
   def setup(self) -> None:
-    shape = (self.size, self.width)
-    self.table = parameter(self, "table", normal(self.stddev), (self.axis, "embed"), shape, self.param_dtype)
+    self.table = parameter(self, "table", normal(self.stddev), self.axes, (self.size, self.width), self.param_dtype)
 
   def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     # Gathering rows of a table cut along its width costs two all-to-alls a step; so it is laid out whole first.
-    table = constrain(self.table.astype(self.dtype), self.axis, None)
+    table = constrain(self.table.astype(self.dtype), self.axes[0], None)
     return constrain(jnp.take(table, ids, axis=0), "act_batch", "act_len", "act_embed")
 
   def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -152,14 +182,12 @@ class Mlp(nn.Module):
   cfg: TransformerConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  def __call__(self, x: Float[Array, "B L D"], keys: Key[Array, " B"] | None) -> Float[Array, "B L D"]:
     c = self.cfg
 
     def up(name):
-      axes = ("embed", "mlp")
-      return Projection((c.ff_width,), axes, c.kernel_stddev, c.mlp_bias, c.dtype, c.param_dtype, name=name)(x)
+      return projection(c, name, (c.ff_width,), ("embed", "mlp"), c.mlp_bias)(x)
 
     h = ACTIVATIONS[c.activation](up("gate")) * up("up") if c.gated else ACTIVATIONS[c.activation](up("up"))
-    h = constrain(h, "act_batch", "act_len", "act_mlp")
-    axes = ("mlp", "embed")
-    return Projection((c.d_model,), axes, c.residual_stddev, c.mlp_bias, c.dtype, c.param_dtype, name="down")(h)
+    h = dropout(constrain(h, "act_batch", "act_len", "act_mlp"), c.mlp_dropout, keys)
+    return projection(c, "down", (c.d_model,), ("mlp", "embed"), c.mlp_bias, scale=c.residual_scale)(h)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from llmjax.config import ConfigError
+from llmjax.types import Batch, Metrics, Sums
 
 
 def label_logits(logits: Float[Array, "B L V"], labels: Int[Array, "B L"]) -> Float[Array, "B L"]:
@@ -37,3 +44,48 @@ def cross_entropy(
     return nll, nll, log_z
   uniform = log_z - jnp.mean(logits, axis=-1)
   return (1 - label_smoothing) * nll + label_smoothing * uniform, nll, log_z
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenLoss:
+  """Cross-entropy of tokens as named sums, shared by all objectives that predict tokens.
+
+  Attributes:
+    term: the entry of `batch.labels` and `batch.weights`.
+    label_smoothing: see `cross_entropy`.
+    z_loss: coefficient of log(Z)^2, which keeps logits near normalised (Chowdhery et al. 2022).
+    tokenizer: where given, bits per byte are measured, comparable over tokenizers.
+  """
+
+  term: str
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+  tokenizer: Any = None
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.label_smoothing < 1:
+      raise ConfigError(f"objective.label_smoothing={self.label_smoothing} must be in [0, 1)")
+    if self.z_loss < 0:
+      raise ConfigError(f"objective.z_loss={self.z_loss} must not be negative")
+
+  @property
+  def coefficients(self) -> dict[str, float]:
+    return {self.term: 1.0, "z_loss": self.z_loss} if self.z_loss else {self.term: 1.0}
+
+  def weights(self, batch: Batch) -> Sums:
+    return dict.fromkeys(self.coefficients, jnp.sum(batch.weights[self.term]))
+
+  def __call__(self, logits: Float[Array, "B L V"], batch: Batch) -> tuple[Sums, Metrics]:
+    """Sums of loss and z-loss; metrics loss, accuracy and bits_per_byte."""
+    labels, weight = batch.labels[self.term], batch.weights[self.term]
+    smoothed, nll, log_z = cross_entropy(logits, labels, self.label_smoothing)
+    sums = {self.term: jnp.sum(smoothed * weight)}
+    if self.z_loss:
+      sums["z_loss"] = jnp.sum(jnp.square(log_z) * weight)
+    total, tokens = jnp.sum(nll * weight), jnp.sum(weight)
+    right = correct(logits, labels) * weight
+    metrics = {"loss": (total, tokens), "accuracy": (jnp.sum(right), tokens)}
+    if self.tokenizer is not None:
+      lengths = jnp.take(jnp.asarray(self.tokenizer.byte_lengths(), jnp.float32), labels, axis=0)
+      metrics["bits_per_byte"] = (total / math.log(2), jnp.sum(lengths * weight))
+    return sums, metrics

@@ -1,0 +1,70 @@
+"""What the configs of language models share: a size, a corpus and an optimizer, chosen by the config's argument."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base, corpora
+from configs.sizes import SIZES, Size
+from llmjax.config import ConfigError, nearest, optional, parse_arg
+
+# What each optimizer is given where a size has no settings of its own for it.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+  "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8},
+  "adafactor": {},
+  "lion": {"b1": 0.9, "b2": 0.99},
+  "muon": {"beta": 0.95, "adam_lr_ratio": 0.5},
+  "sgd": {"momentum": 0.9},
+}
+
+
+def parse(arg: str | None, corpus: str = "python_stdlib", **more: Any) -> ConfigDict:
+  """The argument of a config: what all have, with the default corpus, and `more` of its own."""
+  return parse_arg(arg, size="nano", corpus=corpus, text=None, column="text", optim=None, debug=False, **more)
+
+
+def choose(what: str, name: str, table: Any) -> Any:
+  """An entry of a table; `what` is the config argument that names it."""
+  if name not in table:
+    raise ConfigError(f"config argument {what}={name!r} is unknown; {nearest(name, table)}")
+  return table[name]
+
+
+def find_size(arg: ConfigDict, stacks: str) -> Size:
+  """The entry of `SIZES[stacks]` that the argument names."""
+  return choose("size", "debug" if arg.debug else arg.size, SIZES[stacks])
+
+
+def make(arg: ConfigDict, size: Size, **tokenizer: Any) -> ConfigDict:
+  """All but objective and evaluations: a size's model and recipe, a corpus, a vocabulary with what `tokenizer` adds."""
+  config = base.get_config()
+  config.model.update(size["model"])
+  config.seq_len = size["seq_len"]
+  config.total_steps = size.get("total_steps", 100_000)
+
+  corpora.choose(config, arg.corpus, arg.text, arg.column)
+  config.batch_size = size["batch_tokens"] // config.seq_len
+  if config.batch_size < 64:
+    config.data.interleave = 16  # with few rows, few documents are seen at a time
+  config.data.tokenizer = ConfigDict({"name": "sentencepiece", "vocab_size": 4096, "path": optional(None, str)})
+  config.data.tokenizer.update(tokenizer)
+
+  own = size.get("optim", {"name": "adamw"})
+  name = own["name"] if arg.optim is None else arg.optim
+  config.optim.update(choose("optim", name, OPTIMIZERS), name=name, lr=size["lr"])
+  if name == own["name"]:
+    config.optim.update(own)
+  if "schedule" in size:
+    config.schedule = ConfigDict(size["schedule"] | {"warmup": optional(size["schedule"]["warmup"])})
+  return config
+
+
+def finish(config: ConfigDict, arg: ConfigDict) -> ConfigDict:
+  """The config; where the argument says `debug`, with little of all that takes time."""
+  if arg.debug:
+    config.data.tokenizer.vocab_size = 512
+    config.evals.heldout.max_batches = 2
+    if "unigram" in config.evals:
+      del config.evals.unigram  # it counts much of the training text
+    config.log.every = 1
+  return config

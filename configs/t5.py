@@ -1,0 +1,33 @@
+"""A T5 on text:  llmjax train --config=t5:size=nano
+
+An encoder reads text with spans cut out, a decoder learns to write them. How much is cut out, and in how long pieces:
+--config.objective.noise_density=0.15, --config.objective.mean_span=3.0. The argument chooses, separated by commas:
+  size=NAME       an encoder–decoder of configs/sizes.py: nano (default), t5_small, t5_base, t5_large, t5_3b, t5_11b,
+                  t5_v1.1_small, t5_v1.1_base, t5_v1.1_large, t5_v1.1_xl, t5_v1.1_xxl
+  corpus=NAME     an entry of configs/corpora.py: python_stdlib (default, no download), lm1b, wiki40b, c4, ...
+  text=FILES      your own text instead: a file or glob of text, JSONL, Parquet, CSV or TSV; the last tenth is held out
+  column=NAME     which field of a record is the text (text)
+  optim=NAME      adamw, adafactor, lion, muon or sgd
+  debug           the smallest shape and two steps, to see that everything works
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, common
+
+SPAN_CORRUPTION = {
+  "name": "span_corruption",
+  "noise_density": 0.15,
+  "mean_span": 3.0,
+  "label_smoothing": 0.0,
+  "z_loss": 0.0,
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  arg = common.parse(arg)
+  size = common.find_size(arg, "both")
+  config = common.make(arg, size, sentinels=8 if arg.debug else 100)
+  config.objective = ConfigDict(SPAN_CORRUPTION | size.get("objective", {}))
+  base.span_evals(config)
+  return common.finish(config, arg)

@@ -1,0 +1,188 @@
+"""Every kind of attention with an objective that uses it: what the invariants are held against.
+
+A case is a tiny model, what it learns, and batches that its objective makes of short texts, several a row where it may.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from llmjax import step
+from llmjax.data import packing, tokenizer
+from llmjax.data.pipeline import EVAL, TrainStream, generator
+from llmjax.data.source import Source
+from llmjax.models.transformer import Transformer, TransformerConfig
+from llmjax.objectives.causal_lm import CausalLM
+from llmjax.objectives.contrastive import Contrastive
+from llmjax.objectives.masked_lm import MaskedLM
+from llmjax.objectives.prefix_lm import PrefixLM
+from llmjax.objectives.span_corruption import SpanCorruption
+from llmjax.objectives.weighted_sum import WeightedSum
+from llmjax.types import probe
+
+TOKENIZER = tokenizer.make({"name": "bytes", "mask": True, "sentinels": 9})
+VOCAB, LENGTH, ROWS = TOKENIZER.vocab_size, 32, 8
+
+PLAIN = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "norm_bias": False}
+SHAPE = {"init_stddev": 0.15, "d_ff": 48}
+
+GPT = TransformerConfig(VOCAB, 32, 2, 4, 64, **SHAPE)
+LLAMA = dataclasses.replace(
+  GPT,
+  **PLAIN,
+  num_kv_heads=2,
+  norm="rmsnorm",
+  positions="rotary",
+  activation="silu",
+  gated=True,
+  qk_norm=True,
+  tie_embeddings=False,
+)
+MISTRAL = dataclasses.replace(LLAMA, qk_norm=False, attention_pattern=("local",), window=5)
+BERT = dataclasses.replace(
+  GPT,
+  decoder_layers=0,
+  encoder_layers=2,
+  norm_placement="post",
+  embedding_norm=True,
+  token_types=2,
+  activation="gelu_exact",
+  head_transform=True,
+  head_bias=True,
+  pooler=True,
+  sentence_classes=2,
+)
+MODERNBERT = dataclasses.replace(
+  GPT,
+  **PLAIN,
+  decoder_layers=0,
+  encoder_layers=4,
+  embedding_norm=True,
+  first_attention_norm=False,
+  positions="rotary",
+  local_rotary_base=100.0,
+  attention_pattern=("global", "local"),
+  window=8,
+  gated=True,
+  head_transform=True,
+  head_bias=True,
+)
+T5 = dataclasses.replace(
+  GPT,
+  **PLAIN,
+  encoder_layers=2,
+  norm="rmsnorm",
+  positions="relative",
+  relative_buckets=8,
+  relative_max_distance=16,
+  attention_scale=1.0,
+  activation="relu",
+  scale_tied_logits=True,
+  init_stddev=None,
+  embedding_stddev=1.0,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  cfg: TransformerConfig
+  objective: object
+
+  @property
+  def shared(self):
+    """Whether examples share rows."""
+    return self.objective.packing != "never"
+
+
+def _sum():
+  views = Contrastive(TOKENIZER, LENGTH, temperature=0.2)
+  return WeightedSum({"mlm": MaskedLM(TOKENIZER), "views": views}, {"mlm": 1.0, "views": 0.3})
+
+
+CASES = {
+  "gpt causal_lm": Case(GPT, CausalLM(z_loss=1e-3, label_smoothing=0.1)),
+  "llama causal_lm": Case(LLAMA, CausalLM(TOKENIZER)),
+  "mistral causal_lm": Case(MISTRAL, CausalLM()),
+  "llama prefix_lm": Case(LLAMA, PrefixLM(TOKENIZER)),
+  "bert masked_lm": Case(BERT, MaskedLM(TOKENIZER, sentence_pairs="next", sentence_weight=0.7)),
+  "modernbert masked_lm": Case(MODERNBERT, MaskedLM(TOKENIZER, whole_words=True)),
+  "t5 span_corruption": Case(T5, SpanCorruption(TOKENIZER, noise_density=0.3, mean_span=2.0, z_loss=1e-3)),
+  "bert contrastive": Case(
+    BERT, Contrastive(TOKENIZER, LENGTH, "text", "title", "other", symmetric=True, temperature=0.2, pooling="cls")
+  ),
+  "bert weighted_sum": Case(BERT, _sum()),
+}
+
+
+def texts(seed=0):
+  """Short texts of several lines, each with a title and another one's title."""
+  rng = np.random.default_rng(seed)
+
+  def words(count):
+    return " ".join("".join(map(chr, rng.integers(97, 123, rng.integers(1, 5)))) for _ in range(count))
+
+  records = [{"text": words(2) + ".\n" + words(2), "title": words(2), "other": words(2)} for _ in range(40)]
+  return Source(len(records), records.__getitem__, f"texts{seed}")
+
+
+def pieces(case, count, seed=0):
+  """Features of `count` examples."""
+  source = texts(seed)
+  found = []
+  for i, record in enumerate(itertools.islice(source, count)):
+    [ids] = case.objective.window(TOKENIZER.document(record["text"]), LENGTH)[:1]
+    features = case.objective.features({**record, "ids": ids}, generator(seed, EVAL, i), source)
+    found.append(packing.flatten(features))
+  return found
+
+
+@functools.cache
+def make_batch(case, seed=0, rows=ROWS):
+  """A batch of the pipeline. Weights are made uneven: some rows bear much loss, some little."""
+  source = texts(seed)
+  settings = {"batch_size": rows, "seq_len": LENGTH, "seed": seed, "workers": 1, "prefetch": 0}
+  stream = TrainStream(source, TOKENIZER, case.objective, **settings)
+  batch = next(stream)
+  stream.close()
+  return uneven(batch)
+
+
+def uneven(batch):
+  scale = np.linspace(0.05, 1, len(batch.rows), dtype=np.float32)[:, None]
+  return dataclasses.replace(
+    batch,
+    weights={term: w * scale for term, w in batch.weights.items()},
+    extras={name: uneven(inner) for name, inner in batch.extras.items()},
+  )
+
+
+def predicted(batch):
+  """The stream that labels are aligned with."""
+  return batch.inputs if batch.targets is None else batch.targets
+
+
+@functools.cache
+def parameters(cfg, seed=0):
+  """(parameters, their logical axes)."""
+  boxed = Transformer(cfg).init(jax.random.key(seed), probe())["params"]
+  return nn.unbox(boxed), jax.tree.map(lambda b: b.names, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+@functools.cache
+def gradient_function(case, accum=1):
+  return jax.jit(functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum))
+
+
+def gradients(case, params, batch, accum=1, key=0):
+  """(gradients, metrics) of `step.gradients`."""
+  return gradient_function(case, accum)(params, batch, jax.random.key(key))
+
+
+def with_dropout(case):
+  return dataclasses.replace(
+    case, cfg=dataclasses.replace(case.cfg, dropout=0.2, attention_dropout=0.1, mlp_dropout=0.1)
+  )

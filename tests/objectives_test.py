@@ -1,0 +1,362 @@
+"""What objectives make of text, against their definitions; contrastive loss against the formula written naively."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BERT, CASES, GPT, T5, TOKENIZER, parameters, texts
+
+from llmjax.config import ConfigError
+from llmjax.data import packing, tokenizer
+from llmjax.data.source import Source
+from llmjax.models.transformer import Transformer
+from llmjax.objectives.causal_lm import CausalLM
+from llmjax.objectives.contrastive import Contrastive, info_nce, pool
+from llmjax.objectives.masked_lm import MaskedLM
+from llmjax.objectives.prefix_lm import PrefixLM
+from llmjax.objectives.span_corruption import SpanCorruption
+from llmjax.objectives.weighted_sum import weighted_sum
+from llmjax.program import check_fit
+from llmjax.step import ModelForward
+from llmjax.types import Batch, Forward, Outputs, Tokens
+
+BOS, EOS, MASK, PAD = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.mask_id, TOKENIZER.pad_id
+
+
+def letters(count, seed=0):
+  return np.random.default_rng(seed).integers(97, 123, count).astype(np.int32)
+
+
+def features_of(objective, ids, seed, corpus=None, **record):
+  return objective.features({"text": "", "ids": ids, **record}, np.random.default_rng(seed), corpus)
+
+
+def test_masking_has_its_shares_and_spares_what_is_special():
+  """Over 10^5 tokens: 15 % chosen; of them 80 % mask, 10 % random, 10 % kept. Bounds are five standard deviations."""
+  objective, length, count = MaskedLM(TOKENIZER), 100, 1000
+  chosen_total = masked = kept = 0
+  random = []
+  for seed in range(count):
+    ids = letters(length, seed)
+    features = features_of(objective, ids, seed)
+    inputs, chosen = features["inputs"]["ids"], np.asarray(features["weights"]["mlm"], bool)
+    framed = np.concatenate([[BOS], ids, [EOS]])
+    assert chosen.sum() == 15 and not chosen[[0, -1]].any()
+    np.testing.assert_array_equal(inputs[~chosen], framed[~chosen])
+    np.testing.assert_array_equal(features["labels"]["mlm"][chosen], framed[chosen])
+    chosen_total += chosen.sum()
+    masked += (inputs[chosen] == MASK).sum()
+    kept += (inputs[chosen] == framed[chosen]).sum()
+    random += inputs[chosen & (inputs != MASK) & (inputs != framed)].tolist()
+  for got, share in ((masked, 0.8), (kept, 0.1 + 0.1 / 256), (len(random), 0.1 * 255 / 256)):
+    assert abs(got - share * chosen_total) < 5 * np.sqrt(share * (1 - share) * chosen_total)
+  counts = np.bincount(random, minlength=TOKENIZER.vocab_size)
+  assert not counts[256:].any()  # only ordinary tokens take the place of others
+  assert (counts[:256] > 0).mean() > 0.98 and counts.max() < 5 * counts[:256].mean()
+
+
+def test_masks_are_uniform_over_places_and_new_in_every_epoch():
+  objective, ids = MaskedLM(TOKENIZER), letters(20)
+  chosen = np.array([features_of(objective, ids, seed)["weights"]["mlm"] for seed in range(3000)])
+  share = chosen.mean(0)[1:-1]
+  assert np.abs(share - 3 / 20).max() < 5 * np.sqrt(0.15 * 0.85 / 3000)
+  assert len({tuple(row) for row in chosen.tolist()}) > 900  # of 1140 triples
+  again = features_of(objective, ids, 7)["inputs"]["ids"]
+  np.testing.assert_array_equal(features_of(objective, ids, 7)["inputs"]["ids"], again)
+
+
+def test_a_short_text_has_one_masked_token_and_special_tokens_in_it_none():
+  assert np.sum(features_of(MaskedLM(TOKENIZER), letters(1), 0)["weights"]["mlm"]) == 1
+  ids = np.array([97, EOS, 98, BOS, 99, MASK, 100])
+  for seed in range(100):
+    assert not np.asarray(features_of(MaskedLM(TOKENIZER, rate=0.9), ids, seed)["weights"]["mlm"])[
+      [0, 2, 4, 6, 8]
+    ].any()
+
+
+def test_whole_words_are_chosen_whole_and_no_more_than_asked_for():
+  objective = MaskedLM(TOKENIZER, rate=0.3, whole_words=True)
+  ids = TOKENIZER.encode("an étude: fo_o bars, (b4z) qux.\n" * 3)
+  begins = TOKENIZER.word_begins(ids)
+  words = np.cumsum(begins)
+  shown = [TOKENIZER.decode(ids[words == w]) for w in range(1, words[-1] // 3 + 1)]
+  assert shown == ["an", " ", "étude", ":", " ", "fo_o", " ", "bars", ",", " ", "(", "b4z", ")", " ", "qux", ".", "\n"]
+  seen = set()
+  for seed in range(200):
+    chosen = np.asarray(features_of(objective, ids, seed)["weights"]["mlm"], bool)[1:-1]
+    assert 0 < chosen.sum() <= round(0.3 * len(ids))
+    for word in range(1, words[-1] + 1):
+      assert chosen[words == word].all() or not chosen[words == word].any()
+    seen |= set(words[chosen].tolist())
+  assert len(seen) == words[-1]
+  long = features_of(MaskedLM(TOKENIZER, whole_words=True), TOKENIZER.encode("one_very_long_word"), 0)
+  assert np.sum(long["weights"]["mlm"]) == 18
+
+
+@pytest.mark.parametrize("kind", ["next", "order"])
+def test_sentence_pairs_come_from_the_document_in_order(kind):
+  documents = [f"{chr(97 + i)}1.\n{chr(97 + i)}2.\n{chr(97 + i)}3." for i in range(20)]
+  corpus = Source(20, lambda i: {"text": documents[i]}, "x")
+  objective = MaskedLM(TOKENIZER, rate=1e-9, masked=0.0, replaced=0.0, sentence_pairs=kind)  # leaves the text as it is
+  classes = []
+  for seed in range(400):
+    text = documents[seed % 20]
+    features = features_of(objective, TOKENIZER.encode(text), seed, corpus, text=text)
+    ids, types = features["inputs"]["ids"], features["inputs"]["token_types"]
+    assert ids[0] == BOS and ids[-1] == EOS and (ids == EOS).sum() == 2
+    middle = int(np.flatnonzero(ids == EOS)[0])
+    np.testing.assert_array_equal(types, np.arange(len(ids)) > middle)
+    a, b = TOKENIZER.decode(ids[1:middle]), TOKENIZER.decode(ids[middle + 1 : -1])
+    label, weight = features["labels"]["sentence"], np.asarray(features["weights"]["sentence"], int)
+    assert weight.tolist() == [1] + [0] * (len(ids) - 1)
+    classes.append(int(label[0]))
+    if label[0] == 0:
+      assert a + b == text and a.endswith((".", "\n"))
+    elif kind == "order":
+      assert b + a == text
+    else:
+      assert text.startswith(a) and b and b[0] != text[0] and any(b in other for other in documents)
+  assert abs(np.mean(classes) - 0.5) < 5 * 0.5 / 20
+
+
+def test_a_lone_document_has_only_true_pairs():
+  corpus = Source(1, lambda i: {"text": "a. b."}, "x")
+  objective = MaskedLM(TOKENIZER, sentence_pairs="next")
+  for seed in range(20):
+    features = features_of(objective, TOKENIZER.encode("a. b."), seed, corpus, text="a. b.")
+    assert features["labels"]["sentence"][0] == 0
+
+
+def test_windows_hold_every_token_once_and_fit():
+  ids = TOKENIZER.frame(letters(1000))
+  for objective, room in ((MaskedLM(TOKENIZER), 62), (MaskedLM(TOKENIZER, sentence_pairs="next"), 61)):
+    windows = objective.window(ids, 64)
+    np.testing.assert_array_equal(np.concatenate(windows), ids[1:-1])
+    assert max(map(len, windows)) == room
+  windows = SpanCorruption(TOKENIZER).window(ids, 64)
+  np.testing.assert_array_equal(np.concatenate(windows), ids[1:-1])
+
+
+# Span corruption
+
+T5_TOKENIZER = tokenizer.make({"name": "bytes", "sentinels": 100})
+
+
+def test_a_row_is_filled_exactly_as_in_t5():
+  """512 input tokens are 568 of text and 114 of targets (Raffel et al. 2020, and t5.data.preprocessors)."""
+  objective = SpanCorruption(T5_TOKENIZER)
+  assert objective.text_length(512) == 568
+  assert objective.row_lengths(512) == {"inputs": 512, "targets": 114}
+  for seed in range(20):
+    features = features_of(objective, letters(568, seed), seed)
+    assert len(features["inputs"]) == 512 and len(features["targets"]) == len(features["labels"]["nll"]) == 114
+
+
+@pytest.mark.parametrize("density, mean", [(0.15, 3.0), (0.5, 3.0), (0.15, 8.0), (0.3, 1.0), (0.9, 2.0)])
+def test_pieces_of_any_length_fit_and_give_back_their_text(density, mean):
+  objective = SpanCorruption(T5_TOKENIZER, noise_density=density, mean_span=mean)
+  sizes = objective.row_lengths(64)
+  sentinels = T5_TOKENIZER.sentinels
+  for length in range(2, objective.text_length(64) + 1):
+    text = letters(length, length)
+    features = features_of(objective, text, length)
+    inputs, labels = features["inputs"], features["labels"]["nll"]
+    assert len(inputs) <= sizes["inputs"] and len(labels) <= sizes["targets"]
+    assert inputs[-1] == labels[-1] == T5_TOKENIZER.eos_id
+    assert features["targets"][0] == T5_TOKENIZER.pad_id
+    np.testing.assert_array_equal(features["targets"][1:], labels[:-1])
+    spans, current = {}, None
+    for token in labels[:-1].tolist():
+      if token in sentinels:
+        current = spans.setdefault(token, [])
+      else:
+        current.append(token)
+    assert list(spans) == list(sentinels[: len(spans)]) and all(spans.values())
+    restored = [x for token in inputs[:-1].tolist() for x in spans.get(token, [token])]
+    assert restored == text.tolist()
+
+
+def test_spans_have_their_density_and_mean_and_every_place_its_chance():
+  objective, length, count = SpanCorruption(T5_TOKENIZER), 100, 1000  # 15 tokens in 5 spans
+  hidden, lengths = np.zeros(length), []
+  for seed in range(count):
+    cuts = objective.cuts(85, 15, 5, np.random.default_rng(seed))
+    spans = np.split(np.arange(length), cuts)[1::2]
+    lengths += map(len, spans)
+    hidden[np.concatenate(spans)] += 1
+  assert hidden.sum() == 15 * count and np.mean(lengths) == 3.0
+  # P(span of k tokens) = C(13 - k + 1, 3) / C(14, 4): all splits of 15 into 5 are equally likely
+  for k in range(1, 8):
+    share = np.prod([(15 - k - 1 - i) / (3 - i) for i in range(3)]) / 1001
+    assert abs(np.mean(np.array(lengths) == k) - share) < 5 * np.sqrt(share * (1 - share) / len(lengths))
+  assert hidden[0] == 0 and hidden[-1] == count  # T5's convention: kept first, cut out last
+
+
+def test_prefixes_are_uniform_and_what_follows_them_is_predicted():
+  objective, ids = PrefixLM(TOKENIZER), letters(11)
+  lengths = []
+  for seed in range(2000):
+    features = features_of(objective, ids, seed)
+    prefix, weight = features["inputs"]["prefix"], features["weights"]["nll"]
+    length = int(np.sum(prefix))
+    np.testing.assert_array_equal(prefix, np.arange(10) < length)
+    np.testing.assert_array_equal(weight, np.arange(10) >= length - 1)  # the last token of the prefix predicts
+    np.testing.assert_array_equal(features["labels"]["nll"], ids[1:])
+    lengths.append(length)
+  assert set(lengths) == set(range(1, 11)) and abs(np.mean(lengths) - 5.5) < 5 * 2.87 / np.sqrt(2000)
+
+
+# Contrastive
+
+
+class Lookup(Forward):
+  """A "model" whose hidden states are rows of a table."""
+
+  def __init__(self, table):
+    self.table = table
+
+  def __call__(self, batch, rngs, **kwargs):
+    return Outputs(hidden=self.table[batch.inputs.ids])
+
+  def unembed(self, hidden):
+    raise AssertionError("no logits are needed")
+
+  sentence_logits = unembed
+
+  def in_chunks(self, function, batch):
+    return jax.tree.map(lambda x: x[None], function(batch))
+
+
+@pytest.mark.parametrize("negative", [None, "other"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_contrastive_loss_is_the_formula(symmetric, negative):
+  """-log exp(z_i . z_j / t) / sum_k exp(z_i . z_k / t) in float64; a row of padding is neither anchor nor candidate."""
+  rng = np.random.default_rng(0)
+  table, ids = rng.normal(size=(18, 5)), np.arange(18).reshape(3, 6, 1)
+  real = np.array([1, 1, 1, 0, 1, 1])
+
+  def batch(view):
+    inputs = jax.tree.map(jnp.asarray, Tokens(ids[view], np.zeros((6, 1), int), real[:, None]))
+    return Batch(inputs=inputs, rows=jnp.arange(6))
+
+  extras = {"positive": batch(1)} | ({} if negative is None else {"negative": batch(2)})
+  objective = Contrastive(TOKENIZER, 8, "text", "title", negative, symmetric=symmetric, temperature=0.3)
+  whole = dataclasses.replace(batch(0), extras=extras)
+  sums, metrics = objective.loss(Lookup(jnp.asarray(table, jnp.float32)), whole, {})
+
+  z = table / np.linalg.norm(table, axis=1, keepdims=True)
+  rows = [i for i in range(6) if real[i]]
+  total = right = 0.0
+  for i in rows:
+    candidates = [6 + k for k in rows] + ([] if negative is None else [12 + k for k in rows])
+    own = np.exp(z[i] @ z[6 + i] / 0.3)
+    forward = -np.log(own / sum(np.exp(z[i] @ z[k] / 0.3) for k in candidates))
+    back = -np.log(own / sum(np.exp(z[6 + i] @ z[k] / 0.3) for k in rows))
+    total += (forward + back) / 2 if symmetric else forward
+    right += all(z[i] @ z[6 + i] >= z[i] @ z[k] for k in candidates)
+  np.testing.assert_allclose(sums["contrastive"], total, rtol=1e-5)
+  assert float(objective.weights(whole)["contrastive"]) == len(rows) == float(metrics["loss"][1])
+  assert float(metrics["accuracy"][0]) == right
+  alignment = sum(np.sum((z[i] - z[6 + i]) ** 2) for i in rows)
+  np.testing.assert_allclose(metrics["alignment"][0], alignment, rtol=1e-5)
+
+
+def test_two_views_of_a_text_differ_by_dropout_alone():
+  objective = CASES["bert weighted_sum"].objective.parts["views"]
+  params, _ = parameters(BERT)
+  batch = Batch.from_tokens(np.random.default_rng(0).integers(97, 123, (3, 8)))
+  for rate, least, most in ((0.0, -1.0, 1e-10), (0.2, 1e-3, 4.0)):
+    forward = ModelForward(Transformer(dataclasses.replace(BERT, dropout=rate)), params)
+    a, b = objective.embed(forward, [batch, batch], {"dropout": jax.random.key(0)})
+    distance = jnp.sum(jnp.square(a - b), axis=1)
+    assert ((distance > least) & (distance < most)).all()
+
+
+def test_pooling_takes_the_tokens_that_it_says():
+  hidden = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32)
+  tokens = Tokens.from_ids(np.zeros((3, 4)), np.array([[0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]))
+  out = Outputs(hidden=hidden, pooled=hidden[:, 0])
+  want = {
+    "cls": [hidden[0, 1], hidden[1, 0]],
+    "last": [hidden[0, 3], hidden[1, 1]],
+    "mean": [hidden[0, 1:].mean(0), hidden[1, :2].mean(0)],
+    "pooler": [hidden[0, 0], hidden[1, 0]],
+  }
+  for pooling, rows in want.items():
+    got = pool(out, tokens, pooling)
+    np.testing.assert_allclose(got[:2], np.stack([r / np.linalg.norm(r) for r in rows]), atol=1e-6)
+    assert not np.asarray(got[2]).any()
+
+
+def test_info_nce_counts_a_tie_as_right_and_ignores_what_is_not_real():
+  z = jnp.eye(3)
+  nll, right = info_nce(z, z, jnp.array([True, True, False]), 1.0)
+  np.testing.assert_allclose(nll[:2], np.log(1 + np.exp(-1)), rtol=1e-6)
+  assert right[:2].all()
+
+
+def test_pairs_are_framed_and_cut_and_empty_ones_are_left_out():
+  objective = Contrastive(TOKENIZER, 6, "title", "text")
+  record = {"title": "a title too long", "ids": TOKENIZER.document("body")}
+  features = features_of(objective, record["ids"], 0, title=record["title"])
+  piece = packing.flatten(features)
+  assert TOKENIZER.show(piece["inputs/ids"]) == "<s>a ti</s>"
+  assert TOKENIZER.show(piece["extras/positive/inputs/ids"]) == "<s>body</s>"
+  assert features_of(objective, record["ids"], 0, title="") is None
+  with pytest.raises(ConfigError, match=r"objective\.anchor='title' is no field.*text"):
+    features_of(objective, record["ids"], 0)
+
+
+# What cannot be
+
+PLAIN = tokenizer.make({"name": "bytes"})
+BARE = tokenizer.make({"name": "bytes", "special": False, "mask": True, "sentinels": 9})
+
+
+@pytest.mark.parametrize(
+  "make, words",
+  [
+    (lambda: MaskedLM(PLAIN), ["mask token", "data.tokenizer.mask=True"]),
+    (lambda: MaskedLM(TOKENIZER, rate=0.0), ["objective.rate=0.0"]),
+    (lambda: MaskedLM(TOKENIZER, masked=0.9, replaced=0.2), ["objective.masked=0.9"]),
+    (lambda: MaskedLM(TOKENIZER, sentence_pairs="nxt"), ["sentence_pairs='nxt'", "`next`"]),
+    (lambda: MaskedLM(BARE, sentence_pairs="next"), ["bos, eos", "sentence_pairs='none'"]),
+    (lambda: MaskedLM(TOKENIZER).window(letters(9), 3), ["seq_len=3"]),
+    (lambda: SpanCorruption(PLAIN), ["sentinel", "data.tokenizer.sentinels=100"]),
+    (lambda: SpanCorruption(TOKENIZER, noise_density=1.0), ["noise_density=1.0"]),
+    (lambda: SpanCorruption(TOKENIZER, mean_span=0.5), ["mean_span=0.5"]),
+    (lambda: SpanCorruption(TOKENIZER).row_lengths(512), ["28 spans", "9 sentinels", "data.tokenizer.sentinels"]),
+    (lambda: SpanCorruption(TOKENIZER).row_lengths(2), ["seq_len=2", "too short"]),
+    (lambda: Contrastive(TOKENIZER, 8, temperature=0.0), ["temperature=0.0"]),
+    (lambda: Contrastive(TOKENIZER, 8, pooling="avg"), ["pooling='avg'", "mean"]),
+    (lambda: weighted_sum({}, "a", TOKENIZER, 8), ["objective.parts is empty"]),
+    (lambda: weighted_sum({"a": {"name": "causal_lm"}}, "a", TOKENIZER, 8), ["objective.parts.a.weight=None"]),
+    (
+      lambda: weighted_sum({"a": {"name": "causal", "weight": 1.0}}, "a", TOKENIZER, 8),
+      ["objective.parts.a", "causal_lm"],
+    ),
+    (lambda: check_fit(CausalLM(), BERT, "causal_lm"), ["decoder_layers alone", "encoder_layers alone"]),
+    (lambda: check_fit(MaskedLM(TOKENIZER), GPT, "masked_lm"), ["encoder_layers alone", "decoder_layers alone"]),
+    (lambda: check_fit(SpanCorruption(TOKENIZER), GPT, "span_corruption"), ["both kinds of layers"]),
+    (lambda: check_fit(Contrastive(TOKENIZER, 8), T5, "contrastive"), ["objective.name='contrastive'"]),
+    (lambda: check_fit(Contrastive(TOKENIZER, 8, pooling="pooler"), GPT, "c"), ["model.pooler=True", "not False"]),
+  ],
+)
+def test_what_cannot_be_is_refused_in_one_line(make, words):
+  with pytest.raises(ConfigError) as error:
+    make()
+  assert "\n" not in str(error.value)
+  for word in words:
+    assert word in str(error.value), str(error.value)
+
+
+def test_every_case_gives_features_within_its_rows():
+  for case in CASES.values():
+    sizes = case.objective.row_lengths(32)
+    for i, record in enumerate(itertools.islice(texts(), 10)):
+      for ids in case.objective.window(TOKENIZER.document(record["text"]), 32):
+        found = case.objective.features({**record, "ids": ids}, np.random.default_rng(i), texts())
+        assert all(n <= sizes[stream] for stream, n in packing.lengths(packing.flatten(found)).items())
