@@ -162,7 +162,7 @@ def retrieval_evals(config: ConfigDict, bm25: bool = False) -> None:
     {
       "name": "retrieval",
       "every": optional("20%"),
-      "at": (),
+      "at": (0,),  # what an untrained model finds
       "split": optional(None, str),
       "batch_tokens": 16384,
       "limit": optional(None, int),

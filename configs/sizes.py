@@ -248,7 +248,7 @@ DECODERS = {
 
 ENCODERS = {
   "debug": small(32, 2, 32, encoder_layers=2, batch_tokens=2**8, total_steps=2),
-  "nano": small(256, 4, 256, encoder_layers=4, batch_tokens=2**11, total_steps=1000, objective={"rate": 0.3}),
+  "nano": small(256, 4, 256, encoder_layers=4, batch_tokens=2**11, total_steps=500, objective={"rate": 0.3}),
   "bert_tiny": bert(2, 128, **BERT),
   "bert_mini": bert(4, 256, **BERT),
   "bert_small": bert(4, 512, **BERT),
@@ -263,7 +263,7 @@ ENCODERS = {
 
 ENCODER_DECODERS = {
   "debug": small(32, 2, 32, encoder_layers=2, decoder_layers=2, batch_tokens=2**8, total_steps=2),
-  "nano": small(256, 4, 256, encoder_layers=3, decoder_layers=3, batch_tokens=2**11, total_steps=1000),
+  "nano": small(256, 4, 256, encoder_layers=3, decoder_layers=3, batch_tokens=2**11, total_steps=400),
   "t5_small": t5(6, 512, 8, 2048),
   "t5_base": t5(12, 768, 12, 3072),
   "t5_large": t5(24, 1024, 16, 4096),
