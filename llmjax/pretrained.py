@@ -103,11 +103,14 @@ def read_objective(manifest: dict[str, Any], tokenizer: Any, *, trust: bool = Fa
 
 
 def check_trusted(objective: Any) -> None:
-  """Refuses every `name` outside llmjax in an objective's config."""
+  """Refuses every `name` that is none of llmjax's objectives in an objective's config."""
   if isinstance(objective, dict):
     if "name" in objective:
       resolve(objective["name"], OBJECTIVES, "objective", trust=False)
     for part in objective.values():
+      check_trusted(part)
+  elif isinstance(objective, (list, tuple)):
+    for part in objective:
       check_trusted(part)
 
 

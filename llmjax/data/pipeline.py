@@ -183,7 +183,9 @@ class Plan:
       ahead = Row(row.number, list(row.counts))
       pieces: list[Piece] = []
       filled = 0.0
-      while filled < BLOCK:
+      # First blocks of different sizes, or all rows would have to be packed anew at the same step for ever.
+      size = BLOCK if any(row.counts) else 1 + row.number % BLOCK
+      while filled < size:
         part = self.advance(ahead)
         assert ahead.pieces
         pieces.extend(ahead.pieces)

@@ -52,7 +52,9 @@ def info_nce(
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
   """-log exp(z_i . c_i / t) / sum_k exp(z_i . c_k / t) over all real candidates (van den Oord et al. 2018), where
   candidate i belongs to anchor i; and whether no other candidate is nearer."""
-  scores = constrain(anchors @ candidates.T / temperature, "act_batch", None)
+  # Accelerators' default precision errs by 4e-3 in a cosine, which a small temperature makes large.
+  cosines = jnp.matmul(anchors, candidates.T, precision="highest")
+  scores = constrain(cosines / temperature, "act_batch", None)
   # As a masked sum: taking a diagonal of what is cut over devices costs collectives, and they can lock up on CPU.
   rows, columns = scores.shape
   own = jnp.sum(jnp.where(jnp.eye(rows, columns, dtype=bool), scores, 0.0), axis=1)
