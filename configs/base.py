@@ -143,16 +143,12 @@ def language_model_evals(config: ConfigDict, prompt: str | None) -> None:
   )
 
 
-def masked_evals(config: ConfigDict) -> None:
+def token_evals(config: ConfigDict) -> None:
   """Held-out loss over the whole split, beside what guessing by frequency gives on the same labels."""
   _heldout(config)
-  _unigram(config)
-
-
-def span_evals(config: ConfigDict) -> None:
-  """Held-out loss over the whole split, beside what guessing by frequency gives on the same spans."""
-  _heldout(config)
-  _unigram(config)
+  # Its keys follow those of `heldout`.
+  same = {key: config.evals.heldout.get_oneway_ref(key) for key in ("split", "batch_size", "max_batches")}
+  config.evals.unigram = ConfigDict({"name": "unigram", "every": optional(None), "at": (), **same})
 
 
 def retrieval_evals(config: ConfigDict, bm25: bool = False) -> None:
@@ -182,9 +178,3 @@ def _heldout(config: ConfigDict) -> None:
       "max_batches": optional(None, int),
     }
   )
-
-
-def _unigram(config: ConfigDict) -> None:
-  """On the labels of `heldout`, whose keys it follows."""
-  same = {key: config.evals.heldout.get_oneway_ref(key) for key in ("split", "batch_size", "max_batches")}
-  config.evals.unigram = ConfigDict({"name": "unigram", "every": optional(None), "at": (), **same})

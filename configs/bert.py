@@ -40,5 +40,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.update(pooler=False, sentence_classes=0)  # nothing would train them
   else:
     config.model.update(pooler=True, sentence_classes=2, token_types=2)
-  base.masked_evals(config)
+  base.token_evals(config)
   return common.finish(config, arg)

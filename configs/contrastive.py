@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     parts = {"mlm": mlm | {"weight": 1.0}, "contrastive": contrastive | {"weight": 1.0}}
     # Masked language modelling is the one that cuts long texts into pieces.
     config.objective = ConfigDict({"name": "weighted_sum", "principal": "mlm", "parts": parts})
-    base.masked_evals(config)
+    base.token_evals(config)
   return common.finish(config, arg)
 
 

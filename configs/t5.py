@@ -29,5 +29,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
   size = common.find_size(arg, "both")
   config = common.make(arg, size, sentinels=8 if arg.debug else 100)
   config.objective = ConfigDict(SPAN_CORRUPTION | size.get("objective", {}))
-  base.span_evals(config)
+  base.token_evals(config)
   return common.finish(config, arg)

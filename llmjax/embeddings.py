@@ -70,8 +70,10 @@ def check(cfg: Any, pooling: str, batch_tokens: int) -> None:
     raise ConfigError(f"batch_tokens={batch_tokens} must be at least 1")
   if pooling not in POOLINGS:
     raise ConfigError(f"pooling={pooling!r}; {nearest(pooling, POOLINGS)}")
-  if pooling == "pooler" and (not cfg.pooler or cfg.stacks == "both"):
-    raise ConfigError("pooling='pooler' needs an encoder with model.pooler=True; take cls, mean or last for this model")
+  if pooling == "pooler" and not cfg.pooler:
+    raise ConfigError("pooling='pooler' needs an encoder with model.pooler=True; take mean or last for this model")
+  if pooling == "cls" and cfg.stacks == "decoder":
+    raise ConfigError("pooling='cls' needs an encoder: a decoder's first token has seen no text; take mean or last")
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_len: int) -> list[np.ndarray]:

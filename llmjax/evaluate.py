@@ -77,7 +77,7 @@ def loss(
     for metrics in each:
       total = metriclib.add(total, jax.tree.map(np.float64, metrics))
     means = metriclib.means(total)
-    if "loss" in means:
+    if "loss" in means and token_term(program.objective)[1] is not None:
       means["perplexity"] = float(np.exp(means["loss"]))
     return means
 
@@ -173,6 +173,14 @@ def yardsticks(program: Program, split: str | None = None) -> Evaluator:
   return evaluate
 
 
+def token_term(objective: Objective) -> tuple[str | None, str | None]:
+  """(view of the batch, term of its labels) that an objective's tokens are in; the term is None where it has none."""
+  part, view = objective, None
+  if isinstance(objective, WeightedSum):
+    view, part = objective.principal, objective.parts[objective.principal]
+  return view, next((term for term in TOKEN_TERMS if term in part.coefficients), None)
+
+
 def unigram(
   program: Program, split: str | None = None, batch_size: int | None = None, max_batches: int | None = None
 ) -> Evaluator:
@@ -180,9 +188,8 @@ def unigram(
   log-likelihood (nats) of the frequencies that labels have in the training split, each count plus one, and the accuracy
   of the most frequent. They do not depend on the model.
   """
-  config, whole = program.config, program.objective
-  view, part = (whole.principal, whole.parts[whole.principal]) if isinstance(whole, WeightedSum) else (None, whole)
-  term = next((term for term in TOKEN_TERMS if term in part.coefficients), None)
+  config = program.config
+  view, term = token_term(program.objective)
   if term is None:
     raise ConfigError("evals.*.name='unigram' needs an objective that predicts tokens; take the entry away")
   size = config["batch_size"] if batch_size is None else batch_size

@@ -23,7 +23,7 @@ COLOURS = {
   "dark": ("#6ea3ff", "#ff935c", "#4fc48a", "#b794f6", "#f47fb7", "#d9b84a"),
 }
 FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")  # the last one comes with Matplotlib
-PERCENT = {"accuracy", "masked_accuracy", "mfu", "recall_at_1", "recall_at_10", "span_accuracy"}
+PERCENT = {"accuracy", "masked_accuracy", "mfu", "recall_at_1", "recall_at_10", "sentence_accuracy", "span_accuracy"}
 FROM_ZERO = {*PERCENT, "learning_rate", "mrr", "tokens_per_second"}
 EXACT = {"learning_rate"}  # no noise to smooth away
 NOISY = 40  # a curve of more points is smoothed over a faint raw one; fewer are marked one by one

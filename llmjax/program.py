@@ -146,8 +146,14 @@ def check(config: Mapping[str, Any]) -> None:
       raise ConfigError(f"config.data.{part}.name must be set: it says {what}; see configs/gpt.py")
 
 
-def check_fit(objective: Objective, cfg: Any, name: str) -> None:
+def check_fit(objective: Objective, cfg: Any, name: str, seq_len: int) -> None:
   """Whether a model can learn an objective; a model of one's own is trusted where its config does not say."""
+  for stream, length in objective.row_lengths(seq_len).items():
+    if length > getattr(cfg, "max_len", length):
+      raise ConfigError(
+        f"seq_len={seq_len} makes rows of {length} {stream.split('/')[-1]} by objective.name={name!r}, more than "
+        f"model.max_len={cfg.max_len}; raise that, or lower seq_len"
+      )
   have = getattr(cfg, "stacks", None)
   if have is not None and have not in objective.stacks:
     layers = {"encoder": "encoder_layers alone", "decoder": "decoder_layers alone", "both": "both kinds of layers"}
@@ -158,6 +164,8 @@ def check_fit(objective: Objective, cfg: Any, name: str) -> None:
       raise ConfigError(
         f"objective.name={name!r} needs model.{key}={value}, not {getattr(cfg, key)}; change it, or the objective"
       )
+  if have is not None:
+    objective.check_model(cfg)
 
 
 def make_tokenizer(config: Mapping[str, Any]) -> Any:
@@ -209,7 +217,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
   tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
   model, config["model"] = make_model(config["model"], tokenizer.vocab_size, config["seq_len"])
   objective = build(config["objective"], OBJECTIVES, "objective", tokenizer=tokenizer, seq_len=config["seq_len"])
-  check_fit(objective, model.cfg, config["objective"]["name"])
+  check_fit(objective, model.cfg, config["objective"]["name"], config["seq_len"])
 
   mesh = sharding.make_mesh(config["mesh"], devices)
   rules = {**sharding.RULES, **config["rules"]}

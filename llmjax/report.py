@@ -26,6 +26,8 @@ TITLES = {  # panels come in this order, then those of other metrics
   "loss": "Loss",
   "accuracy": "Accuracy",
   "masked_accuracy": "Accuracy on hidden tokens",
+  "span_accuracy": "Accuracy on tokens of hidden spans",
+  "sentence_accuracy": "Accuracy on sentence pairs",
   "mrr": "Mean reciprocal rank",
   "recall_at_1": "Recall at 1",
   "recall_at_10": "Recall at 10",

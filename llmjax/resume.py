@@ -18,7 +18,7 @@ FIXED = (
   *("data.corpus", "data.train", "data.tokenizer", "data.pack", "data.interleave"),
 )
 # What of it may change all the same.
-FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout")
+FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout", "model.mlp_dropout")
 
 
 def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:

@@ -149,6 +149,10 @@ class Objective(abc.ABC):
   def needs(self) -> Mapping[str, Any]:
     return {}
 
+  def check_model(self, cfg: Any) -> None:
+    """Raises ConfigError where a model's config does not fit for another reason than `stacks` and `needs`."""
+    return None
+
   @property
   @abc.abstractmethod
   def coefficients(self) -> Mapping[str, float]:

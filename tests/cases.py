@@ -100,14 +100,14 @@ class Case:
 
 def _sum():
   views = Contrastive(TOKENIZER, LENGTH, temperature=0.2)
-  return WeightedSum({"mlm": MaskedLM(TOKENIZER), "views": views}, {"mlm": 1.0, "views": 0.3})
+  return WeightedSum({"mlm": MaskedLM(TOKENIZER), "views": views}, {"mlm": 1.0, "views": 0.3}, LENGTH)
 
 
 CASES = {
   "gpt causal_lm": Case(GPT, CausalLM(z_loss=1e-3, label_smoothing=0.1)),
   "llama causal_lm": Case(LLAMA, CausalLM(TOKENIZER)),
   "mistral causal_lm": Case(MISTRAL, CausalLM()),
-  "llama prefix_lm": Case(LLAMA, PrefixLM(TOKENIZER)),
+  "llama prefix_lm": Case(dataclasses.replace(LLAMA, bidirectional_prompt=True), PrefixLM(TOKENIZER)),
   "bert masked_lm": Case(BERT, MaskedLM(TOKENIZER, sentence_pairs="next", sentence_weight=0.7)),
   "modernbert masked_lm": Case(MODERNBERT, MaskedLM(TOKENIZER, whole_words=True)),
   "t5 span_corruption": Case(T5, SpanCorruption(TOKENIZER, noise_density=0.3, mean_span=2.0, z_loss=1e-3)),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BERT, CASES, GPT, T5, TOKENIZER, parameters, texts
+from cases import BERT, CASES, GPT, MODERNBERT, T5, TOKENIZER, make_batch, parameters, texts
 
 from llmjax.config import ConfigError
 from llmjax.data import packing, tokenizer
@@ -96,15 +96,29 @@ def test_whole_words_are_chosen_whole_and_no_more_than_asked_for():
   assert np.sum(long["weights"]["mlm"]) == 18
 
 
+def prose(seed, sentences=12):
+  """A document of sentences, its number in each."""
+  rng = np.random.default_rng(seed)
+  return " ".join(f"The {'x' * int(rng.integers(1, 9))} of {seed:03d}." for _ in range(sentences))
+
+
 @pytest.mark.parametrize("kind", ["next", "order"])
-def test_sentence_pairs_come_from_the_document_in_order(kind):
-  documents = [f"{chr(97 + i)}1.\n{chr(97 + i)}2.\n{chr(97 + i)}3." for i in range(20)]
-  corpus = Source(20, lambda i: {"text": documents[i]}, "x")
-  objective = MaskedLM(TOKENIZER, rate=1e-9, masked=0.0, replaced=0.0, sentence_pairs=kind)  # leaves the text as it is
-  classes = []
-  for seed in range(400):
-    text = documents[seed % 20]
-    features = features_of(objective, TOKENIZER.encode(text), seed, corpus, text=text)
+def test_sentence_pairs_come_from_the_document_in_order_and_nothing_but_content_tells_them(kind):
+  """Where pieces end, how B begins and how long it is are alike in both classes."""
+  documents = [prose(seed) for seed in range(50)]
+  corpus = Source(50, lambda i: {"text": documents[i]}, "x")
+  # Almost nothing is masked, and what is stays as it is.
+  objective = MaskedLM(TOKENIZER, rate=1e-9, masked=0.0, replaced=0.0, sentence_pairs=kind)
+  found = []
+  for seed in range(1500):
+    text = documents[seed % 50]
+    windows = objective.window(TOKENIZER.document(text), 100)
+    assert TOKENIZER.decode(np.concatenate(windows)) == text and max(map(len, windows)) <= 97
+    piece = windows[seed % len(windows)]
+    assert TOKENIZER.decode(piece).endswith(".")
+    features = features_of(objective, piece, seed, corpus, text=text)
+    if features is None:  # the last piece may be a single sentence
+      continue
     ids, types = features["inputs"]["ids"], features["inputs"]["token_types"]
     assert ids[0] == BOS and ids[-1] == EOS and (ids == EOS).sum() == 2
     middle = int(np.flatnonzero(ids == EOS)[0])
@@ -112,14 +126,28 @@ def test_sentence_pairs_come_from_the_document_in_order(kind):
     a, b = TOKENIZER.decode(ids[1:middle]), TOKENIZER.decode(ids[middle + 1 : -1])
     label, weight = features["labels"]["sentence"], np.asarray(features["weights"]["sentence"], int)
     assert weight.tolist() == [1] + [0] * (len(ids) - 1)
-    classes.append(int(label[0]))
+    whole = TOKENIZER.decode(piece)
     if label[0] == 0:
-      assert a + b == text and a.endswith((".", "\n"))
+      assert whole.startswith(a + b) and a.endswith(".")
     elif kind == "order":
-      assert b + a == text
+      assert b + a == whole
     else:
-      assert text.startswith(a) and b and b[0] != text[0] and any(b in other for other in documents)
-  assert abs(np.mean(classes) - 0.5) < 5 * 0.5 / 20
+      assert whole.startswith(a) and text[-4:-1] not in b and any(b in other for other in documents)
+    found.append((int(label[0]), b[0], len(b), b.endswith("."), len(ids)))
+  label = np.array([f[0] for f in found])
+  assert abs(label.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(label))
+  if kind == "next":
+    assert {f[1] for f in found} == {" "}  # as what follows a sentence begins
+    for which in (2, 3, 4):
+      values = np.array([float(f[which]) for f in found])
+      zero, one = values[label == 0], values[label == 1]
+      error = np.sqrt(zero.var() / len(zero) + one.var() / len(one))
+      assert abs(zero.mean() - one.mean()) < 5 * error, f"{which}: {zero.mean()} and {one.mean()}"
+
+
+def test_a_text_of_one_sentence_gives_no_pair():
+  objective = MaskedLM(TOKENIZER, sentence_pairs="next")
+  assert features_of(objective, TOKENIZER.encode("no end in here"), 0, texts()) is None
 
 
 def test_a_lone_document_has_only_true_pairs():
@@ -132,7 +160,8 @@ def test_a_lone_document_has_only_true_pairs():
 
 def test_windows_hold_every_token_once_and_fit():
   ids = TOKENIZER.frame(letters(1000))
-  for objective, room in ((MaskedLM(TOKENIZER), 62), (MaskedLM(TOKENIZER, sentence_pairs="next"), 61)):
+  pairs = MaskedLM(TOKENIZER, sentence_pairs="next")  # letters without an end of a sentence are cut anywhere
+  for objective, room in ((MaskedLM(TOKENIZER), 62), (pairs, 61)):
     windows = objective.window(ids, 64)
     np.testing.assert_array_equal(np.concatenate(windows), ids[1:-1])
     assert max(map(len, windows)) == room
@@ -338,11 +367,32 @@ BARE = tokenizer.make({"name": "bytes", "special": False, "mask": True, "sentine
       lambda: weighted_sum({"a": {"name": "causal", "weight": 1.0}}, "a", TOKENIZER, 8),
       ["objective.parts.a", "causal_lm"],
     ),
-    (lambda: check_fit(CausalLM(), BERT, "causal_lm"), ["decoder_layers alone", "encoder_layers alone"]),
-    (lambda: check_fit(MaskedLM(TOKENIZER), GPT, "masked_lm"), ["encoder_layers alone", "decoder_layers alone"]),
-    (lambda: check_fit(SpanCorruption(TOKENIZER), GPT, "span_corruption"), ["both kinds of layers"]),
-    (lambda: check_fit(Contrastive(TOKENIZER, 8), T5, "contrastive"), ["objective.name='contrastive'"]),
-    (lambda: check_fit(Contrastive(TOKENIZER, 8, pooling="pooler"), GPT, "c"), ["model.pooler=True", "not False"]),
+    (lambda: check_fit(CausalLM(), BERT, "causal_lm", 32), ["decoder_layers alone", "encoder_layers alone"]),
+    (lambda: check_fit(MaskedLM(TOKENIZER), GPT, "masked_lm", 32), ["encoder_layers alone", "decoder_layers alone"]),
+    (lambda: check_fit(SpanCorruption(TOKENIZER), GPT, "span_corruption", 32), ["both kinds of layers"]),
+    (lambda: check_fit(Contrastive(TOKENIZER, 8), T5, "contrastive", 8), ["objective.name='contrastive'"]),
+    (lambda: check_fit(Contrastive(TOKENIZER, 8, pooling="cls"), GPT, "contrastive", 8), ["encoder_layers alone"]),
+    (
+      lambda: check_fit(Contrastive(TOKENIZER, 8, pooling="pooler"), MODERNBERT, "c", 8),
+      ["model.pooler=True", "False"],
+    ),
+    (lambda: check_fit(Contrastive(TOKENIZER, 8), BERT, "contrastive", 8), ["positive=None", "model.dropout=0.1"]),
+    (lambda: check_fit(PrefixLM(TOKENIZER), GPT, "prefix_lm", 8), ["model.bidirectional_prompt=True", "not False"]),
+    (lambda: check_fit(MaskedLM(TOKENIZER), BERT, "masked_lm", 65), ["seq_len=65", "model.max_len=64"]),
+    (
+      lambda: check_fit(SpanCorruption(T5_TOKENIZER, noise_density=0.6), T5, "span_corruption", 64),
+      ["targets", "model.max_len=64"],
+    ),
+    (lambda: Contrastive(TOKENIZER, 2), ["seq_len=2", "no room"]),
+    (lambda: MaskedLM(TOKENIZER, sentence_weight=-1.0), ["sentence_weight=-1.0"]),
+    (
+      lambda: weighted_sum(
+        {"a": {"name": "masked_lm", "weight": 1.0}, "b": {"name": "span_corruption", "weight": 1.0}},
+        *("a", TOKENIZER, 32),
+      ),
+      ["no model can learn them together", "a: encoder", "b: both"],
+    ),
+    (lambda: weighted_sum({"a": [["name", "os:mkdir"]]}, "a", TOKENIZER, 8), ["objective.parts.a must be"]),
   ],
 )
 def test_what_cannot_be_is_refused_in_one_line(make, words):
@@ -353,10 +403,67 @@ def test_what_cannot_be_is_refused_in_one_line(make, words):
     assert word in str(error.value), str(error.value)
 
 
+def test_parts_of_a_sum_see_what_they_can_of_a_document():
+  """Whichever part is the principal one, and cuts: none gets more than it can hold, or a text framed already."""
+  specs = {"mlm": {"name": "masked_lm", "weight": 1.0}, "views": {"name": "contrastive", "weight": 1.0}}
+  for principal in specs:
+    objective = weighted_sum(specs, principal, TOKENIZER, 16)
+    windows = objective.window(TOKENIZER.document("abcdefghijklmnopqrstuvwxyz"), 16)
+    piece = packing.flatten(features_of(objective, windows[0], 0))
+    assert next(iter(objective.parts)) == principal
+    assert TOKENIZER.show(piece["extras/views/inputs/ids"]) == "<s>abcdefghijklmn</s>"
+    labels, chosen = piece["extras/mlm/labels/mlm"], piece["extras/mlm/weights/mlm"] > 0
+    restored = np.where(chosen, labels, piece["extras/mlm/inputs/ids"])
+    assert TOKENIZER.show(restored) == "<s>abcdefghijklmn</s>"
+
+
+def test_fields_that_are_no_text_are_told_and_missing_ones_left_out():
+  objective = Contrastive(TOKENIZER, 8, "title", "text")
+  assert features_of(objective, TOKENIZER.document("body"), 0, title=None) is None
+  with pytest.raises(ConfigError, match=r"objective\.anchor='title'.*7.*no text"):
+    features_of(objective, TOKENIZER.document("body"), 0, title=7)
+
+
+def test_words_end_at_special_tokens():
+  ids = np.concatenate([TOKENIZER.encode("hello"), [EOS], TOKENIZER.encode("world")])
+  objective = MaskedLM(TOKENIZER, rate=0.5, whole_words=True)
+  for seed in range(20):
+    chosen = np.asarray(features_of(objective, ids, seed)["weights"]["mlm"], bool)[1:-1]
+    assert chosen.sum() == 5 and (chosen[:5].all() or chosen[6:].all())
+
+
+def test_accuracies_count_what_they_say():
+  """Of spans, only tokens that stand for text; of pairs, one each; of masked tokens, those chosen."""
+
+  class Answers(Lookup):
+    """Says the right token wherever its id is even."""
+
+    def __call__(self, batch, rngs, **kwargs):
+      labels = next(iter(batch.labels.values()))
+      right = jnp.where(labels % 2 == 0, labels, labels + 1)
+      return Outputs(logits=jax.nn.one_hot(right, TOKENIZER.vocab_size + 1), hidden=right[..., None])
+
+    def sentence_logits(self, hidden):
+      return jnp.tile(jnp.array([1.0, 0.0]), (*hidden.shape[:2], 1))  # always class 0
+
+  for name, metric in (("t5 span_corruption", "span_accuracy"), ("bert masked_lm", "masked_accuracy")):
+    case = CASES[name]
+    batch = jax.tree.map(jnp.asarray, make_batch(case))
+    _, metrics = case.objective.loss(Answers(None), batch, {})
+    term = "nll" if metric == "span_accuracy" else "mlm"
+    labels, weight = np.asarray(batch.labels[term]), np.asarray(batch.weights[term])
+    counted = weight * (labels < 256) if metric == "span_accuracy" else weight
+    want = (counted * (labels % 2 == 0)).sum() / counted.sum()
+    np.testing.assert_allclose(metrics[metric][0] / metrics[metric][1], want, rtol=1e-5)
+  labels, weight = np.asarray(batch.labels["sentence"]), np.asarray(batch.weights["sentence"])
+  got, count = metrics["sentence_accuracy"]
+  np.testing.assert_allclose(got / count, (weight * (labels == 0)).sum() / weight.sum(), rtol=1e-5)
+
+
 def test_every_case_gives_features_within_its_rows():
   for case in CASES.values():
     sizes = case.objective.row_lengths(32)
     for i, record in enumerate(itertools.islice(texts(), 10)):
       for ids in case.objective.window(TOKENIZER.document(record["text"]), 32):
         found = case.objective.features({**record, "ids": ids}, np.random.default_rng(i), texts())
-        assert all(n <= sizes[stream] for stream, n in packing.lengths(packing.flatten(found)).items())
+        assert found is None or all(n <= sizes[stream] for stream, n in packing.lengths(packing.flatten(found)).items())

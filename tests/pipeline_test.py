@@ -28,6 +28,28 @@ class NextToken(CausalLM):
     return {"inputs": ids[:-1], "labels": {"nll": ids[1:]}, "weights": {"nll": rng.uniform(0.5, 1, len(ids) - 1)}}
 
 
+class EveryOther(NextToken):
+  """Pieces that stay whole, in two streams: every other token of the input is a target."""
+
+  packing = "whole"
+  stacks = ("both",)
+
+  def row_lengths(self, seq_len):
+    return {"inputs": seq_len, "targets": seq_len // 2}
+
+  def window(self, ids, length):
+    return [ids[i : i + length - 3] for i in range(0, len(ids), length - 3)]
+
+  def features(self, example, rng, corpus):
+    ids = example["ids"]
+    targets = ids[::2]
+    weights = rng.uniform(0.5, 1, len(targets))
+    return {"inputs": ids, "targets": targets, "labels": {"nll": targets}, "weights": {"nll": weights}}
+
+
+PACKS = [True, False, "whole"]
+
+
 def documents(count, seed=0, longest=40, first="a"):
   """Texts of different length, each with a letter and number of its own."""
   rng = np.random.default_rng(seed)
@@ -35,9 +57,10 @@ def documents(count, seed=0, longest=40, first="a"):
   return Source(count, lambda i: {"text": texts[i]}, f"{first}{count}-{seed}-{longest}")
 
 
-def stream(source, **changes):
+def stream(source, pack=True, **changes):
   settings = {"batch_size": B, "seq_len": L, "seed": 0, "workers": 1, "prefetch": 0} | changes
-  return TrainStream(source, TOKENIZER, NextToken(), **settings)
+  objective = EveryOther() if pack == "whole" else NextToken()
+  return TrainStream(source, TOKENIZER, objective, pack=bool(pack), **settings)
 
 
 def take(source, steps, **changes):
@@ -69,7 +92,7 @@ def source(request):
   return SOURCES[request.param]
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("interleave", [1, 3])
 def test_hosts_workers_and_prefetch_do_not_matter(source, pack, interleave):
   take = functools.partial(globals()["take"], interleave=interleave)
@@ -82,7 +105,7 @@ def test_hosts_workers_and_prefetch_do_not_matter(source, pack, interleave):
       same(take(source, 12, pack=pack, rows=rows)[0], rows_of(reference, rows))
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (4, 2)])
 @pytest.mark.parametrize("interleave", [1, 3])
 def test_resume_is_as_if_uninterrupted(source, pack, before, after, interleave):
@@ -134,6 +157,39 @@ def test_packed_training_gives_every_token_of_every_document_once_an_epoch():
     assert sorted(seen) == sorted(r["text"] for r in source)
     orders.append(seen)
   assert orders[0] != orders[1] != orders[2]
+
+
+def test_whole_examples_come_uncut_with_their_targets_and_once_an_epoch():
+  source = documents(40, longest=60)
+  texts = (TOKENIZER.document(record["text"]) for record in source)
+  expected = collections.Counter(tuple(w.tolist()) for ids in texts for w in EveryOther().window(ids, L))
+  seen, used = collections.Counter(), []
+  for batch in take(source, 80, pack="whole")[0]:
+    for r in range(B):
+      for number in range(1, batch.inputs.segments[r].max() + 1):
+        ids = batch.inputs.ids[r][batch.inputs.segments[r] == number]
+        targets = batch.targets.segments[r] == number
+        np.testing.assert_array_equal(batch.targets.ids[r][targets], ids[::2])
+        np.testing.assert_array_equal(batch.labels["nll"][r][targets], ids[::2])
+        assert batch.targets.positions[r][targets].tolist() == list(range(len(ids[::2])))
+        seen[tuple(ids.tolist())] += 1
+    used.append((batch.inputs.segments > 0).mean())
+  assert set(seen) == set(expected)
+  epochs = [seen[window] / times for window, times in expected.items()]
+  assert max(epochs) - min(epochs) <= 2  # rows have begun an epoch and not ended it
+  assert np.mean(used) > 0.75  # most pieces have 13 tokens, and rows 16
+
+
+def test_rows_are_packed_anew_at_different_steps():
+  """Else all the work of a block of rows would fall on one step, for ever."""
+  made = stream(documents(60), pack="whole")
+  ends = []
+  for _ in range(40):
+    before = [row.block for row in made.rows]
+    next(made)
+    ends.append(sum(old is None for old in before))
+  made.close()
+  assert ends[0] == B and max(ends[1:]) < B
 
 
 def test_packed_rows_are_full():

@@ -134,7 +134,7 @@ def test_what_an_evaluator_cannot_measure_is_one_line(folder, monkeypatch, objec
   (folder / "same.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps(pair))
   (folder / "odd.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps(pair | {"score": "high"}))
   with pytest.raises(ConfigError) as error:
-    evaluator(make(objective), **spec)
+    evaluator(make(objective, {"dropout": 0.1}), **spec)
   assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
@@ -189,8 +189,8 @@ def test_unigram_is_a_constant_guess_on_the_held_out_labels(folder, objective, m
 def test_the_shared_evals_build_and_unigram_follows_heldout(folder):
   for add, objective, model, names in (
     (base.retrieval_evals, None, {}, {"heldout", "retrieval"}),
-    (base.masked_evals, {"name": "masked_lm"}, {}, {"heldout", "unigram"}),
-    (base.span_evals, {"name": "span_corruption"}, {"decoder_layers": 1}, {"heldout", "unigram"}),
+    (base.token_evals, {"name": "masked_lm"}, {}, {"heldout", "unigram"}),
+    (base.token_evals, {"name": "span_corruption"}, {"decoder_layers": 1}, {"heldout", "unigram"}),
   ):
     config = base.get_config()
     add(config)

@@ -191,6 +191,18 @@ class TransformerConfig:
       raise ConfigError("model.first_attention_norm=False leaves out a norm that norm_placement='post' does not have")
     if self.scale_tied_logits and not self.tie_embeddings:
       raise ConfigError("model.scale_tied_logits=True needs model.tie_embeddings=True")
+    if self.pooler and self.stacks != "encoder":
+      raise ConfigError("model.pooler=True needs a model of encoder_layers alone: only its first token has seen a text")
+    if self.bidirectional_prompt and self.stacks == "encoder":
+      raise ConfigError(
+        "model.bidirectional_prompt=True says how a decoder reads a prompt, and there is none; unset it"
+      )
+    if self.window is not None and "local" not in self.attention_pattern:
+      raise ConfigError(f"model.window={self.window} is for local layers, and model.attention_pattern has none")
+    if self.local_rotary_base is not None and not ("local" in self.attention_pattern and self.positions == "rotary"):
+      raise ConfigError(
+        f"model.local_rotary_base={self.local_rotary_base} is for rotary positions in local layers, and there are none"
+      )
     if self.sentence_classes and not self.pooler:
       raise ConfigError(
         f"model.sentence_classes={self.sentence_classes} needs model.pooler=True, which feeds that head"
@@ -212,6 +224,11 @@ class TransformerConfig:
   def table_stddev(self) -> float:
     stddev = self.init_stddev if self.embedding_stddev is None else self.embedding_stddev
     return self.d_model**-0.5 if stddev is None else stddev
+
+  @property
+  def bias_stddev(self) -> float:
+    """Of the relative biases."""
+    return self.d_model**-0.5 if self.init_stddev is None else self.init_stddev
 
   @property
   def residual_scale(self) -> float:
@@ -302,7 +319,7 @@ class Stack(nn.Module):
     make = functools.partial(block, c, cross=self.cross)
     if c.positions == "relative":
       table = layers.Embedding(
-        c.relative_buckets, c.num_heads, ("buckets", "heads"), c.table_stddev, c.dtype, c.param_dtype, name="relative"
+        c.relative_buckets, c.num_heads, ("buckets", "heads"), c.bias_stddev, c.dtype, c.param_dtype, name="relative"
       )
       ctx = dataclasses.replace(ctx, relative=table.table)
 

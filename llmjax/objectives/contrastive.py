@@ -87,17 +87,35 @@ class Contrastive(Objective):
 
   packing = "never"
   whole_batch = True
-  stacks = ("encoder", "decoder")
+
+  @property
+  def stacks(self) -> tuple[str, ...]:  # type: ignore[override]
+    """The first token of a decoder has seen nothing of the text."""
+    return ("encoder", "decoder") if self.pooling in ("mean", "last") else ("encoder",)
 
   def __post_init__(self) -> None:
+    if self.room < 1:
+      raise ConfigError(f"seq_len={self.seq_len} leaves no room for text between bos and eos; raise it")
     if not self.temperature > 0:
       raise ConfigError(f"objective.temperature={self.temperature} must be positive")
     if self.pooling not in POOLINGS:
       raise ConfigError(f"objective.pooling={self.pooling!r}; {nearest(self.pooling, POOLINGS)}")
 
   @property
+  def room(self) -> int:
+    """Tokens of text that fit between bos and eos."""
+    return self.seq_len - len(self.tokenizer.frame(np.zeros(0, np.int32)))
+
+  @property
   def needs(self) -> dict[str, Any]:
     return {"pooler": True} if self.pooling == "pooler" else {}
+
+  def check_model(self, cfg: Any) -> None:
+    if self.positive is None and not max(cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout):
+      raise ConfigError(
+        "objective.positive=None makes two views of a text by dropout, and the model has none; set model.dropout=0.1, "
+        "or the field of a second text"
+      )
 
   @property
   def coefficients(self) -> dict[str, float]:
@@ -124,12 +142,15 @@ class Contrastive(Objective):
       if field not in example:
         known = sorted(k for k in example if k != "ids")
         raise ConfigError(f"objective.{key}={field!r} is no field of the corpus's records; {nearest(field, known)}")
-    texts = [example["ids"] if field == "text" else self.tokenizer.encode(example[field]) for field in fields.values()]
+      if not isinstance(example[field] or "", str):
+        raise ConfigError(f"objective.{key}={field!r}: a record has {example[field]!r} there, which is no text")
+    texts = [
+      example["ids"] if field == "text" else self.tokenizer.encode(example[field] or "") for field in fields.values()
+    ]
     texts = [self.tokenizer.unframe(ids) for ids in texts]
     if not all(map(len, texts)):
       return None
-    room = self.seq_len - len(self.tokenizer.frame(texts[0][:0]))
-    anchor, *others = ({"inputs": self.tokenizer.frame(ids[:room])} for ids in texts)
+    anchor, *others = ({"inputs": self.tokenizer.frame(ids[: self.room])} for ids in texts)
     return {**anchor, "extras": dict(zip(self.views, others))}
 
   # device

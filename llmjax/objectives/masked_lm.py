@@ -49,6 +49,8 @@ class MaskedLM(Objective):
       raise ConfigError(f"objective.rate={self.rate} must be between 0 and 1")
     if min(self.masked, self.replaced) < 0 or self.masked + self.replaced > 1 + 1e-9:
       raise ConfigError(f"objective.masked={self.masked} and replaced={self.replaced} must be shares, at most 1 in all")
+    if self.sentence_weight < 0:
+      raise ConfigError(f"objective.sentence_weight={self.sentence_weight} must not be negative")
     if self.sentence_pairs not in PAIRS:
       raise ConfigError(f"objective.sentence_pairs={self.sentence_pairs!r}; {nearest(self.sentence_pairs, PAIRS)}")
     if self.tokenizer.mask_id is None:
@@ -81,12 +83,19 @@ class MaskedLM(Objective):
   # host
 
   def window(self, ids: np.ndarray, length: int) -> list[np.ndarray]:
-    """Pieces of the document without its bos and eos, which `features` puts around each."""
+    """Pieces of the document without its bos and eos, which `features` puts around each; for pairs, whole sentences."""
     text = self.tokenizer.unframe(ids)
     room = length - len(self.frame(text[:0], text[:0] if self.pairs else None)[0])
     if room < 2:
       raise ConfigError(f"seq_len={length} leaves no room for text between bos and eos; raise it")
-    return [text[i : i + room] for i in range(0, len(text), room)]
+    ends = np.append(self.ends(text), len(text)) if self.pairs else np.zeros(0, int)
+    pieces, start = [], 0
+    while start < len(text):
+      fitting = int(np.searchsorted(ends, start + room, side="right"))
+      stop = int(ends[fitting - 1]) if fitting and ends[fitting - 1] > start else start + room
+      pieces.append(text[start:stop])
+      start = stop
+    return pieces
 
   def frame(self, a: np.ndarray, b: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(ids, token types) of a text, or of two."""
@@ -99,10 +108,11 @@ class MaskedLM(Objective):
     if not self.pairs:
       ids, token_types = self.frame(text)
       label = None
-    elif len(text) < 2:
-      return None
     else:
-      a, b, label = self.draw_pair(text, example, rng, corpus)
+      pair = self.draw_pair(text, example, rng, corpus)
+      if pair is None:
+        return None
+      a, b, label = pair
       ids, token_types = self.frame(a, b)
     inputs, chosen = self.corrupt(ids, rng)
     features = {
@@ -118,33 +128,50 @@ class MaskedLM(Objective):
 
   def draw_pair(
     self, text: np.ndarray, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any
-  ) -> tuple[np.ndarray, np.ndarray, int]:
-    """A, B and the class of the pair; cut at the end of a sentence or line where there is one."""
-    ends = 1 + np.flatnonzero(self.sentence_end[text[:-1]])
-    cut = int(rng.choice(ends)) if len(ends) else int(rng.integers(1, len(text)))
+  ) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """A, B and the class of the pair; None where the text has a single sentence.
+
+    Whatever the class, B begins behind a sentence's end, and its length was bounded before the coin was thrown: else
+    how it begins and how long it is would tell the class.
+    """
+    ends = self.ends(text)
+    if not len(ends):
+      return None
+    cut = int(rng.choice(ends))
     a, b = text[:cut], text[cut:]
+    most = int(rng.integers(1, len(b) + 1))
     if rng.random() < 0.5:
-      return a, b, 0
+      return a, b if self.sentence_pairs == "order" else self.bound(b, most), 0
     if self.sentence_pairs == "order":
       return b, a, 1
     other = self.draw_other(example, len(b), rng, corpus)
-    return (a, b, 0) if other is None else (a, other, 1)
+    return (a, self.bound(b, most), 0) if other is None else (a, self.bound(other, most), 1)
 
   def draw_other(
     self, example: Mapping[str, Any], length: int, rng: np.random.Generator, corpus: Any
   ) -> np.ndarray | None:
-    """Up to `length` tokens of another document, from where a sentence or line begins; None if there is no other."""
+    """About `length` tokens of another document, from behind a sentence's end; None if none is found."""
     for _ in range(10):
-      record = corpus[int(rng.integers(len(corpus)))]
-      other = record["text"]
-      if other == example["text"] or not other.strip():
+      other = corpus[int(rng.integers(len(corpus)))]["text"]
+      if other == example["text"]:
         continue
-      start = int(rng.integers(len(other)))
-      start = max(other.rfind(end, 0, start) + len(end) if end in other[:start] else 0 for end in ("\n", ". "))
-      ids = self.tokenizer.encode(other[start : start + 16 * length])[:length]  # few tokens have 16 characters
-      if len(ids):
-        return ids
+      start = int(rng.integers(max(len(other) - 16 * length, 1)))
+      ids = self.tokenizer.encode(other[start : start + 32 * length])  # few tokens have 16 characters
+      ends = self.ends(ids)
+      roomy = ends[ends <= len(ids) - length]
+      if len(ends):
+        return ids[int(rng.choice(roomy if len(roomy) else ends)) :][:length]
     return None
+
+  def bound(self, ids: np.ndarray, most: int) -> np.ndarray:
+    """As many whole sentences as have at most `most` tokens; a part of the first where that is longer."""
+    ends = np.append(self.ends(ids), len(ids))
+    fitting = ends[ends <= most]
+    return ids[: int(fitting[-1]) if len(fitting) else most]
+
+  def ends(self, ids: np.ndarray) -> np.ndarray:
+    """Int[n]: behind which tokens sentences or lines end, but for the last."""
+    return 1 + np.flatnonzero(self.sentence_end[ids[:-1]])
 
   @functools.cached_property
   def sentence_end(self) -> np.ndarray:
@@ -166,7 +193,7 @@ class MaskedLM(Objective):
 
   def choose_words(self, ids: np.ndarray, places: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Places of whole words, up to `count` of them; the shortest word where all are longer."""
-    begins = self.tokenizer.word_begins(ids[places])
+    begins = self.tokenizer.word_begins(ids[places]) | (np.diff(places, prepend=-2) > 1)
     words = np.split(places, np.flatnonzero(begins[1:]) + 1) if len(places) else []
     taken: list[np.ndarray] = []
     for i in rng.permutation(len(words)):

@@ -17,11 +17,15 @@ from llmjax.types import Features
 class PrefixLM(CausalLM):
   """Negative log-likelihood of each token after a prefix, whose length is drawn uniformly.
 
-  Settings are those of `CausalLM`. Set `model.bidirectional_prompt` for models that learn it: generation then reads its
-  prompt as they have learned to.
+  Settings are those of `CausalLM`. The model's `bidirectional_prompt` says that generation reads its prompt as it has
+  learned to.
   """
 
   packing = "whole"
+
+  @property
+  def needs(self) -> dict[str, Any]:
+    return {"bidirectional_prompt": True}
 
   def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features | None:
     ids = example["ids"]

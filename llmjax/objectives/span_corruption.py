@@ -71,11 +71,11 @@ class SpanCorruption(Objective):
 
   def text_length(self, seq_len: int) -> int:
     """The longest text whose corrupted input is not longer than a row."""
+    if seq_len < self.lengths(2)[0]:
+      raise ConfigError(f"seq_len={seq_len} is too short for span corruption; raise it")
     tokens = 2
     while self.lengths(tokens + 1)[0] <= seq_len:
       tokens += 1
-    if seq_len < self.lengths(2)[0]:
-      raise ConfigError(f"seq_len={seq_len} is too short for span corruption; raise it")
     if self.spans(tokens)[1] > len(self.tokenizer.sentinels):
       raise ConfigError(
         f"seq_len={seq_len} has {self.spans(tokens)[1]} spans a row, and the tokenizer {len(self.tokenizer.sentinels)} "

@@ -22,11 +22,12 @@ class WeightedSum(Objective):
   """The sum of objectives, each times its weight.
 
   The first is the principal one: it cuts the documents, and its metrics go by their plain names; those of the others
-  begin with the part's name.
+  begin with the part's name. The others see of a document what the principal one has cut, or as much of it as they can.
   """
 
   parts: Mapping[str, Objective]
   part_weights: Mapping[str, float]
+  seq_len: int
 
   @property
   def packing(self) -> str:  # type: ignore[override]
@@ -67,8 +68,14 @@ class WeightedSum(Objective):
     return self.parts[self.principal].window(ids, length)
 
   def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features | None:
-    each = {name: part.features(example, rng, corpus) for name, part in self.parts.items()}
-    return None if any(features is None for features in each.values()) else {"extras": each}
+    each: dict[str, Features] = {}
+    for name, part in self.parts.items():
+      windows = [example["ids"]] if name == self.principal else part.window(example["ids"], self.seq_len)
+      features = part.features({**example, "ids": windows[0]}, rng, corpus) if windows else None
+      if features is None:
+        return None
+      each[name] = features
+    return {"extras": each}
 
   def weights(self, batch: Batch) -> Sums:
     found = {name: part.weights(batch.extras[name]) for name, part in self.parts.items()}
@@ -77,8 +84,9 @@ class WeightedSum(Objective):
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     sums: Sums = {}
     metrics: Metrics = {}
-    for name, part in self.parts.items():
-      one = functools.partial(_loss, part, forward, rngs)
+    for number, (name, part) in enumerate(self.parts.items()):
+      folded = {kind: jax.random.fold_in(key, number) for kind, key in rngs.items()}  # parts drop out independently
+      one = functools.partial(_loss, part, forward, folded)
       if self.whole_batch and not part.whole_batch:
         each = forward.in_chunks(one, batch.extras[name])
         found, measured = jax.tree.map(functools.partial(jnp.sum, axis=0), each)
@@ -93,7 +101,7 @@ def _loss(part: Objective, forward: Forward, rngs: Mapping[str, Array], batch: B
   return part.loss(forward, batch, rngs)
 
 
-def weighted_sum(parts: Mapping[str, Mapping[str, Any]], principal: str, tokenizer: Any, seq_len: int) -> WeightedSum:
+def weighted_sum(parts: Mapping[str, Any], principal: str, tokenizer: Any, seq_len: int) -> WeightedSum:
   """From config: parts {NAME: {"weight": w, "name": an objective, ...}}, and which is the principal one.
 
   That is named because the parts have no order of their own: a ConfigDict sorts its keys.
@@ -105,9 +113,15 @@ def weighted_sum(parts: Mapping[str, Mapping[str, Any]], principal: str, tokeniz
   objectives, weights = {}, {}
   for name, spec in {principal: parts[principal], **parts}.items():
     what = f"objective.parts.{name}"
+    if not isinstance(spec, Mapping):
+      raise ConfigError(f"{what} must be an objective with a weight, {{'weight': 1.0, 'name': ...}}, not {spec!r}")
     spec = dict(spec)
     weights[name] = spec.pop("weight", None)
     if not isinstance(weights[name], (int, float)) or not weights[name] > 0:
       raise ConfigError(f"{what}.weight={weights[name]!r} must be a positive number")
     objectives[name] = build(spec, OBJECTIVES, what, tokenizer=tokenizer, seq_len=seq_len)
-  return WeightedSum(objectives, weights)
+  together = WeightedSum(objectives, weights, seq_len)
+  if not together.stacks:
+    said = "; ".join(f"{name}: {' or '.join(part.stacks)}" for name, part in objectives.items())
+    raise ConfigError(f"objective.parts: no model can learn them together ({said}); take one of them away")
+  return together
