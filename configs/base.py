@@ -16,7 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.init_from = optional(None, str)  # start from the parameters of this PATH
   config.profile = optional(None, str)  # "10:15": write a trace of these steps
 
-  # What each key means: llmjax.models.transformer.TransformerConfig.
+  # What each key means: llmjax.models.config.TransformerConfig.
   config.model = ConfigDict()
   config.model.name = "transformer"
   config.model.vocab_size = optional(None, int)  # None: the tokenizer's

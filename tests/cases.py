@@ -15,7 +15,8 @@ from llmjax import step
 from llmjax.data import packing, tokenizer
 from llmjax.data.pipeline import EVAL, TrainStream, generator
 from llmjax.data.source import Source
-from llmjax.models.transformer import Transformer, TransformerConfig
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.contrastive import Contrastive
 from llmjax.objectives.masked_lm import MaskedLM

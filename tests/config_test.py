@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from llmjax import config
 from llmjax.config import ConfigError, build, differences, duration, nearest, parse_arg
-from llmjax.models.transformer import TransformerConfig
+from llmjax.models.config import TransformerConfig
 
 
 def point(x, y=2, *, origin=None):

@@ -16,7 +16,8 @@ from llmjax import config as cfglib
 from llmjax import program, sharding, step, train
 from llmjax.config import ConfigError
 from llmjax.data import tokenizer as tokenizers
-from llmjax.models.transformer import Transformer, TransformerConfig
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
 from llmjax.types import probe
 
 # Counted from the released checkpoints (Hugging Face model cards and safetensors headers).

@@ -12,7 +12,8 @@ from llmjax import cli, embeddings, sharding
 from llmjax.config import ConfigError
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.records import fields
-from llmjax.models.transformer import Transformer, TransformerConfig
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, probe
 
 TOKENIZER = tokenizers.make({"name": "bytes"})

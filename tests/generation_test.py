@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from llmjax.config import ConfigError
 from llmjax.generation import draw, filter_logits, generate, make_sampling, stream, until
-from llmjax.models.transformer import Transformer, TransformerConfig
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, probe
 
 V = 31

@@ -12,7 +12,8 @@ from flax import linen as nn
 
 from llmjax import metrics
 from llmjax.config import ConfigError
-from llmjax.models.transformer import Transformer, TransformerConfig
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, probe
 
 

@@ -18,7 +18,8 @@ from llmjax.models.attention import (
   rotary_angles,
   rotate,
 )
-from llmjax.models.transformer import Transformer, TransformerConfig, make_transformer
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer, make_transformer
 from llmjax.types import Batch, Tokens
 
 

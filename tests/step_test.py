@@ -30,7 +30,8 @@ import llmjax.models.layers
 import llmjax.models.transformer
 from llmjax import optim, sharding, step
 from llmjax.data import packing
-from llmjax.models.transformer import Transformer, stack, unstack
+from llmjax.models.layout import stack, unstack
+from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, Tokens
 
 ODD = {"vocab": None, "act_vocab": None}  # the tokenizer's number of tokens does not divide

@@ -19,7 +19,7 @@ from llmjax.sharding import constrain
 from llmjax.types import Tokens
 
 if TYPE_CHECKING:
-  from llmjax.models.transformer import TransformerConfig
+  from llmjax.models.config import TransformerConfig
 
 KV = ("key", "value")
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from llmjax.sharding import constrain
 
 if TYPE_CHECKING:
-  from llmjax.models.transformer import TransformerConfig
+  from llmjax.models.config import TransformerConfig
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": lambda x: nn.gelu(x, approximate=True),  # GPT-2's tanh form
