@@ -303,8 +303,9 @@ def run_embed(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def run_tokenizer(arguments: argparse.Namespace, rest: list[str]) -> None:
   from llmjax.config import build
+  from llmjax.data.sentencepiece_tokenizer import train_sentencepiece
   from llmjax.data.source import SOURCES
-  from llmjax.data.tokenizer import sample, train_sentencepiece
+  from llmjax.data.tokenizer import sample
 
   source = build({"name": "text", "files": tuple(arguments.input)}, SOURCES, "--input", split="train")
   model = train_sentencepiece(sample(source), arguments.vocab_size)

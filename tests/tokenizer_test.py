@@ -7,6 +7,7 @@ import pytest
 
 from llmjax.config import ConfigError
 from llmjax.data import tokenizer as tokenizers
+from llmjax.data.sentencepiece_tokenizer import train_sentencepiece
 from llmjax.data.source import SOURCES, Source, build
 
 TEXTS = [
@@ -322,6 +323,6 @@ def test_learning_needs_text():
   with pytest.raises(ConfigError, match="learns from the training text"):
     tokenizers.make({"name": "sentencepiece"})
   with pytest.raises(ConfigError, match="the text is empty"):
-    tokenizers.train_sentencepiece([], 300)
+    train_sentencepiece([], 300)
   with pytest.raises(ConfigError, match="--trust"):
     tokenizers.from_files({"name": "os:system"}, {})

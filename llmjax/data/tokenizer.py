@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import functools
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmjax.config import ConfigError, build, resolve
-from llmjax.data.source import Source, cache_dir, cached, digest, thin
+from llmjax.data.source import Source, cache_dir, thin
 
 TOKENIZERS = {
-  "sentencepiece": "llmjax.data.tokenizer:sentencepiece",
+  "sentencepiece": "llmjax.data.sentencepiece_tokenizer:sentencepiece",
   "hf": "llmjax.data.hf_tokenizer:hf",
   "bytes": "llmjax.data.character_tokenizer:bytes_",
   "characters": "llmjax.data.character_tokenizer:characters",
@@ -31,7 +30,7 @@ TOKENIZERS = {
 
 # How a tokenizer is rebuilt from what `to_files` gave.
 LOADERS = {
-  "sentencepiece": "llmjax.data.tokenizer:sentencepiece_from_files",
+  "sentencepiece": "llmjax.data.sentencepiece_tokenizer:sentencepiece_from_files",
   "hf": "llmjax.data.hf_tokenizer:hf_from_files",
   "bytes": "llmjax.data.character_tokenizer:bytes_from_files",
   "characters": "llmjax.data.character_tokenizer:characters_from_files",
@@ -310,150 +309,3 @@ def training_text(source: Source | None, kind: str) -> Source:
       f"data.tokenizer.name={kind!r} learns from the training text, and there is none here; give a path"
     )
   return source
-
-
-def _read(path: str, key: str = "data.tokenizer.path") -> bytes:
-  try:
-    return Path(path).expanduser().read_bytes()
-  except OSError as error:
-    raise ConfigError(f"{key}={str(path)!r} cannot be read: {error.strerror}") from error
-
-
-# SentencePiece
-
-
-def sentencepiece(
-  source: Source | None,
-  cache: Path,
-  extra: int = 0,
-  path: str | None = None,
-  vocab_size: int = 4096,
-  model_type: str = "bpe",
-  byte_fallback: bool = True,
-  character_coverage: float = 0.9995,
-) -> Tokenizer:
-  """A SentencePiece model: of the file `path`, or trained on the training text (Kudo and Richardson 2018).
-
-  A trained one keeps every character as it is; other settings than `path` concern only training. `vocab_size` counts
-  all tokens, also the `extra` ones that will be added.
-  """
-  if path is not None:
-    return sentencepiece_from_files({"tokenizer.model": _read(path)})
-  source = training_text(source, "sentencepiece")
-  settings = (model_type, byte_fallback, character_coverage)
-  name = f"sentencepiece-{digest(source.fingerprint, (vocab_size - extra, *settings), TRAINING_BYTES)}.model"
-
-  def train(made: Path) -> None:
-    made.write_bytes(train_sentencepiece(sample(source), vocab_size, *settings, extra=extra))
-
-  return sentencepiece_from_files({"tokenizer.model": cached(cache / name, train).read_bytes()})
-
-
-def train_sentencepiece(
-  texts: Iterable[str],
-  vocab_size: int,
-  model_type: str = "bpe",
-  byte_fallback: bool = True,
-  character_coverage: float = 0.9995,
-  extra: int = 0,
-) -> bytes:
-  """The bytes of a SentencePiece model.
-
-  No normalisation and no added or removed spaces, so that decoding gives back the text; runs of spaces and line ends
-  may become pieces. Ids: 0 unknown, 1 bos, 2 eos, then (with `byte_fallback`) 256 bytes, then pieces; `extra` fewer
-  than `vocab_size`, which counts tokens that will be added. A short text gives fewer pieces than asked for. The same
-  texts give the same bytes.
-  """
-  import sentencepiece as spm
-
-  if model_type not in ("bpe", "unigram"):
-    raise ConfigError(f"data.tokenizer.model_type={model_type!r} must be 'bpe' or 'unigram'")
-  if vocab_size <= extra:
-    raise ConfigError(f"data.tokenizer.vocab_size={vocab_size} leaves none for text beside {extra} added tokens")
-  model = io.BytesIO()
-  try:
-    spm.SentencePieceTrainer.train(
-      sentence_iterator=_sentences(texts),
-      model_writer=model,
-      vocab_size=vocab_size - extra,
-      model_type=model_type,
-      byte_fallback=byte_fallback,
-      character_coverage=character_coverage,
-      normalization_rule_name="identity",
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      hard_vocab_limit=False,
-      max_sentence_length=1 << 20,
-      unk_id=0,
-      bos_id=1,
-      eos_id=2,
-      pad_id=-1,
-      num_threads=4,  # a part of the result for unigram models: sums are taken thread by thread
-      minloglevel=3,
-    )
-  except (RuntimeError, OSError) as error:
-    reason = re.sub(r"^.*?\] ?", "", str(error).strip().splitlines()[-1])
-    beside = f" beside {extra} added tokens" if extra else ""
-    raise ConfigError(
-      f"data.tokenizer.vocab_size={vocab_size}: SentencePiece cannot train{beside}: {reason or 'the text is empty'}"
-    ) from error
-  return model.getvalue()
-
-
-def _sentences(texts: Iterable[str], length: int = 4000) -> Iterator[str]:
-  """Pieces of at most `length` characters, cut at line ends where possible.
-
-  Left out: NUL, and U+2581 and U+2585, which SentencePiece keeps for itself.
-  """
-  for text in texts:
-    for part in re.split("[\0\u2581\u2585]", text):
-      start = 0
-      while start < len(part):
-        stop = start + length
-        stop = part.rfind("\n", start, stop) + 1 or stop if stop < len(part) else len(part)
-        yield part[start:stop]
-        start = stop
-
-
-def sentencepiece_from_files(files: Mapping[str, bytes]) -> Tokenizer:
-  """From {"tokenizer.model": the model's bytes}."""
-  import sentencepiece as spm
-
-  try:
-    model = spm.SentencePieceProcessor(model_proto=files["tokenizer.model"])
-  except RuntimeError as error:
-    raise ConfigError("data.tokenizer.path: the file is no SentencePiece model") from error
-
-  def piece(token: int) -> bytes:
-    if model.is_control(token) or model.is_unknown(token):
-      return b""
-    if model.is_byte(token):
-      return bytes([int(model.id_to_piece(token)[1:-1], 16)])  # "<0x0A>"
-    return model.id_to_piece(token).replace("\u2581", " ").encode()
-
-  # U+2581 is SentencePiece's sign for a space, so it would come back as one.
-  mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-
-  def to_ids(text: str) -> list[int]:
-    first, *rest = text.split("\u2581")
-    ids = model.encode(first)
-    for part in rest:
-      ids += mark + model.encode(part)
-    return ids
-
-  prefixed = model.encode("a", out_type=str)[0].startswith("\u2581")  # models made for words, such as T5's and Llama's
-  bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
-  vocabulary = range(model.vocab_size())
-  return Tokenizer(
-    name="sentencepiece",
-    pieces=tuple(map(piece, vocabulary)),
-    to_ids=model.encode if prefixed else to_ids,
-    files=dict(files),
-    bos_id=bos if bos >= 0 else None,
-    eos_id=eos if eos >= 0 else None,
-    pad_id=max(pad, 0),
-    unk_id=model.unk_id(),
-    names={i: model.id_to_piece(i) for i in vocabulary if model.is_control(i) or model.is_unknown(i)},
-    to_text=model.decode if prefixed else None,
-  )
