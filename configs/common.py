@@ -32,7 +32,8 @@ def choose(what: str, name: str, table: Any) -> Any:
 
 def find_size(arg: ConfigDict, stacks: str) -> Size:
   """The entry of `SIZES[stacks]` that the argument names."""
-  return choose("size", "debug" if arg.debug else arg.size, SIZES[stacks])
+  size = choose("size", arg.size, SIZES[stacks])  # also looked at where debug takes its place
+  return SIZES[stacks]["debug"] if arg.debug else size
 
 
 def make(arg: ConfigDict, size: Size, **tokenizer: Any) -> ConfigDict:

@@ -233,7 +233,9 @@ def evaluate_checkpoint(
       config = manifest["config"]
       if not trust:
         resolve(config["model"]["name"], MODELS, "model", trust=False)
-      corpus, config["evals"] = data_evals(str(data), read_objective(manifest, tokenizer, trust=trust))
+      own = config["data"]["corpus"]
+      column = own["column"] if "column" in own else "text"
+      corpus, config["evals"] = data_evals(str(data), read_objective(manifest, tokenizer, trust=trust), column)
       config["data"] |= {"corpus": corpus, "train": "all", "eval": "all"}
       # Evaluation uses neither of these, and a checkpoint's own may name code.
       config["optim"] |= {"name": "sgd", "decay_mask": ((".*", True),)}
@@ -253,18 +255,20 @@ def evaluate_checkpoint(
   return results
 
 
-def data_evals(data: str, objective: Objective) -> tuple[dict[str, Any], dict[str, Any]]:
+def data_evals(data: str, objective: Objective, column: str = "text") -> tuple[dict[str, Any], dict[str, Any]]:
   """How a file is read, as a corpus, and what is measured on it, as evals.
 
   The loss; where an objective learns from pairs, retrieval of the file's; where the file has the fields text_a, text_b
-  and score, the correlation of an embedding's cosines with it.
+  and score, the correlation of an embedding's cosines with it. `column` is what the text was called in training.
   """
   corpus: dict[str, Any] = {"name": "files", "files": data}
   evals: dict[str, dict[str, Any]] = {"data": {"name": "loss"}}
   part = contrastive_part(objective)
   if part is not None:
-    known, wanted = fields(data), [part.anchor, *part.views.values()]
-    corpus |= {"column": "text" if "text" in wanted else part.anchor, "columns": tuple(wanted)}
+    known = fields(data)
+    text = column if column in known else "text"
+    wanted = [text if field == "text" else field for field in (part.anchor, *part.views.values())]
+    corpus |= {"column": text if text in wanted else part.anchor, "columns": tuple(wanted)}
     if not set(wanted) <= set(known):
       del evals["data"]
     elif part.positive is not None:

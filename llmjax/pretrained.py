@@ -16,6 +16,8 @@ from llmjax.models.transformer import MODELS
 from llmjax.objectives import OBJECTIVES
 from llmjax.types import Objective
 
+HEADS = ("head", "pooler", "sentence_head")  # how the names of parameters behind the last layer begin
+
 
 class Pretrained(NamedTuple):
   """What `load` returns: `model, params, tokenizer = llmjax.load(PATH)`."""
@@ -129,7 +131,17 @@ def load_tokenizer(path: str | Path, *, trust: bool = False) -> Any:
 def load_params(path: str | Path, abstract: Any) -> Any:
   """Only the parameters, laid out as `abstract` (ShapeDtypeStructs with shardings) says: `config.init_from`."""
   checkpoints, step, manifest = open_checkpoint(path)
+  part = "ema" if manifest["ema"] else "params"
   try:
-    return checkpoints.restore_part(step, "ema" if manifest["ema"] else "params", abstract)
+    saved = {name.removeprefix(f"{part}/") for name in checkpoints.shapes(step) if name.startswith(f"{part}/")}
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    left = sorted(saved - {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves})
+    lost = [name for name in left if not name.startswith(HEADS)]
+    if lost:
+      raise ConfigError(
+        f"init_from={path}: its {lost[0]} has no place in this model, which would compute something else without it; "
+        "set model.* as it was there"
+      )
+    return checkpoints.restore_part(step, part, abstract)
   finally:
     checkpoints.close()

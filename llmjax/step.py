@@ -89,7 +89,7 @@ def gradients(
   def loss(params: Any, micro: Batch) -> tuple[Array, Metrics]:
     sums, metrics = objective.loss(ModelForward(model, params, chunks), micro, {"dropout": key})
     value = objective_value(sums, weights, objective)
-    return value, metrics | ({"objective": (value, jnp.zeros(()))} if len(sums) > 1 else {})
+    return value, metrics | ({"objective": (value, jnp.zeros(()))} if len(sums) > 1 or "loss" not in metrics else {})
 
   gradient = jax.grad(loss, has_aux=True)
   if accum == 1:

@@ -202,7 +202,7 @@ class Meter:
     self.clock = now
     self.writer.write(step, new)
     if self.progress:
-      self.progress.update(step, means["loss"], speed)
+      self.progress.update(step, means["loss" if "loss" in means else "objective"], speed)
 
   @contextlib.contextmanager
   def paused(self, step: int) -> Iterator[None]:

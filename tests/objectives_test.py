@@ -150,12 +150,12 @@ def test_a_text_of_one_sentence_gives_no_pair():
   assert features_of(objective, TOKENIZER.encode("no end in here"), 0, texts()) is None
 
 
-def test_a_lone_document_has_only_true_pairs():
+def test_a_lone_document_has_no_false_pairs_and_says_so():
   corpus = Source(1, lambda i: {"text": "a. b."}, "x")
   objective = MaskedLM(TOKENIZER, sentence_pairs="next")
-  for seed in range(20):
-    features = features_of(objective, TOKENIZER.encode("a. b."), seed, corpus, text="a. b.")
-    assert features["labels"]["sentence"][0] == 0
+  with pytest.raises(ConfigError, match=r"sentence_pairs='next'.*one alone.*sentence_pairs='order'"):
+    for seed in range(20):
+      features_of(objective, TOKENIZER.encode("a. b."), seed, corpus, text="a. b.")
 
 
 def test_windows_hold_every_token_once_and_fit():

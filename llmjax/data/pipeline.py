@@ -396,7 +396,9 @@ def eval_batches(
       example = example or next(iter(pieces), None)
       dealt.get(number, []).extend(pieces)
   if example is None:
-    raise ConfigError("data.eval: no record of the split gives features; the texts are empty or too short")
+    raise ConfigError(
+      "data.eval: no record of the split gives features; the texts are empty or too short for the objective"
+    )
   alone = objective.packing == "never"
   filled = {
     number: [[piece] for piece in pieces] if alone else packing.best_fit(pieces, plan.sizes)

@@ -151,6 +151,11 @@ class MaskedLM(Objective):
     self, example: Mapping[str, Any], length: int, rng: np.random.Generator, corpus: Any
   ) -> np.ndarray | None:
     """About `length` tokens of another document, from behind a sentence's end; None if none is found."""
+    if len(corpus) < 2:
+      raise ConfigError(
+        "objective.sentence_pairs='next' takes false pairs from other documents, and the split has one alone; give "
+        "more, or set sentence_pairs='order'"
+      )
     for _ in range(10):
       other = corpus[int(rng.integers(len(corpus)))]["text"]
       if other == example["text"]:
