@@ -6,6 +6,7 @@ It learns to tell tokens that were hidden from those around them. The argument c
   pairs=KIND      what is learned of two pieces of text besides: next, whether the second follows the first; order,
                   which of them comes first; none. By default as published: next for BERT, none for all others
   whole_words     hide words as a whole
+  init_from=PATH  instead of a size: the model of a run, a Hugging Face folder or a hub name, trained further
   corpus=NAME     an entry of configs/corpora.py: python_stdlib (default, no download), lm1b, wiki40b, c4, ...
   text=FILES      your own text instead: a file or glob of text, JSONL, Parquet, CSV or TSV; the last tenth is held out
   column=NAME     which field of a record is the text (text)

@@ -18,9 +18,21 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+# Instead of a size: the model of init_from as it is there, but for those of these that are set; and how it is trained.
+PRETRAINED: dict[str, Any] = {
+  "name": "pretrained",
+  **{key: optional(None, str) for key in ("dtype", "param_dtype", "remat")},
+  **{key: optional(None, float) for key in ("dropout", "attention_dropout", "mlp_dropout")},
+  "scan": optional(None, bool),
+  "max_len": optional(None, int),
+}
+FURTHER: dict[str, Any] = {"lr": 5e-5, "optim": {"name": "adamw", "weight_decay": 0.01}}
+
+
 def parse(arg: str | None, corpus: str = "python_stdlib", **more: Any) -> ConfigDict:
   """The argument of a config: what all have, with the default corpus, and `more` of its own."""
-  return parse_arg(arg, size="nano", corpus=corpus, text=None, column="text", optim=None, debug=False, **more)
+  own = {"size": "nano", "init_from": None, "corpus": corpus, "text": None, "column": "text", "optim": None}
+  return parse_arg(arg, **own, debug=False, **more)
 
 
 def choose(what: str, name: str, table: Any) -> Any:
@@ -39,7 +51,12 @@ def find_size(arg: ConfigDict, stacks: str) -> Size:
 def make(arg: ConfigDict, size: Size, **tokenizer: Any) -> ConfigDict:
   """All but objective and evaluations: a size's model and recipe, a corpus, a vocabulary with what `tokenizer` adds."""
   config = base.get_config()
-  config.model.update(size["model"])
+  if arg.init_from:
+    config.init_from = arg.init_from
+    config.model = ConfigDict(PRETRAINED)
+    size = {**size, **FURTHER}
+  else:
+    config.model.update(size["model"])
   config.seq_len = size["seq_len"]
   config.total_steps = size.get("total_steps", 100_000)
 

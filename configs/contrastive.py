@@ -6,6 +6,7 @@ same size (one with pairs needs --config.model.token_types=2 here). Published si
 a trained encoder, a rate like --config.optim.lr=3e-5 is right. The argument chooses, separated by commas:
   size=NAME       an encoder of configs/sizes.py: nano (default), bert_tiny ... bert_large, roberta_base, roberta_large,
                   modernbert_base, modernbert_large
+  init_from=PATH  instead of a size: the model of a run, a Hugging Face folder or a hub name, trained further
   views=KIND      pairs (default): a field of a record and its text; dropout: a text and the same under other dropout
                   (Gao et al. 2021, SimCSE), for any text
   anchor=FIELD    the field that belongs to the text (pairs), or is taken for it (dropout); corpora of pairs name theirs

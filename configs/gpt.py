@@ -1,9 +1,10 @@
 """A GPT on text:  llmjax train --config=gpt:size=nano
 
 The argument chooses, separated by commas:
-  size=NAME       a decoder of configs/sizes.py: nano (default), gpt2_124m ... gpt2_1.5b, gpt3_125m ... gpt3_175b,
-                  llama2_7b ... llama2_70b, llama3_1b ... llama3_405b
+  size=NAME       a decoder of configs/sizes.py: nano (default), nano_moe (eight experts), gpt2_124m ... gpt2_1.5b,
+                  gpt3_125m ... gpt3_175b, llama2_7b ... llama2_70b, llama3_1b ... llama3_405b
   objective=NAME  causal_lm (default), or prefix_lm: a first part of each piece of text is seen both ways
+  init_from=PATH  instead of a size: the model of a run, a Hugging Face folder or a hub name, trained further
   corpus=NAME     an entry of configs/corpora.py: python_stdlib (default, no download), lm1b, wiki40b, c4, ...
   text=FILES      your own text instead: a file or glob of text, JSONL, Parquet, CSV or TSV; the last tenth is held out
   column=NAME     which field of a record is the text (text)
@@ -22,8 +23,12 @@ OBJECTIVES = {"causal_lm": False, "prefix_lm": True}
 
 def get_config(arg: str | None = None) -> ConfigDict:
   arg = common.parse(arg, objective="causal_lm")
-  config = common.make(arg, common.find_size(arg, "decoder"))
-  config.model.bidirectional_prompt = common.choose("objective", arg.objective, OBJECTIVES)
+  size = common.find_size(arg, "decoder")
+  config = common.make(arg, size)
+  both_ways = common.choose("objective", arg.objective, OBJECTIVES)
+  if not arg.init_from:
+    config.model.bidirectional_prompt = both_ways
+    config.objective.update(size.get("objective", {}))
   config.objective.name = arg.objective
   base.language_model_evals(config, prompt="def read_lines(path):\n")
   if not arg.debug and (arg.text or arg.corpus == "python_stdlib"):  # compressors read all of the text

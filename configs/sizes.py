@@ -176,13 +176,24 @@ def t5_v1_1(layers: int, width: int, heads: int, ff: int) -> Size:
 
 
 def small(
-  width: int, heads: int, context: int, *, decoder_layers: int = 0, encoder_layers: int = 0, **recipe: Any
+  width: int,
+  heads: int,
+  context: int,
+  *,
+  decoder_layers: int = 0,
+  encoder_layers: int = 0,
+  experts: int = 0,
+  **recipe: Any,
 ) -> Size:
-  """Llama's choices with query-key norms and tied embeddings, for small models trained with Muon."""
+  """Llama's choices with query-key norms and tied embeddings, for small models trained with Muon; of `experts`, half as
+  wide as the MLP in their place, each token goes through two."""
   ff = 8 * width // 3 // 8 * 8
   size = llama(decoder_layers, width, heads, heads, ff, vocab=1, context=context, base=10_000.0, tied=True)
   size["model"] |= {"vocab_size": None, "encoder_layers": encoder_layers, "qk_norm": True}
   size["model"] |= {"residual_init": "zeros", "init_stddev": None}
+  if experts:
+    size["model"] |= {"num_experts": experts, "experts_per_token": 2, "expert_d_ff": ff // 2}
+    recipe["objective"] = {"balance": 0.01}
   size["model"]["embedding_stddev"] = 0.02  # tied to the output: 1/sqrt(D) would begin with a loss above uniform's
   return {**size, "lr": 0.02, "optim": {"name": "muon"}, **recipe}
 
@@ -223,6 +234,7 @@ DECODERS = {
   # for the machine at hand
   "debug": small(32, 2, 32, decoder_layers=2, batch_tokens=2**8, total_steps=2),
   "nano": small(256, 4, 256, decoder_layers=4, batch_tokens=2**11, total_steps=600),
+  "nano_moe": small(256, 4, 256, decoder_layers=4, experts=8, batch_tokens=2**11, total_steps=600),
   # GPT-2 publishes no learning rate; that of GPT-3 at the same size is taken
   "gpt2_124m": gpt(12, 768, 12, 1024, lr=6e-4, batch_tokens=2**19),
   "gpt2_355m": gpt(24, 1024, 16, 1024, lr=3e-4, batch_tokens=2**19),

@@ -4,6 +4,7 @@ An encoder reads text with spans cut out, a decoder learns to write them. How mu
 --config.objective.noise_density=0.15, --config.objective.mean_span=3.0. The argument chooses, separated by commas:
   size=NAME       an encoder–decoder of configs/sizes.py: nano (default), t5_small, t5_base, t5_large, t5_3b, t5_11b,
                   t5_v1.1_small, t5_v1.1_base, t5_v1.1_large, t5_v1.1_xl, t5_v1.1_xxl
+  init_from=PATH  instead of a size: the model of a run, a Hugging Face folder or a hub name, trained further
   corpus=NAME     an entry of configs/corpora.py: python_stdlib (default, no download), lm1b, wiki40b, c4, ...
   text=FILES      your own text instead: a file or glob of text, JSONL, Parquet, CSV or TSV; the last tenth is held out
   column=NAME     which field of a record is the text (text)

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.config import ConfigError, build, to_dict
 
 Number = int | float
-OUTSIDE = {"vocab", "positions", "token_types", "classes"}  # axes of what is not a hidden matrix
+STACKED = ("layers", "experts")  # axes in front, along which a parameter is several matrices
+OUTSIDE = {"vocab", "positions", "token_types", "classes", "experts"}  # axes of what is not a hidden matrix
 Axes = tuple[str | None, ...]  # the logical names of a parameter's dimensions
 
 OPTIMIZERS = {
@@ -94,7 +95,7 @@ def make_optimizer(spec: Any, params: Any, axes: Any) -> optax.GradientTransform
     spec: {"name", *COMMON, **keys of the optimizer}. "name" is in OPTIMIZERS, or "module:function" of a function
       that returns a transformation of a single parameter, to a direction; it may ask for that parameter's `axes`.
     params: tree of parameters, or of their shapes.
-    axes: the same tree of tuples of logical names; "layers" in front marks a stacked parameter.
+    axes: the same tree of tuples of logical names; those of STACKED in front mark a stacked parameter.
   Raises:
     ConfigError: an unknown or missing key, a value out of range, a rule that does not fit the parameters.
   """
@@ -132,8 +133,8 @@ def make_optimizer(spec: Any, params: Any, axes: Any) -> optax.GradientTransform
 
 
 def _one(spec: Mapping[str, Any], names: Axes) -> optax.GradientTransformation:
-  """The optimizer of one parameter, each of its layers treated alone."""
-  depth = next((i for i, name in enumerate(names) if name != "layers"), len(names))
+  """The optimizer of one parameter, each of its layers and experts treated alone."""
+  depth = next((i for i, name in enumerate(names) if name not in STACKED), len(names))
   tx = build(spec, OPTIMIZERS, "optim", axes=names[depth:])
   init, update = tx.init, tx.update
   for _ in range(depth):
@@ -263,7 +264,7 @@ def muon(
   """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for hidden matrices, Adam for all else.
 
   Args:
-    axes: the parameter's logical names, without "layers".
+    axes: the parameter's logical names, without those of STACKED in front.
     beta: the momentum's decay.
     ns_steps: Newton-Schulz iterations, which bring singular values to about 0.7 ... 1.2.
     nesterov: look ahead.

@@ -34,6 +34,7 @@ RULES: Rules = {
   "kv_heads": "tensor",
   "head_dim": None,
   "mlp": "tensor",
+  "experts": None,
   "norm": None,
   "head": None,  # outputs of the projections behind the last layer
   "classes": None,

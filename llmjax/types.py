@@ -93,12 +93,13 @@ def probe() -> Batch:
 class Outputs:
   """What a model returns; None where it has no such output. L is the length of the stream that is predicted."""
 
-  logits: Any = None  # Float[B L V]
+  logits: Any = None  # Float[B L V]; of a head on sequences [B C], tokens [B L C], spans [B L 2]
   hidden: Any = None  # Float[B L D], after the final norm
   pooled: Any = None  # Float[B D], the pooler's output for the first token of every row
   all_hidden: Any = None  # Float[N+1 B L D]: the embeddings, then every layer's output; on request
   encoder_hidden: Any = None  # Float[B S D] of an encoder–decoder
   encoder_all_hidden: Any = None  # Float[N+1 B S D] of an encoder–decoder, on request
+  routing: Any = ()  # of each stack with experts, how its routers shared out the tokens: `models.moe.Routing`
 
 
 class Forward(abc.ABC):

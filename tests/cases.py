@@ -43,6 +43,18 @@ LLAMA = dataclasses.replace(
   qk_norm=True,
   tie_embeddings=False,
 )
+MIXTRAL = dataclasses.replace(LLAMA, qk_norm=False, num_experts=4, experts_per_token=2, shared_expert_d_ff=24)
+GEMMA = dataclasses.replace(
+  LLAMA,
+  norm_placement="sandwich",
+  norm_zero_centered=True,
+  scale_embeddings=True,
+  tie_embeddings=True,
+  attention_softcap=5.0,
+  logit_softcap=6.0,
+  attention_pattern=("local", "global"),
+  window=5,
+)
 MISTRAL = dataclasses.replace(LLAMA, qk_norm=False, attention_pattern=("local",), window=5)
 BERT = dataclasses.replace(
   GPT,
@@ -108,6 +120,8 @@ CASES = {
   "gpt causal_lm": Case(GPT, CausalLM(z_loss=1e-3, label_smoothing=0.1)),
   "llama causal_lm": Case(LLAMA, CausalLM(TOKENIZER)),
   "mistral causal_lm": Case(MISTRAL, CausalLM()),
+  "mixtral causal_lm": Case(MIXTRAL, CausalLM()),
+  "gemma causal_lm": Case(GEMMA, CausalLM()),
   "llama prefix_lm": Case(dataclasses.replace(LLAMA, bidirectional_prompt=True), PrefixLM(TOKENIZER)),
   "bert masked_lm": Case(BERT, MaskedLM(TOKENIZER, sentence_pairs="next", sentence_weight=0.7)),
   "modernbert masked_lm": Case(MODERNBERT, MaskedLM(TOKENIZER, whole_words=True)),

@@ -170,7 +170,7 @@ def test_a_mistake_in_a_config_file_is_told_in_one_line_with_its_place(folder, b
 def test_a_mistake_in_a_configs_argument_is_its_own_line_alone():
   with pytest.raises(ConfigError) as error:
     config.load_config(["--config=gpt:size=nanno"])
-  assert str(error.value) == "config argument size='nanno' is unknown; did you mean `nano`?"
+  assert str(error.value) == "config argument size='nanno' is unknown; did you mean `nano` or `nano_moe`?"
 
 
 def test_config_files_are_found_with_colons_and_python_in_their_names(folder):

@@ -15,10 +15,9 @@ from llmjax.models.attention import (
   cross_mask,
   dot_product_attention,
   relative_buckets,
-  rotary_angles,
-  rotate,
 )
 from llmjax.models.config import TransformerConfig
+from llmjax.models.rotary import angles, frequencies, rotate
 from llmjax.models.transformer import Transformer, make_transformer
 from llmjax.types import Batch, Tokens
 
@@ -116,13 +115,15 @@ def test_rotary_positions_are_complex_rotations_and_only_differences_count():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(1, 6, 1, 8)).astype(np.float32)
   positions = np.array([[0, 1, 2, 7, 30, 100]])
-  got = np.asarray(rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), 8, 100.0)))
+  got = np.asarray(rotate(jnp.asarray(x), *angles(jnp.asarray(positions), frequencies(8, 100.0, 128))))
   pairs = x[..., :4] + 1j * x[..., 4:]
   turn = np.exp(1j * positions[:, :, None, None] * 100.0 ** (-np.arange(4) / 4))
   np.testing.assert_allclose(got, np.concatenate([(pairs * turn).real, (pairs * turn).imag], -1), atol=1e-5)
   dots = [
     float(
-      jnp.vdot(*(rotate(jnp.asarray(x[:, i : i + 1]), *rotary_angles(jnp.array([[p]]), 8, 100.0)) for i, p in pair))
+      jnp.vdot(
+        *(rotate(jnp.asarray(x[:, i : i + 1]), *angles(jnp.array([[p]]), frequencies(8, 100.0, 128))) for i, p in pair)
+      )
     )
     for pair in (((0, 3), (1, 9)), ((0, 13), (1, 19)))
   ]
@@ -132,7 +133,7 @@ def test_rotary_positions_are_complex_rotations_and_only_differences_count():
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_norms_are_their_formulas(kind):
   x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 16))
-  module = layers.Norm(kind, 1e-5, kind == "layernorm", "float32", "float32")
+  module = layers.Norm(kind, 1e-5, kind == "layernorm", False, "float32", "float32")
   variables = nn.unbox(module.init(jax.random.key(0), jnp.zeros((2, 3, 16))))
   centred = x - x.mean(-1, keepdims=True) if kind == "layernorm" else x
   want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
@@ -189,7 +190,7 @@ def test_every_layers_hidden_state_is_given_on_request():
     ({"positions": "rotary", "head_dim": 7}, ["head_dim=7", "even"]),
     ({"remat": "all"}, ["model.remat", "full"]),
     ({"decoder_layers": 0}, ["decoder_layers", "encoder_layers", "both 0"]),
-    ({"norm_placement": "after"}, ["model.norm_placement='after'", "pre, post"]),
+    ({"norm_placement": "after"}, ["model.norm_placement='after'", "pre, post, sandwich"]),
     ({"norm_placement": "post", "first_attention_norm": False}, ["first_attention_norm=False", "post"]),
     ({"positions": "relative", "relative_max_distance": 8}, ["relative_buckets=32", "relative_max_distance=8"]),
     ({"attention_pattern": ("local",)}, ["model.window"]),

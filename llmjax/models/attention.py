@@ -1,4 +1,4 @@
-"""Attention: masks from segments, positions and prefix; rotary and relative positions; the decoding cache."""
+"""Attention: masks from segments, positions and prefix; relative positions; the decoding cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llmjax.models import layers
+from llmjax.models.rotary import rotate
 from llmjax.sharding import constrain
 from llmjax.types import Tokens
 
@@ -87,22 +88,6 @@ def relative_buckets(
   return later + bucket
 
 
-def rotary_angles(positions: Int[Array, "B L"], width: int, base: float) -> tuple[Array, Array]:
-  """sin and cos of the rotary angles, each Float[B L width/2] (Su et al. 2021)."""
-  frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-  return jnp.sin(angles), jnp.cos(angles)
-
-
-def rotate(
-  x: Float[Array, "B L H A"], sin: Float[Array, "B L half"], cos: Float[Array, "B L half"]
-) -> Float[Array, "B L H A"]:
-  """Rotates the pairs (i, i + A/2) of every head, the layout of GPT-NeoX and Llama checkpoints; in float32."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  sin, cos = sin[:, :, None], cos[:, :, None]
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def dot_product_attention(
   query: Float[Array, "B L H A"],
   key: Float[Array, "B S K A"],
@@ -110,6 +95,7 @@ def dot_product_attention(
   mask: Bool[Array, "B L S"],
   *,
   scale: float | None = None,
+  softcap: float | None = None,
   bias: Float[Array, "B H L S"] | None = None,
   dropout_rate: float = 0.0,
   dropout_keys: Key[Array, " B"] | None = None,
@@ -120,12 +106,15 @@ def dot_product_attention(
 
   Args:
     scale: None is 1 / sqrt(A).
+    softcap: scores become softcap * tanh(scores / softcap) (Gemma Team 2024).
     bias: added to the scores of every head.
   """
   B, L, H, A = query.shape
   S, K = key.shape[1], key.shape[2]
   grouped = (query * (A**-0.5 if scale is None else scale)).reshape(B, L, K, H // K, A)
   scores = jnp.einsum("BLKGA,BSKA->BKGLS", grouped, key).astype(jnp.float32)
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
   if bias is not None:
     scores = scores + bias.astype(jnp.float32).reshape(B, K, H // K, L, S)
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -174,6 +163,7 @@ class Attention(nn.Module):
       value,
       mask,
       scale=c.attention_scale,
+      softcap=c.attention_softcap,
       bias=bias,
       dropout_rate=c.attention_dropout,
       dropout_keys=layers.fold(keys, 0),

@@ -6,6 +6,7 @@ import dataclasses
 
 from llmjax.config import ConfigError, nearest
 from llmjax.models import layers
+from llmjax.models.rotary import RotaryScaling
 
 # What a rematerialised layer keeps for the backward pass; everything else is computed again.
 REMAT = {
@@ -17,9 +18,12 @@ REMAT = {
 
 CHOICES = {
   "norm": ("layernorm", "rmsnorm"),
-  "norm_placement": ("pre", "post"),
+  "norm_placement": ("pre", "post", "sandwich"),
   "positions": ("learned", "rotary", "relative", "none"),
   "activation": tuple(layers.ACTIVATIONS),
+  "head": ("lm", "sequence", "token", "span"),
+  "pooling": ("first", "last", "mean"),
+  "pooler_activation": ("tanh", *layers.ACTIVATIONS),
   "residual_init": ("scaled", "plain", "zeros"),
   "remat": tuple(REMAT),
   "dtype": ("float32", "bfloat16", "float16"),
@@ -42,23 +46,35 @@ class TransformerConfig:
     head_dim: A, None = D / H.
     d_ff: F, None = 4 D.
     max_len: rows of the learned position table, and the longest context that generation uses.
-    norm: "layernorm" or "rmsnorm"; `norm_placement`: "pre", before each part and after the last, or "post", after each
-      sum with the residual stream (Vaswani et al. 2017, BERT).
+    norm: "layernorm" or "rmsnorm"; `norm_zero_centered`: scales are stored minus 1 (Gemma); `norm_placement`: "pre",
+      before each part and after the last, "post", after each sum with the residual stream (Vaswani et al. 2017, BERT),
+      or "sandwich", before and after each part (Gemma 2).
+    parallel_residual: attention and MLP read the same, and both are added to it (GPT-NeoX).
+    embedding_width: of the embedding tables, projected to D and back; None = D. `scale_embeddings`: times sqrt(D).
     embedding_norm: also normalise the embeddings (BERT, ModernBERT). `first_attention_norm`: False leaves out the norm
       before the first layer's attention (ModernBERT, where the embeddings' stands right before it).
     positions: "learned", "rotary", "relative" (T5's biases, a table for each stack) or "none".
-    rotary_base: theta of the rotary frequencies; `local_rotary_base`: of local layers, None = the same.
+    rotary_base: theta of the rotary frequencies; `rotary_fraction`: of each head that is rotated; `rotary_scaling`: see
+      there. `local_rotary_base`: local layers have rotary positions of their own, without scaling; None = the same.
     relative_buckets, relative_max_distance: R, and from where on all distances are one; see `relative_buckets`.
     attention_pattern: "global" or "local" for each layer, repeated over the stack. `window`: what a local layer sees,
       the latest keys in a decoder, half as many on either side in an encoder; see `attention_mask`.
-    attention_scale: of query-key products, None = 1 / sqrt(A).
+    attention_scale: of query-key products, None = 1 / sqrt(A); `attention_softcap`: of the scores, None = no bound;
+      `logit_softcap`: of the logits, likewise.
     token_types: entries of the table of token types (BERT's sentences A and B), 0 = none.
     activation: a name in `layers.ACTIVATIONS`; `gated` multiplies it with a second projection (SwiGLU and kin).
     qk_norm: normalise queries and keys per head (Dehghani et al. 2023).
     tie_embeddings: the output projection is the embedding table; `scale_tied_logits` then multiplies by 1 / sqrt(D)
       (T5 v1.0).
+    num_experts: E of a mixture in the place of each MLP, 0 = none; `experts_per_token`: how many of them a token goes
+      through; `expert_d_ff`: F of each, None = d_ff; `normalize_router`: whether the weights of those sum to 1;
+      `shared_expert_d_ff`: of one that all tokens go through besides (Qwen2-MoE), None = there is none.
+    head: what logits are of: "lm", the vocabulary, Float[B L V]; `num_classes` C of a "sequence", Float[B C], or of a
+      "token", Float[B L C]; the beginning and the end of a "span", Float[B L 2].
+    pooling: which hidden state stands for a sequence: the first, the last or the mean of its real tokens.
     head_transform: a projection, the activation and a norm before the output projection; `head_bias`: a bias after it.
-    pooler: tanh of a projection of the first token (Devlin et al. 2019); `sentence_classes`: C of a head on it.
+    pooler: an activation (`pooler_activation`) of a projection of the first token (Devlin et al. 2019), which a head on
+      sequences then reads; `sentence_classes`: C of a second head on it, beside "lm".
     bidirectional_prompt: generation reads its prompt as a prefix, seen both ways: for models trained as prefix LM.
     dropout: on embeddings and on what each part adds to the residual stream.
     attention_dropout, mlp_dropout: on attention weights, and inside the MLP.
@@ -81,17 +97,25 @@ class TransformerConfig:
   norm: str = "layernorm"
   norm_epsilon: float = 1e-5
   norm_bias: bool = True
+  norm_zero_centered: bool = False
   norm_placement: str = "pre"
+  parallel_residual: bool = False
+  embedding_width: int | None = None
+  scale_embeddings: bool = False
   embedding_norm: bool = False
   first_attention_norm: bool = True
   positions: str = "learned"
   rotary_base: float = 10_000.0
+  rotary_fraction: float = 1.0
+  rotary_scaling: RotaryScaling | None = None
   local_rotary_base: float | None = None
   relative_buckets: int = 32
   relative_max_distance: int = 128
   attention_pattern: tuple[str, ...] = ("global",)
   window: int | None = None
   attention_scale: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
   token_types: int = 0
   activation: str = "gelu"
   gated: bool = False
@@ -99,11 +123,20 @@ class TransformerConfig:
   attention_out_bias: bool = True
   mlp_bias: bool = True
   qk_norm: bool = False
+  num_experts: int = 0
+  experts_per_token: int = 2
+  expert_d_ff: int | None = None
+  normalize_router: bool = True
+  shared_expert_d_ff: int | None = None
   tie_embeddings: bool = True
   scale_tied_logits: bool = False
+  head: str = "lm"
+  num_classes: int = 0
+  pooling: str = "first"
   head_transform: bool = False
   head_bias: bool = False
   pooler: bool = False
+  pooler_activation: str = "tanh"
   sentence_classes: int = 0
   bidirectional_prompt: bool = False
   dropout: float = 0.0
@@ -125,17 +158,20 @@ class TransformerConfig:
     for field in ("vocab_size", "d_model", "num_heads", "max_len"):
       if getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1")
-    for field in ("decoder_layers", "encoder_layers", "token_types", "sentence_classes"):
+    for field in ("decoder_layers", "encoder_layers", "token_types", "sentence_classes", "num_experts", "num_classes"):
       if getattr(self, field) < 0:
         raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
     if not self.decoder_layers + self.encoder_layers:
       raise ConfigError("model.decoder_layers and model.encoder_layers are both 0; give at least one stack layers")
-    for field in ("num_kv_heads", "head_dim", "d_ff", "window"):
+    for field in ("num_kv_heads", "head_dim", "d_ff", "window", "embedding_width", "expert_d_ff", "shared_expert_d_ff"):
       if getattr(self, field) is not None and getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1, or none")
     for field in ("init_stddev", "embedding_stddev"):
       if getattr(self, field) is not None and not getattr(self, field) >= 0:  # nan is not either
         raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
+    for field in ("attention_softcap", "logit_softcap"):
+      if getattr(self, field) is not None and not getattr(self, field) > 0:
+        raise ConfigError(f"model.{field}={getattr(self, field)} must be positive, or none")
     for field in ("dropout", "attention_dropout", "mlp_dropout"):
       if not 0 <= getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be in [0, 1)")
@@ -145,8 +181,16 @@ class TransformerConfig:
       )
     if self.num_heads % self.kv_heads:
       raise ConfigError(f"model.num_kv_heads={self.kv_heads} must divide model.num_heads={self.num_heads}")
-    if self.positions == "rotary" and self.head_width % 2:
-      raise ConfigError(f"model.head_dim={self.head_width} must be even for rotary positions")
+    if self.positions == "rotary":
+      if not 0 < self.rotary_fraction <= 1 or self.rotary_width < 2 or self.rotary_width % 2:
+        raise ConfigError(
+          f"model.rotary_fraction={self.rotary_fraction} of model.head_dim={self.head_width} is {self.rotary_width} "
+          "rotated dimensions; they must be even, and at least 2"
+        )
+      if self.rotary_scaling is not None:
+        self.rotary_scaling.check_width(self.rotary_width)
+    elif self.rotary_scaling is not None or self.rotary_fraction != 1:
+      raise ConfigError(f"model.rotary_* is for model.positions='rotary', not {self.positions!r}")
     if self.positions == "relative" and not 4 <= self.relative_buckets < self.relative_max_distance:
       raise ConfigError(
         f"model.relative_buckets={self.relative_buckets} must be at least 4 and less than "
@@ -158,26 +202,61 @@ class TransformerConfig:
         raise ConfigError(f"model.attention_pattern: {kind!r} is not allowed; each layer is one of {', '.join(KINDS)}")
     if "local" in self.attention_pattern and self.window is None:
       raise ConfigError("model.attention_pattern has local layers, so model.window must say how many keys they see")
-    if self.norm_placement == "post" and not self.first_attention_norm:
-      raise ConfigError("model.first_attention_norm=False leaves out a norm that norm_placement='post' does not have")
-    if self.scale_tied_logits and not self.tie_embeddings:
-      raise ConfigError("model.scale_tied_logits=True needs model.tie_embeddings=True")
-    if self.pooler and self.stacks != "encoder":
-      raise ConfigError("model.pooler=True needs a model of encoder_layers alone: only its first token has seen a text")
-    if self.bidirectional_prompt and self.stacks == "encoder":
+    self._check_head()
+    for what, wrong in self._contradictions.items():
+      if wrong:
+        raise ConfigError(what)
+
+  def _check_head(self) -> None:
+    """What is behind the last layer."""
+    if self.head == "span" and self.num_classes == 0:
+      object.__setattr__(self, "num_classes", 2)
+    if (self.head == "lm") != (self.num_classes == 0) or (self.head == "span" and self.num_classes != 2):
       raise ConfigError(
-        "model.bidirectional_prompt=True says how a decoder reads a prompt, and there is none; unset it"
+        f"model.head={self.head!r} and model.num_classes={self.num_classes}: 'lm' has 0, 'span' 2, others at least 1"
       )
-    if self.window is not None and "local" not in self.attention_pattern:
-      raise ConfigError(f"model.window={self.window} is for local layers, and model.attention_pattern has none")
-    if self.local_rotary_base is not None and not ("local" in self.attention_pattern and self.positions == "rotary"):
+    if self.head != "lm" and self.stacks == "both":
       raise ConfigError(
-        f"model.local_rotary_base={self.local_rotary_base} is for rotary positions in local layers, and there are none"
+        f"model.head={self.head!r} needs a model of one stack; set model.encoder_layers=0, or head='lm'"
       )
-    if self.sentence_classes and not self.pooler:
-      raise ConfigError(
-        f"model.sentence_classes={self.sentence_classes} needs model.pooler=True, which feeds that head"
-      )
+
+  @property
+  def _contradictions(self) -> dict[str, bool]:
+    local, encoder = "local" in self.attention_pattern, self.stacks == "encoder"
+    return {
+      "model.first_attention_norm=False leaves out a norm that norm_placement='post' does not have": (
+        self.norm_placement == "post" and not self.first_attention_norm
+      ),
+      "model.parallel_residual=True needs norm_placement='pre', and no cross-attention": (
+        self.parallel_residual and (self.norm_placement != "pre" or self.stacks == "both")
+      ),
+      "model.scale_tied_logits=True needs model.tie_embeddings=True": (
+        self.scale_tied_logits and not self.tie_embeddings
+      ),
+      "model.pooler=True needs a model of encoder_layers alone: only its first token has seen a text": (
+        self.pooler and not encoder
+      ),
+      "model.pooling='first' of a decoder: only its last token has seen a text; set model.pooling='last'": (
+        self.head == "sequence" and self.pooling == "first" and not encoder
+      ),
+      "model.bidirectional_prompt=True says how a decoder reads a prompt, and there is none; unset it": (
+        self.bidirectional_prompt and encoder
+      ),
+      f"model.window={self.window} is for local layers, and model.attention_pattern has none": (
+        self.window is not None and not local
+      ),
+      f"model.local_rotary_base={self.local_rotary_base} is for rotary positions in local layers, and there are none": (
+        self.local_rotary_base is not None and not (local and self.positions == "rotary")
+      ),
+      f"model.sentence_classes={self.sentence_classes} needs model.pooler=True, which feeds that head, and head='lm'": (
+        self.sentence_classes > 0 and not (self.pooler and self.head == "lm")
+      ),
+      f"model.experts_per_token={self.experts_per_token} must be from 1 to model.num_experts={self.num_experts}": (
+        self.num_experts > 0 and not 1 <= self.experts_per_token <= self.num_experts
+      ),
+      "model.mlp_bias=True is not for experts, which have none; set it to False": self.num_experts > 0
+      and self.mlp_bias,
+    }
 
   @property
   def kv_heads(self) -> int:
@@ -190,6 +269,20 @@ class TransformerConfig:
   @property
   def ff_width(self) -> int:
     return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+  @property
+  def expert_width(self) -> int:
+    return self.ff_width if self.expert_d_ff is None else self.expert_d_ff
+
+  @property
+  def rotary_width(self) -> int:
+    """How many dimensions of a head are rotated."""
+    return int(self.head_width * self.rotary_fraction)
+
+  @property
+  def table_width(self) -> int:
+    """Of the embedding tables."""
+    return self.d_model if self.embedding_width is None else self.embedding_width
 
   @property
   def table_stddev(self) -> float:

@@ -95,6 +95,7 @@ class Norm(nn.Module):
   kind: str
   epsilon: float
   use_bias: bool
+  zero_centered: bool
   dtype: str
   param_dtype: str
   axis: str = "norm"
@@ -112,7 +113,10 @@ class Norm(nn.Module):
     if self.kind == "layernorm":
       y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-    y = y * vector("scale", nn.initializers.ones)
+    if self.zero_centered:
+      y = y * (1 + vector("scale", nn.initializers.zeros))
+    else:
+      y = y * vector("scale", nn.initializers.ones)
     if self.use_bias:
       y = y + vector("bias", nn.initializers.zeros)
     return y.astype(self.dtype)
@@ -120,7 +124,9 @@ class Norm(nn.Module):
 
 def norm(cfg: TransformerConfig, name: str | None, axis: str = "norm") -> Norm:
   """The norm that the config asks for."""
-  return Norm(cfg.norm, cfg.norm_epsilon, cfg.norm_bias, cfg.dtype, cfg.param_dtype, axis, name=name)
+  return Norm(
+    *(cfg.norm, cfg.norm_epsilon, cfg.norm_bias, cfg.norm_zero_centered, cfg.dtype, cfg.param_dtype, axis), name=name
+  )
 
 
 class Bias(nn.Module):
@@ -180,13 +186,14 @@ class Mlp(nn.Module):
   """activation(x W_up) W_down, or with a gate activation(x W_gate) * (x W_up) W_down (Shazeer 2020)."""
 
   cfg: TransformerConfig
+  width: int  # F
 
   @nn.compact
   def __call__(self, x: Float[Array, "B L D"], keys: Key[Array, " B"] | None) -> Float[Array, "B L D"]:
     c = self.cfg
 
     def up(name):
-      return projection(c, name, (c.ff_width,), ("embed", "mlp"), c.mlp_bias)(x)
+      return projection(c, name, (self.width,), ("embed", "mlp"), c.mlp_bias)(x)
 
     h = ACTIVATIONS[c.activation](up("gate")) * up("up") if c.gated else ACTIVATIONS[c.activation](up("up"))
     h = dropout(constrain(h, "act_batch", "act_len", "act_mlp"), c.mlp_dropout, keys)

@@ -2,10 +2,12 @@
 
 Parameters, with V, D, ... as in `llmjax.types` and N the layers of a stack:
   embedding/table [V D]      positions/table [P D] (learned)      token_types/table [Y D]      embedding_norm
+  project_in, project_out (where tables have a width of their own)
   {encoder,decoder}/layers/{attention_norm, attention/{query,key,value,out}, cross_norm, cross_attention/..., mlp_norm,
-                            mlp/{gate,up,down}} [N ...]
+                            mlp/{gate,up,down}} [N ...]; attention_post_norm, mlp_post_norm (sandwich);
+    experts: mlp/{router/kernel [D E], gate, up [E D F], down [E F D], shared, shared_gate}
   {encoder,decoder}/{final_norm, relative/table [R H]}
-  head_transform, head_norm, head/kernel [D V] (untied), head_bias [V]      pooler, sentence_head
+  head_transform, head_norm, head/kernel [D V] (untied) or [D C], head_bias [V]      pooler, sentence_head
 Which of them there are, the config says. Where layers differ, `layers` holds one period of them, `slot_0`, `slot_1`,
 ..., each stacked [N / period ...], between the odd ones `first` and `last_0`, `last_1`, ...
 Unrolled (`scan=False`), all of these become `layers_0`, `layers_1`, ... without a leading N; see `models/layout.py`.
@@ -15,11 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from llmjax.config import ConfigError, nearest
@@ -31,15 +35,27 @@ from llmjax.models.attention import (
   Context,
   attention_mask,
   cross_mask,
-  rotary_angles,
 )
 from llmjax.models.config import REMAT, TransformerConfig
+from llmjax.models.moe import MixtureMlp, Routing
+from llmjax.models.rotary import angles, frequencies, make_scaling
 from llmjax.sharding import constrain
 from llmjax.types import Batch, Outputs, Tokens
 
 
+@struct.dataclass
+class LayerOutputs:
+  """What is kept of every layer; leaves are [N ...] behind a stack."""
+
+  hidden: Array  # Float[B L D]
+  routing: Routing | None = None
+
+
 class Block(nn.Module):
-  """Self-attention, in a decoder behind an encoder cross-attention, and the MLP, each added to the residual stream."""
+  """Self-attention, in a decoder behind an encoder cross-attention, and the MLP, each added to the residual stream.
+
+  Returns the stream, and what is kept of every layer: the stream again and, with experts, their `Routing`.
+  """
 
   cfg: TransformerConfig
   kind: str = "global"
@@ -47,25 +63,43 @@ class Block(nn.Module):
   attention_norm: bool = True
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"], ctx: Context, layer: Int[Array, ""]) -> tuple[Array, Array]:
-    keys = layers.fold(ctx.dropout_keys, layer)
+  def __call__(self, x: Float[Array, "B L D"], ctx: Context, layer: Int[Array, ""]) -> tuple[Array, LayerOutputs]:
+    c, keys = self.cfg, layers.fold(ctx.dropout_keys, layer)
+    routing = None
     x = constrain(x, "act_batch", "act_len", "act_embed")
-    attention = Attention(self.cfg, self.kind, name="attention")
-    x = self.add(x, "attention_norm", lambda h: attention(h, ctx, layers.fold(keys, 0)), layers.fold(keys, 1))
-    if self.cross:
-      cross = Attention(self.cfg, cross=True, name="cross_attention")
-      x = self.add(x, "cross_norm", lambda h: cross(h, ctx, layers.fold(keys, 3)), layers.fold(keys, 4))
-    mlp = layers.Mlp(self.cfg, name="mlp")
-    x = self.add(x, "mlp_norm", lambda h: mlp(h, layers.fold(keys, 5)), layers.fold(keys, 2))
-    return x, x
 
-  def add(self, x: Array, name: str, part: Any, keys: Key[Array, " B"] | None) -> Array:
-    """x + part(norm(x)), or norm(x + part(x))."""
+    def mlp(h):
+      nonlocal routing
+      if not c.num_experts:
+        return layers.Mlp(c, c.ff_width, name="mlp")(h, layers.fold(keys, 5))
+      h, routing = MixtureMlp(c, name="mlp")(h, layers.fold(keys, 5), ctx.query.segments)
+      return h
+
+    attention = Attention(c, self.kind, name="attention")
+    attended = self.branch(x, "attention", lambda h: attention(h, ctx, layers.fold(keys, 0)), layers.fold(keys, 1))
+    if c.parallel_residual:
+      x = x + attended + self.branch(x, "mlp", mlp, layers.fold(keys, 2))
+      return x, LayerOutputs(x, routing)
+    x = self.add(x, "attention", attended)
+    if self.cross:
+      cross = Attention(c, cross=True, name="cross_attention")
+      crossed = self.branch(x, "cross", lambda h: cross(h, ctx, layers.fold(keys, 3)), layers.fold(keys, 4))
+      x = self.add(x, "cross", crossed)
+    x = self.add(x, "mlp", self.branch(x, "mlp", mlp, layers.fold(keys, 2)))
+    return x, LayerOutputs(x, routing)
+
+  def branch(self, x: Array, name: str, part: Callable[[Array], Array], keys: Key[Array, " B"] | None) -> Array:
+    """What a part of the Block adds to the residual stream."""
     c = self.cfg
-    norm = layers.norm(c, name) if self.attention_norm or name != "attention_norm" else lambda h: h
-    if c.norm_placement == "pre":
-      return x + layers.dropout(part(norm(x)), c.dropout, keys)
-    return norm(x + layers.dropout(part(x), c.dropout, keys))
+    if c.norm_placement != "post" and (self.attention_norm or name != "attention"):
+      y = part(layers.norm(c, f"{name}_norm")(x))
+    else:
+      y = part(x)
+    y = layers.norm(c, f"{name}_post_norm")(y) if c.norm_placement == "sandwich" else y
+    return layers.dropout(y, c.dropout, keys)
+
+  def add(self, x: Array, name: str, branch: Array) -> Array:
+    return layers.norm(self.cfg, f"{name}_norm")(x + branch) if self.cfg.norm_placement == "post" else x + branch
 
 
 class Period(nn.Module):
@@ -76,23 +110,23 @@ class Period(nn.Module):
   make: Any  # (kind, name) -> Block
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"], ctx: Context, layer: Int[Array, ""]) -> tuple[Array, Array]:
+  def __call__(self, x: Float[Array, "B L D"], ctx: Context, layer: Int[Array, ""]) -> tuple[Array, LayerOutputs]:
     outputs = []
     for i, kind in enumerate(self.kinds):
-      x, _ = self.make(kind=kind, name=f"slot_{i}")(x, ctx, layer + i)
-      outputs.append(x)
-    return x, jnp.stack(outputs)
+      x, out = self.make(kind=kind, name=f"slot_{i}")(x, ctx, layer + i)
+      outputs.append(out)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
 
 
 class Stack(nn.Module):
-  """N Blocks and the final norm. Returns Float[B L D] and every Block's output, Float[N B L D]."""
+  """N Blocks and the final norm. Returns Float[B L D] and every Block's outputs, [N ...]."""
 
   cfg: TransformerConfig
   depth: int
   cross: bool = False
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"], ctx: Context) -> tuple[Array, Array]:
+  def __call__(self, x: Float[Array, "B L D"], ctx: Context) -> tuple[Array, LayerOutputs]:
     c = self.cfg
     block = Block
     if c.remat != "none":
@@ -109,7 +143,7 @@ class Stack(nn.Module):
 
     def single(x: Array, i: int, name: str) -> Array:
       x, out = make(kind=c.kind(i), name=name, attention_norm=c.first_attention_norm or i > 0)(x, ctx, jnp.asarray(i))
-      outputs.append(out[None])
+      outputs.append(jax.tree.map(lambda y: y[None], out))
       return x
 
     first, period, repeats = c.layout(self.depth) if c.scan else (self.depth, 1, 0)
@@ -127,11 +161,13 @@ class Stack(nn.Module):
       )
       settings: tuple[Any, ...] = (kinds[0], self.cross) if period == 1 else (kinds, make)
       x, each = scanned(c, *settings, name="layers")(x, ctx, first + period * jnp.arange(repeats))
-      outputs.append(each.reshape(-1, *x.shape))
+      if period > 1:  # [periods slots ...]
+        each = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), each)
+      outputs.append(each)
     for i in range(first + period * repeats, self.depth):
       x = single(x, i, f"last_{i - first - period * repeats}")
-    x = layers.norm(c, "final_norm")(x) if c.norm_placement == "pre" else x
-    return x, jnp.concatenate(outputs)
+    x = layers.norm(c, "final_norm")(x) if c.norm_placement != "post" else x
+    return x, jax.tree.map(lambda *each: jnp.concatenate(each), *outputs)
 
 
 class Transformer(nn.Module):
@@ -147,7 +183,11 @@ class Transformer(nn.Module):
   def setup(self) -> None:
     c = self.cfg
     table = functools.partial(layers.Embedding, stddev=c.table_stddev, dtype=c.dtype, param_dtype=c.param_dtype)
-    self.embedding = table(c.vocab_size, c.d_model, ("vocab", "embed"))
+    self.embedding = table(c.vocab_size, c.table_width, ("vocab", "embed"))
+    if c.embedding_width is not None:
+      self.project_in = layers.projection(c, None, (c.d_model,), ("head", "embed"), False)
+      if c.head == "lm":
+        self.project_out = layers.projection(c, None, (c.table_width,), ("embed", "head"), False)
     if c.positions == "learned":
       self.positions = table(c.max_len, c.d_model, ("positions", "embed"))
     if c.token_types:
@@ -162,10 +202,13 @@ class Transformer(nn.Module):
     if c.head_transform:
       self.head_transform = layers.projection(c, None, (c.d_model,), ("embed", "head"), c.mlp_bias)
       self.head_norm = layers.norm(c, None)
-    if not c.tie_embeddings:
-      self.head = layers.projection(c, None, (c.vocab_size,), ("embed", "vocab"), False)
-    if c.head_bias:
-      self.head_bias = layers.Bias(c.vocab_size, "vocab", c.param_dtype)
+    if c.head != "lm":
+      self.head = layers.projection(c, None, (c.num_classes,), ("embed", "classes"), c.head_bias)
+    else:
+      if not c.tie_embeddings:
+        self.head = layers.projection(c, None, (c.vocab_size,), ("embed", "vocab"), False)
+      if c.head_bias:
+        self.head_bias = layers.Bias(c.vocab_size, "vocab", c.param_dtype)
     if c.pooler:
       self.pooler = layers.projection(c, None, (c.d_model,), ("embed", "head"), True)
     if c.sentence_classes:
@@ -174,7 +217,7 @@ class Transformer(nn.Module):
   def __call__(
     self, batch: Batch, *, cache_length: int | None = None, logits: bool = True, all_hidden: bool = False
   ) -> Outputs:
-    """Logits Float[B L V] (None if not asked for), hidden states Float[B L D] and what else the config has."""
+    """Logits as `cfg.head` says (None if not asked for), hidden states Float[B L D] and what else the config has."""
     c, batch = self.cfg, jax.tree.map(jnp.asarray, batch)
     keys = layers.row_keys(self.make_rng("dropout"), batch.rows) if self.has_rng("dropout") else None
     memory: Any = None
@@ -191,13 +234,15 @@ class Transformer(nn.Module):
       x, each = self.run(self.decoder, tokens, keys, memory, batch.inputs if c.encoder_layers else None, cache_length)
     if self.is_initializing() and c.sentence_classes:
       self.sentence_logits(x)
+    scores = self.unembed(x) if c.head == "lm" else self.classify(x, batch.inputs)
     return Outputs(
-      logits=self.unembed(x) if logits else None,
+      logits=scores if logits else None,
       hidden=x,
-      pooled=self.pool_first(x, batch.inputs) if c.pooler else None,
-      all_hidden=each if all_hidden else None,
+      pooled=self.pool(_select(x, batch.inputs, "first")) if c.pooler else None,
+      all_hidden=each.hidden if all_hidden else None,
       encoder_hidden=memory,
-      encoder_all_hidden=memory_each if all_hidden else None,
+      encoder_all_hidden=memory_each.hidden if all_hidden and memory_each is not None else None,
+      routing=[out.routing for out in (memory_each, each) if out is not None and out.routing is not None],
     )
 
   def run(
@@ -208,22 +253,19 @@ class Transformer(nn.Module):
     memory: Float[Array, "B S D"] | None = None,
     memory_tokens: Tokens | None = None,
     cache_length: int | None = None,
-  ) -> tuple[Array, Array]:
-    """Tokens through one stack: Float[B L D], and every layer's hidden states, the embeddings first, [N+1 B L D]."""
+  ) -> tuple[Array, LayerOutputs]:
+    """Tokens through one stack: Float[B L D], and every layer's outputs, hidden states with the embeddings first."""
     c, causal = self.cfg, stack.cross or self.cfg.stacks == "decoder"
     key, index = (tokens, None) if cache_length is None else self.seen(tokens, cache_length)
     if stack.cross and cache_length is not None:
       memory_tokens = self.read(memory_tokens)
     kinds = {c.kind(i) for i in range(stack.depth)}
     windows = {kind: c.window if kind == "local" else None for kind in sorted(kinds)}
-    bases = {"global": c.rotary_base, "local": c.local_rotary_base or c.rotary_base}
     ctx = Context(
       query=tokens,
       key=key,
       masks={kind: attention_mask(tokens, key, causal=causal, window=window) for kind, window in windows.items()},
-      rotary={kind: rotary_angles(tokens.positions, c.head_width, bases[kind]) for kind in windows}
-      if c.positions == "rotary"
-      else {},
+      rotary={kind: self.rotary(tokens, kind) for kind in windows} if c.positions == "rotary" else {},
       dropout_keys=layers.fold(keys, 0),
       memory=memory,
       memory_mask=cross_mask(tokens, memory_tokens) if memory_tokens is not None else None,
@@ -233,12 +275,25 @@ class Transformer(nn.Module):
     )
     x = embedded = self.embed(tokens, layers.fold(keys, 1))
     x, each = stack(x, ctx)
-    return x, jnp.concatenate([embedded[None], each])
+    return x, dataclasses.replace(each, hidden=jnp.concatenate([embedded[None], each.hidden]))
+
+  def rotary(self, tokens: Tokens, kind: str) -> tuple[Array, Array]:
+    """sin and cos of the angles in layers of a kind."""
+    c = self.cfg
+    base, scaling = c.rotary_base, c.rotary_scaling
+    if kind == "local" and c.local_rotary_base is not None:
+      base, scaling = c.local_rotary_base, None
+    rates = frequencies(c.rotary_width, base, c.max_len, scaling)
+    return angles(tokens.positions, rates, 1.0 if scaling is None else scaling.amplitude)
 
   def embed(self, tokens: Tokens, keys: Key[Array, " B"] | None) -> Float[Array, "B L D"]:
     """The sum of a token's embeddings."""
     c = self.cfg
     x = self.embedding(tokens.ids)
+    if c.embedding_width is not None:
+      x = self.project_in(x)
+    if c.scale_embeddings:
+      x = x * jnp.asarray(c.d_model**0.5, x.dtype)
     if c.positions == "learned":
       x = x + self.positions(tokens.positions)
     if c.token_types:
@@ -250,26 +305,47 @@ class Transformer(nn.Module):
   def unembed(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
     """Hidden states to logits, float32."""
     c = self.cfg
-    if c.head_transform:
-      hidden = self.head_norm(layers.ACTIVATIONS[c.activation](self.head_transform(hidden)))
+    hidden = self.transform(hidden)
     if c.scale_tied_logits:
       hidden = hidden * c.d_model**-0.5
+    if c.embedding_width is not None:
+      hidden = self.project_out(hidden)
     logits = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
     logits = constrain(logits.astype(jnp.float32), "act_batch", "act_len", "act_vocab")
-    return self.head_bias(logits) if c.head_bias else logits
+    logits = self.head_bias(logits) if c.head_bias else logits
+    return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
-  def pool(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  def classify(self, hidden: Float[Array, "B L D"], tokens: Tokens) -> Array:
+    """Hidden states to the logits of a head on sequences, Float[B C], tokens, Float[B L C], or spans, Float[B L 2]."""
+    c = self.cfg
+    if c.head == "sequence":
+      hidden = _select(hidden, tokens, c.pooling)
+      hidden = self.pool(hidden) if c.pooler else hidden
+    return self.head(self.transform(hidden)).astype(jnp.float32)
+
+  def transform(self, hidden: Array) -> Array:
+    """What stands between the last layer and the output projection, if anything does."""
+    c = self.cfg
+    return self.head_norm(layers.ACTIVATIONS[c.activation](self.head_transform(hidden))) if c.head_transform else hidden
+
+  def pool(self, hidden: Array) -> Array:
     """The pooler; it means something for the first token of an example."""
-    return jnp.tanh(self.pooler(hidden))
-
-  def pool_first(self, hidden: Float[Array, "B L D"], tokens: Tokens) -> Float[Array, "B D"]:
-    """The pooler's output for the first real token of every row."""
-    first = jnp.argmax(tokens.segments > 0, axis=1)
-    return self.pool(jnp.take_along_axis(hidden, first[:, None, None], axis=1))[:, 0]
+    name = self.cfg.pooler_activation
+    return (jnp.tanh if name == "tanh" else layers.ACTIVATIONS[name])(self.pooler(hidden))
 
   def sentence_logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L C"]:
     """What the sentence head says of every position, float32; it means something for the first token of an example."""
     return self.sentence_head(self.pool(hidden)).astype(jnp.float32)
+
+
+def _select(hidden: Float[Array, "B L D"], tokens: Tokens, which: str) -> Float[Array, "B D"]:
+  """The hidden state of the first or the last real token of every row, or the mean over all of them."""
+  real = tokens.segments > 0
+  if which == "mean":
+    weight = real.astype(hidden.dtype)[:, :, None]
+    return jnp.sum(hidden * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1)
+  place = jnp.argmax(real, axis=1) if which == "first" else real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+  return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
 
 
 MODELS = {"transformer": "llmjax.models.transformer:make_transformer"}
@@ -281,4 +357,7 @@ def make_transformer(*, vocab_size: int, **fields: Any) -> Transformer:
   for key in fields:
     if key not in known:
       raise ConfigError(f"model.{key} is no such key; {nearest(key, known)}")
+  scaling = fields.get("rotary_scaling")
+  if isinstance(scaling, Mapping):  # {} is none
+    fields["rotary_scaling"] = make_scaling(scaling) if scaling else None
   return Transformer(TransformerConfig(vocab_size=vocab_size, **fields))

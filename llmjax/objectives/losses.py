@@ -46,6 +46,19 @@ def cross_entropy(
   return (1 - label_smoothing) * nll + label_smoothing * uniform, nll, log_z
 
 
+def balance_loss(routing: Any) -> Float[Array, ""]:
+  """E * the sum over experts of (share of the tokens routed there) * (mean probability), averaged over layers.
+
+  Its least is k, where all experts get the same (Fedus et al. 2021, Switch Transformer, where k is 1).
+
+  Args:
+    routing: a stack's `models.moe.Routing`, leaves [N ...].
+  """
+  tokens = jnp.maximum(routing.tokens, 1.0)[:, None]
+  shares, probabilities = routing.counts / tokens, routing.probabilities / tokens
+  return jnp.mean(routing.counts.shape[1] * jnp.sum(shares * probabilities, axis=1))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenLoss:
   """Cross-entropy of tokens as named sums, shared by all objectives that predict tokens.
