@@ -109,7 +109,8 @@ def test_documents_begin_and_end_and_prompts_only_begin(tokenizer):
   ids = tokenizer.encode("a b").tolist()
   bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
   assert tokenizer.document("a b").tolist() == bos + ids + eos
-  assert tokenizer.prompt("a b").tolist() == (bos if tokenizer.prompt_bos else []) + ids
+  assert tokenizer.prompt("a b").tolist() == tokenizer.single[0].tolist() + ids
+  assert tokenizer.single[0].tolist() in (bos, []) and tokenizer.single[1].tolist() == []
   assert tokenizer.document("").dtype == np.int32
   assert all(tokenizer.byte_lengths()[bos + eos] == 0)
 
@@ -122,6 +123,8 @@ def test_padding_on_either_side(tokenizer):
     for row, real, text in zip(ids, mask, texts):
       assert row[real == 1].tolist() == tokenizer.prompt(text).tolist()
       assert (np.diff(real) >= 0).all() if side == "left" else (np.diff(real) <= 0).all()
+  with pytest.raises(ConfigError, match="side='both' must be 'right' or 'left'"):
+    tokenizer.pad(texts, side="both")
 
 
 def test_files_rebuild_it(tokenizer):
@@ -171,6 +174,12 @@ def test_special_tokens_are_shown_by_name(tmp_path):
   assert made.show(made.encode("é")[:1]) == "\ufffd"
   known = tokenizers.make({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
   assert known.show(known.document("aЖb")) == "<s>a<unk>b</s>" and known.special.sum() == 3
+
+
+def test_the_longer_of_two_names_is_meant():
+  names = {97: "<x", 98: "<x>"}
+  made = tokenizers.Tokenizer("own", tuple(bytes([i]) for i in range(128)), lambda t: list(t.encode()), {}, names=names)
+  assert made.chat([{"role": "user"}], template="{{ '<x><x' }}").tolist() == [98, 97]
 
 
 def test_training_is_deterministic_cached_and_quiet(tmp_path, capfd):
@@ -229,7 +238,7 @@ def test_a_tokenizer_for_words(tmp_path):
   model.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
   model.save(str(tmp_path / "tokenizer.json"))
   made = tokenizers.make({"name": "hf", "path": str(tmp_path / "tokenizer.json")})
-  assert (made.bos_id, made.eos_id, made.pad_id, made.prompt_bos) == (2, 3, 0, True)
+  assert (made.bos_id, made.eos_id, made.pad_id, made.around) == (2, 3, 0, ((2,), (3,)))
   assert made.document("The unhappy foxs").tolist() == [2, 4, 5, 6, 7, 9, 3]
   assert made.decode(made.document("The unhappy foxs")) == "the unhappy foxs"
   for ids in itertools.product(range(len(words)), repeat=4):

@@ -6,10 +6,22 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from llmjax.config import ConfigError
 from llmjax.data.source import Source, cached, digest
 from llmjax.data.tokenizer import TRAINING_BYTES, Tokenizer, sample, training_text
+
+SPACE = "\u2581"  # SentencePiece's sign for a space
+
+# Numbers in a model's protocol buffer: kinds of pieces, and a kind of model.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+UNIGRAM = 1
+
+# The scores of a unigram vocabulary are multiples of 1 / ROUNDING, so that sums of them are exact in single precision.
+# Else rounding noise decides between segmentations of equal score (two spaces and four, or four and two), and no other
+# program, nor the same one behind another text, would decide alike.
+ROUNDING = 64
 
 
 def _read(path: str, key: str = "data.tokenizer.path") -> bytes:
@@ -38,7 +50,8 @@ def sentencepiece(
     return sentencepiece_from_files({"tokenizer.model": _read(path)})
   source = training_text(source, "sentencepiece")
   settings = (model_type, byte_fallback, character_coverage)
-  name = f"sentencepiece-{digest(source.fingerprint, (vocab_size - extra, *settings), TRAINING_BYTES)}.model"
+  learned = (vocab_size - extra, *settings, *[ROUNDING] * (model_type == "unigram"))
+  name = f"sentencepiece-{digest(source.fingerprint, learned, TRAINING_BYTES)}.model"
 
   def train(made: Path) -> None:
     made.write_bytes(train_sentencepiece(sample(source), vocab_size, *settings, extra=extra))
@@ -95,7 +108,31 @@ def train_sentencepiece(
     raise ConfigError(
       f"data.tokenizer.vocab_size={vocab_size}: SentencePiece cannot train{beside}: {reason or 'the text is empty'}"
     ) from error
-  return model.getvalue()
+  return _rounded(model.getvalue()) if model_type == "unigram" else model.getvalue()
+
+
+def _rounded(model: bytes) -> bytes:
+  proto = model_proto(model)
+  for piece in proto.pieces:
+    piece.score = round(piece.score * ROUNDING) / ROUNDING
+  return proto.SerializeToString(deterministic=True)
+
+
+def model_proto(model: bytes, name: str = "file") -> Any:
+  """The protocol buffer of a SentencePiece model.
+
+  Raises ConfigError: `name` is none.
+  """
+  from google.protobuf.message import DecodeError
+  from sentencepiece import sentencepiece_model_pb2
+
+  try:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+  except DecodeError as error:
+    raise ConfigError(f"the {name} is no SentencePiece model: {error}") from error
+  if not proto.pieces:
+    raise ConfigError(f"the {name} is no SentencePiece model: it has no pieces")
+  return proto
 
 
 def _sentences(texts: Iterable[str], length: int = 4000) -> Iterator[str]:
@@ -104,7 +141,7 @@ def _sentences(texts: Iterable[str], length: int = 4000) -> Iterator[str]:
   Left out: NUL, and U+2581 and U+2585, which SentencePiece keeps for itself.
   """
   for text in texts:
-    for part in re.split("[\0\u2581\u2585]", text):
+    for part in re.split(f"[\0{SPACE}\u2585]", text):
       start = 0
       while start < len(part):
         stop = start + length
@@ -127,19 +164,19 @@ def sentencepiece_from_files(files: Mapping[str, bytes]) -> Tokenizer:
       return b""
     if model.is_byte(token):
       return bytes([int(model.id_to_piece(token)[1:-1], 16)])  # "<0x0A>"
-    return model.id_to_piece(token).replace("\u2581", " ").encode()
+    return model.id_to_piece(token).replace(SPACE, " ").encode()
 
-  # U+2581 is SentencePiece's sign for a space, so it would come back as one.
-  mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+  # SentencePiece's sign for a space in a text would come back as a space.
+  mark = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
   def to_ids(text: str) -> list[int]:
-    first, *rest = text.split("\u2581")
+    first, *rest = text.split(SPACE)
     ids = model.encode(first)
     for part in rest:
       ids += mark + model.encode(part)
     return ids
 
-  prefixed = model.encode("a", out_type=str)[0].startswith("\u2581")  # models made for words, such as T5's and Llama's
+  prefixed = model.encode("a", out_type=str)[0].startswith(SPACE)  # models made for words, such as T5's and Llama's
   bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
   vocabulary = range(model.vocab_size())
   return Tokenizer(

@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece, Hugging Face `tokenizers`, bytes, characters.
+"""Text to token ids and back: SentencePiece, Hugging Face folders, bytes, characters.
 
 `make` builds one from `data.tokenizer` (training it where it asks for that); `spec` and `to_files` go into checkpoints,
 and `from_files` builds the same tokenizer from them. Any kind can be given the tokens of pretraining objectives beside
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmjax.config import ConfigError, build, resolve
+from llmjax.data import chat
 from llmjax.data.source import Source, cache_dir, thin
 
 TOKENIZERS = {
@@ -68,8 +69,12 @@ class Tokenizer:
       <extra_id_1>, ...).
     names: what special tokens are called, for `show`.
     continuing: tokens that continue a word where their pieces do not show it (WordPiece's "##").
-    prompt_bos: whether the model expects a prompt to begin with bos.
+    around: what stands before and behind a single text that a model reads, such as BERT's [CLS] and [SEP]; None is bos
+      before it, where there is one.
     to_text: decodes where text is not the concatenation of the pieces.
+    chat_templates: {name: Jinja source}, see `chat.render`.
+    token_names: what chat templates call special tokens: {"bos_token": "<s>", ...}; those of ours where it is empty.
+    to_special_ids: text -> Int[n], where special tokens by their names become those tokens.
   """
 
   name: str
@@ -84,8 +89,11 @@ class Tokenizer:
   sentinels: tuple[int, ...] = ()
   names: Mapping[int, str] = dataclasses.field(default_factory=dict)
   continuing: frozenset[int] = frozenset()
-  prompt_bos: bool = True
+  around: tuple[tuple[int, ...], tuple[int, ...]] | None = None
   to_text: Callable[[list[int]], str] | None = None
+  chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  token_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  to_special_ids: Callable[[str], Any] | None = None
 
   @property
   def vocab_size(self) -> int:
@@ -99,16 +107,48 @@ class Tokenizer:
 
   def encode(self, text: str) -> np.ndarray:
     """Int32[n], without special tokens; what looks like one in the text stays text."""
-    return np.asarray(self.to_ids(text), np.int32)
+    return _int32(self.to_ids(text))
 
   def document(self, text: str) -> np.ndarray:
     """Int32[n]: the text between bos and eos, where the vocabulary has them."""
     return self.frame(self.encode(text))
 
+  @property
+  def single(self) -> tuple[np.ndarray, np.ndarray]:
+    """(Int32[before], Int32[behind]): what stands around a single text."""
+    bos = () if self.bos_id is None else (self.bos_id,)
+    before, behind = (bos, ()) if self.around is None else self.around
+    return np.array(before, np.int32), np.array(behind, np.int32)
+
   def prompt(self, text: str) -> np.ndarray:
-    """Int32[n]: the beginning of a document, to be continued."""
-    begin = [] if self.bos_id is None or not self.prompt_bos else [self.bos_id]
-    return np.concatenate([np.array(begin, np.int32), self.encode(text)])
+    """Int32[n]: the beginning of a text, to be continued."""
+    return np.concatenate([self.single[0], self.encode(text)])
+
+  def chat(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template: str | None = None,
+    **variables: Any,
+  ) -> np.ndarray:
+    """Int32[n]: a chat as the model has learned to read it, by its chat template; see `chat.render`.
+
+    Special tokens that the template writes become those tokens. So do those that a message spells out, as in
+    Transformers: who passes on messages of strangers must keep the names of special tokens (`names`) out of them.
+    """
+    roles = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "mask": self.mask_id}
+    ours = {f"{role}_token": self.names[i] for role, i in roles.items() if i is not None and i in self.names}
+    text = chat.render(
+      self.chat_templates,
+      messages,
+      template=template,
+      add_generation_prompt=add_generation_prompt,
+      tools=tools,
+      **{**(self.token_names or ours), **variables},
+    )
+    return self._with_named(text, self.names) if self.to_special_ids is None else _int32(self.to_special_ids(text))
 
   def frame(self, ids: np.ndarray) -> np.ndarray:
     """Int32[n]: ids between bos and eos, where the vocabulary has them."""
@@ -150,10 +190,15 @@ class Tokenizer:
 
   def parse(self, text: str) -> np.ndarray:
     """Int32[n]: the inverse of `show`: sentinels and mask by their names; for prompts, never for data."""
-    named = {self.names[i]: i for i in (*self.sentinels, self.mask_id) if i is not None and i in self.names}
+    return self._with_named(text, {i for i in (*self.sentinels, self.mask_id) if i in self.names})  # type: ignore[misc]
+
+  def _with_named(self, text: str, tokens: Iterable[int]) -> np.ndarray:
+    """Int32[n]: the text with some special tokens by their names."""
+    named = {self.names[i]: i for i in tokens}
     if not named:
       return self.encode(text)
-    parts = re.split("(" + "|".join(map(re.escape, named)) + ")", text)
+    longest_first = sorted(named, key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
     ids = [[named[part]] if part in named else self.encode(part) for part in parts if part]
     return np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
 
@@ -166,8 +211,15 @@ class Tokenizer:
     return np.array([len(piece) for piece in self.pieces], np.int32)
 
   def pad(self, texts: Sequence[str], side: str = "right") -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of several texts as (ids Int32[B L], mask Int32[B L]); `side` is where the padding goes."""
-    rows = [self.prompt(text) for text in texts]
+    """Several texts, each with what stands around a single one, as (ids Int32[B L], mask Int32[B L]).
+
+    For a tokenizer from a Hugging Face folder as `AutoTokenizer(texts, padding=True)` gives them; for our own, prompts.
+    `side` is where the padding goes: "right" or "left".
+    """
+    if side not in ("right", "left"):
+      raise ConfigError(f"side={side!r} must be 'right' or 'left'")
+    before, behind = self.single
+    rows = [np.concatenate([before, self.encode(text), behind]) for text in texts]
     length = max(map(len, rows), default=0)
     ids, mask = np.full((len(rows), length), self.pad_id, np.int32), np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -186,6 +238,10 @@ class Tokenizer:
 
   def to_files(self) -> dict[str, bytes]:
     return dict(self.files)
+
+
+def _int32(ids: Any) -> np.ndarray:
+  return np.asarray(ids, np.int32)
 
 
 class _ByteStream:
