@@ -4,14 +4,14 @@ A decoder continues its prompt. An encoder–decoder reads the prompt with its e
 `start_id`.
 
 `generate` is one compiled loop that returns when all rows are done; `stream` yields every token as it comes.
+`beam_search` looks for the likeliest continuations.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -19,24 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
+from llmjax import beam_search as beams
 from llmjax.config import ConfigError
 from llmjax.models.layers import row_keys
+from llmjax.sampling import Sampling, draw, filter_logits, make_sampling
 from llmjax.types import Batch, Tokens
-
-
-@struct.dataclass
-class Sampling:
-  """How the next token is drawn from logits. Numbers are traced, so that changing them compiles nothing."""
-
-  temperature: Any  # Float[], > 0
-  top_p: Any  # Float[], 1 = off
-  repetition_penalty: Any  # Float[], 1 = off
-  greedy: bool = struct.field(pytree_node=False)
-  top_k: int | None = struct.field(pytree_node=False)
-  nucleus: bool = struct.field(pytree_node=False)
-  penalise: bool = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -51,68 +40,7 @@ class Decoding:
   count: Array  # Int[], tokens drawn
 
 
-def make_sampling(
-  temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0
-) -> Sampling:
-  """Checked sampling settings; temperature 0 is greedy.
-
-  Raises:
-    ConfigError: a value out of range.
-  """
-  if not 0 <= temperature < math.inf:
-    raise ConfigError(f"temperature={temperature} must be a number that is not negative; 0 is greedy")
-  if top_k is not None and top_k < 1:
-    raise ConfigError(f"top_k={top_k} must be at least 1")
-  if top_p is not None and not 0 < top_p <= 1:
-    raise ConfigError(f"top_p={top_p} must be in (0, 1]")
-  if not 0 < repetition_penalty < math.inf:
-    raise ConfigError(f"repetition_penalty={repetition_penalty} must be positive; 1 is none")
-  return Sampling(
-    temperature=np.float32(temperature or 1.0),
-    top_p=np.float32(1.0 if top_p is None else top_p),
-    repetition_penalty=np.float32(repetition_penalty),
-    greedy=temperature == 0,
-    top_k=top_k,
-    nucleus=top_p is not None and top_p < 1,
-    penalise=repetition_penalty != 1.0,
-  )
-
-
-def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None) -> Array:
-  """Logits after repetition penalty, temperature, top-k and top-p, in this order; what is ruled out is -inf.
-
-  The penalty divides positive logits of seen tokens and multiplies negative ones (Keskar et al. 2019); top-p keeps
-  the smallest set of tokens whose probability reaches p (Holtzman et al. 2020).
-  """
-  if seen is not None:
-    penalised = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-    logits = jnp.where(seen, penalised, logits)
-  if sampling.greedy:
-    return logits
-  logits = logits / sampling.temperature
-  if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-    least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  if sampling.nucleus:
-    order = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(order, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the mass of all likelier tokens
-    least = jnp.min(jnp.where(before < sampling.top_p, order, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  return logits
-
-
-def draw(
-  logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], seen: Bool[Array, "B V"] | None
-) -> Int[Array, " B"]:
-  """The next token of every row, each with a key of its own."""
-  logits = filter_logits(logits, sampling, seen)
-  if sampling.greedy:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _next(model: nn.Module, params: Any, state: Decoding, logits: Array, sampling: Sampling) -> Decoding:
+def _next(state: Decoding, logits: Array, sampling: Sampling) -> Decoding:
   """Draws a token from `logits` [B V] and advances the state."""
   keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.count)
   token = draw(logits, sampling, keys, state.seen)
@@ -120,12 +48,12 @@ def _next(model: nn.Module, params: Any, state: Decoding, logits: Array, samplin
   return dataclasses.replace(state, token=token, position=state.position + 1, seen=seen, count=state.count + 1)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "cache_length"))
-def prefill(
-  model: nn.Module, params: Any, batch: Batch, key: Array, sampling: Sampling, *, cache_length: int
-) -> Decoding:
-  """Reads the prompts (padding on either side) into a fresh cache and draws the first token of every row."""
-  tokens = _read(batch)
+def _read_prompts(
+  model: nn.Module, params: Any, batch: Batch, sampling: Sampling, cache_length: int
+) -> tuple[Any, Array, Array | None, Array]:
+  """Prompts (padding on either side) into a fresh cache: that, the position Int[B] of the last token of every row, the
+  tokens seen Bool[B V] and the logits Float[B V] of the next."""
+  tokens = _continued(batch)
   out, variables = model.apply({"params": params}, batch, cache_length=cache_length, logits=False, mutable=["cache"])
   last = tokens.ids.shape[1] - 1 - jnp.argmax(tokens.segments[:, ::-1], axis=1)  # the last real token of a row
   hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)
@@ -136,17 +64,32 @@ def prefill(
     ids = jnp.where(tokens.segments > 0, tokens.ids, logits.shape[-1])  # padding falls outside and is dropped
     seen = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
   position = jnp.take_along_axis(tokens.positions, last[:, None], axis=1)[:, 0]
-  state = Decoding(variables["cache"], last, position, seen, row_keys(key, batch.rows), jnp.zeros((), jnp.int32))
-  return _next(model, params, state, logits, sampling)
+  return variables["cache"], position, seen, logits
+
+
+def _read_token(
+  model: nn.Module, params: Any, cache: Any, token: Array, position: Array, cache_length: int
+) -> tuple[Any, Array]:
+  """A token [B] at its position [B] into the cache: that and the logits Float[B V] of the next."""
+  column = Tokens(token[:, None], position[:, None], jnp.ones_like(token)[:, None])
+  batch = Batch(inputs=None, targets=column) if _is_encoder_decoder(model) else Batch(inputs=column)
+  out, variables = model.apply({"params": params, "cache": cache}, batch, cache_length=cache_length, mutable=["cache"])
+  return variables["cache"], out.logits[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "cache_length"))
+def prefill(
+  model: nn.Module, params: Any, batch: Batch, key: Array, sampling: Sampling, *, cache_length: int
+) -> Decoding:
+  """Reads the prompts into a fresh cache and draws the first token of every row."""
+  cache, position, seen, logits = _read_prompts(model, params, batch, sampling, cache_length)
+  state = Decoding(cache, position, position, seen, row_keys(key, batch.rows), jnp.zeros((), jnp.int32))
+  return _next(state, logits, sampling)
 
 
 def _decode(model: nn.Module, params: Any, state: Decoding, sampling: Sampling, cache_length: int) -> Decoding:
-  column = Tokens(state.token[:, None], state.position[:, None], jnp.ones_like(state.token)[:, None])
-  batch = Batch(inputs=None, targets=column) if _is_encoder_decoder(model) else Batch(inputs=column)
-  out, variables = model.apply(
-    {"params": params, "cache": state.cache}, batch, cache_length=cache_length, mutable=["cache"]
-  )
-  return _next(model, params, dataclasses.replace(state, cache=variables["cache"]), out.logits[:, 0], sampling)
+  cache, logits = _read_token(model, params, state.cache, state.token, state.position, cache_length)
+  return _next(dataclasses.replace(state, cache=cache), logits, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"), donate_argnames="state")
@@ -155,7 +98,7 @@ def decode(model: nn.Module, params: Any, state: Decoding, sampling: Sampling, *
   return _decode(model, params, state, sampling, cache_length)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "cache_length", "count", "eos_id", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("model", "cache_length", "count", "ends", "pad_id"))
 def _loop(
   model: nn.Module,
   params: Any,
@@ -164,13 +107,13 @@ def _loop(
   *,
   cache_length: int,
   count: int,
-  eos_id: int | None,
+  ends: tuple[int, ...],
   pad_id: int,
 ) -> Int[Array, "B count"]:
   """All tokens after the first; stops early when every row has ended."""
 
   def ended(token):
-    return jnp.zeros(token.shape, bool) if eos_id is None else token == eos_id
+    return jnp.isin(token, jnp.asarray(ends, jnp.int32))
 
   def more(carry):
     state, _, done = carry
@@ -186,6 +129,52 @@ def _loop(
   return jax.lax.while_loop(more, step, (state, out, ended(state.token)))[1]
 
 
+def _row_axes(model: nn.Module, params: Any, batch: Batch, cache_length: int) -> Any:
+  """The axis of every leaf of the cache that counts rows, -1 where none does: the one that more rows make longer."""
+
+  def cache(copies: int) -> Any:
+    longer = jax.tree.map(lambda x: jnp.concatenate([x] * copies), batch)
+    return model.apply({"params": params}, longer, cache_length=cache_length, logits=False, mutable=["cache"])[1]
+
+  def longer_axis(once: jax.ShapeDtypeStruct, twice: jax.ShapeDtypeStruct) -> int:
+    return next((axis for axis, (a, b) in enumerate(zip(once.shape, twice.shape)) if a != b), -1)
+
+  return jax.tree.map(longer_axis, *(jax.eval_shape(functools.partial(cache, copies))["cache"] for copies in (1, 2)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "cache_length", "max_new_tokens", "pad_id"))
+def _search(
+  model: nn.Module,
+  params: Any,
+  batch: Batch,
+  sampling: Sampling,
+  settings: beams.Settings,
+  *,
+  cache_length: int,
+  max_new_tokens: int,
+  pad_id: int,
+) -> tuple[Int[Array, "B K new"], Float[Array, "B K"]]:
+  """Beam search over the cache, whose rows follow their beams."""
+  axes = _row_axes(model, params, batch, cache_length)
+
+  def take(cache: Any, rows: Array) -> Any:
+    return jax.tree.map(lambda x, axis: x if axis < 0 else jnp.take(x, rows, axis=axis), cache, axes)
+
+  def log_probs(logits: Array, seen: Array | None) -> Array:
+    return filter_logits(jax.nn.log_softmax(logits), sampling, seen)  # in this order, as Transformers has it
+
+  def read(memory, tokens, parents):
+    cache, position, seen = memory
+    cache, logits = _read_token(model, params, take(cache, parents), tokens, position, cache_length)
+    seen = seen if seen is None else seen[parents].at[jnp.arange(len(tokens)), tokens].set(True)
+    return (cache, position + 1, seen), log_probs(logits, seen)
+
+  cache, position, seen, logits = _read_prompts(model, params, batch, sampling, cache_length)
+  each = jnp.repeat(jnp.arange(len(position)), settings.num_beams)
+  memory = (take(cache, each), position[each] + 1, seen if seen is None else seen[each])
+  return beams.search(read, memory, log_probs(logits, seen), settings, max_new_tokens=max_new_tokens, pad_id=pad_id)
+
+
 def _is_encoder_decoder(model: Any) -> bool:
   """Raises ConfigError for an encoder."""
   if model.cfg.stacks == "encoder":
@@ -193,7 +182,7 @@ def _is_encoder_decoder(model: Any) -> bool:
   return model.cfg.stacks == "both"
 
 
-def _read(batch: Batch) -> Tokens:
+def _continued(batch: Batch) -> Tokens:
   """The tokens that the decoder continues."""
   return batch.inputs if batch.targets is None else batch.targets
 
@@ -240,6 +229,10 @@ def encode_prompt(model: Any, tokenizer: Any, text: str) -> np.ndarray:
   return np.append(tokenizer.parse(text), end).astype(np.int32)
 
 
+def _ends(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
+  return () if eos_id is None else tuple(np.atleast_1d(eos_id).tolist())
+
+
 def generate(
   model: nn.Module,
   params: Any,
@@ -250,8 +243,12 @@ def generate(
   temperature: float = 0.0,
   top_k: int | None = None,
   top_p: float | None = None,
+  min_p: float = 0.0,
   repetition_penalty: float = 1.0,
-  eos_id: int | None = None,
+  num_beams: int = 1,
+  length_penalty: float = 1.0,
+  early_stopping: bool | str = False,
+  eos_id: int | Sequence[int] | None = None,
   pad_id: int = 0,
   start_id: int = 0,
   seed: int = 0,
@@ -262,20 +259,84 @@ def generate(
   Args:
     ids: prompts; `mask` is 1 where a token is real, padding on either side, lengths may differ.
     temperature: 0 is greedy.
-    eos_id: a row ends after this token; `pad_id` fills what follows.
+    num_beams: more than 1 is the best that `beam_search` finds, with `length_penalty` and `early_stopping`.
+    eos_id: a row ends after this token, or any of these; `pad_id` fills what follows.
     start_id: what the decoder of an encoder–decoder begins with: the tokenizer's `pad_id`, as T5 has it.
     seed: of the sampling; every row has randomness of its own, whatever else is in the batch.
   Raises:
     ConfigError: an empty prompt, or more tokens than the model's context holds.
   """
-  sampling = make_sampling(temperature, top_k, top_p, repetition_penalty)
+  sampling = make_sampling(temperature, top_k, top_p, repetition_penalty, min_p)
+  if num_beams != 1:
+    if temperature:
+      raise ConfigError(
+        f"num_beams={num_beams} with temperature={temperature}: beam search draws nothing; set temperature=0, or "
+        "num_beams=1 to sample"
+      )
+    found, _ = beam_search(
+      model,
+      params,
+      ids,
+      mask,
+      num_beams=num_beams,
+      max_new_tokens=max_new_tokens,
+      length_penalty=length_penalty,
+      early_stopping=early_stopping,
+      repetition_penalty=repetition_penalty,
+      eos_id=eos_id,
+      pad_id=pad_id,
+      start_id=start_id,
+    )
+    return found[:, 0]
   batch, cache_length = _prepare(model, ids, mask, max_new_tokens, start_id)
   state = prefill(model, params, batch, jax.random.key(seed), sampling, cache_length=cache_length)
   new = _loop(
-    model, params, state, sampling, cache_length=cache_length, count=max_new_tokens, eos_id=eos_id, pad_id=pad_id
+    model, params, state, sampling, cache_length=cache_length, count=max_new_tokens, ends=_ends(eos_id), pad_id=pad_id
   )
   before = jnp.asarray(ids, jnp.int32) if batch.targets is None else batch.targets.ids
   return jnp.concatenate([before, new], axis=1)
+
+
+def beam_search(
+  model: nn.Module,
+  params: Any,
+  ids: Int[Any, "B L"],
+  mask: Int[Any, "B L"] | None = None,
+  *,
+  num_beams: int,
+  num_return_sequences: int = 1,
+  max_new_tokens: int = 20,
+  length_penalty: float = 1.0,
+  early_stopping: bool | str = False,
+  repetition_penalty: float = 1.0,
+  eos_id: int | Sequence[int] | None = None,
+  pad_id: int = 0,
+  start_id: int = 0,
+) -> tuple[Int[Array, "B R out"], Float[Array, "B R"]]:
+  """The best continuations that beam search finds, best first, as `generate` returns them, and their scores.
+
+  A score is the sum of the log-probabilities of the new tokens, the end token among them, over their number to the
+  power of `length_penalty`. Results are those of Transformers 5 (`do_sample=False`), which also says when to stop.
+
+  Args:
+    num_beams: K, hypotheses that are continued at a time; the first R = `num_return_sequences` are returned.
+    length_penalty: above 0 favours long continuations.
+    early_stopping: True stops a row as soon as K continuations have ended; False when the best live one would be worse
+      than all of them if it ended now; "never" when it would be so at whatever length is worth most.
+    repetition_penalty: of the log-probabilities of tokens seen, which no longer sum to 1 then.
+  Raises:
+    ConfigError: as `generate`.
+  """
+  settings = beams.make_settings(num_beams, length_penalty, early_stopping, _ends(eos_id))
+  if not 1 <= num_return_sequences <= num_beams:
+    raise ConfigError(f"num_return_sequences={num_return_sequences} must be from 1 to num_beams={num_beams}")
+  sampling = make_sampling(repetition_penalty=repetition_penalty)
+  batch, cache_length = _prepare(model, ids, mask, max_new_tokens, start_id)
+  lengths = {"cache_length": cache_length, "max_new_tokens": max_new_tokens}
+  new, scores = _search(model, params, batch, sampling, settings, **lengths, pad_id=pad_id)
+  before = jnp.asarray(ids, jnp.int32) if batch.targets is None else batch.targets.ids
+  before = jnp.broadcast_to(before[:, None], (*new.shape[:2], before.shape[1]))
+  return jnp.concatenate([before, new], axis=2)[:, :num_return_sequences], scores[:, :num_return_sequences]
 
 
 def stream(

@@ -19,7 +19,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-install_import_hook(["llmjax.models", "llmjax.objectives", "llmjax.generation", "llmjax.optim"], "beartype.beartype")
+CHECKED = ("models", "objectives", "generation", "sampling", "beam_search", "optim")
+install_import_hook([f"llmjax.{name}" for name in CHECKED], "beartype.beartype")
 
 if not flags.FLAGS.is_parsed():  # grain reads absl flags
   flags.FLAGS.mark_as_parsed()

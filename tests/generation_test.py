@@ -10,9 +10,11 @@ import pytest
 from flax import linen as nn
 
 from llmjax.config import ConfigError
-from llmjax.generation import draw, filter_logits, generate, make_sampling, stream, until
+from llmjax.generation import generate, stream, until
+from llmjax.interop.generation_config import read_settings, write_settings
 from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
+from llmjax.sampling import draw, filter_logits, make_sampling
 from llmjax.types import Batch, probe
 
 V = 31
@@ -109,14 +111,16 @@ def test_streaming_gives_the_same_tokens_and_rows_do_not_depend_on_each_other():
   np.testing.assert_array_equal(np.asarray(generate(model, params, ids[:1], mask[:1], **how))[:, 9:], together[:1])
 
 
-def test_a_row_ends_at_eos_and_the_others_go_on():
+@pytest.mark.parametrize("several", [False, True])
+def test_a_row_ends_at_any_eos_and_the_others_go_on(several):
   model, params = model_and_params("learned")
   ids, mask = prompts()
   free = np.asarray(generate(model, params, ids, mask, max_new_tokens=10))[:, 9:]
-  eos = int(free[0, 3])
+  ends = [int(free[0, 3]), *([int(free[1, 5])] if several else [])]
+  eos = tuple(ends) if several else ends[0]
   got = np.asarray(generate(model, params, ids, mask, max_new_tokens=10, eos_id=eos, pad_id=0))[:, 9:]
   for row in range(3):
-    end = free[row].tolist().index(eos) + 1 if eos in free[row] else 10
+    end = next((i + 1 for i, token in enumerate(free[row]) if token in ends), 10)
     np.testing.assert_array_equal(got[row, :end], free[row, :end])
     assert not got[row, end:].any()
 
@@ -129,6 +133,11 @@ def test_filters_keep_what_they_say():
   assert kept(temperature=1.0, top_p=0.8) == [True, True, False, False]
   assert kept(temperature=1.0, top_p=0.81) == [True, True, True, False]
   assert kept(temperature=1.0, top_p=0.01) == [True, False, False, False]
+  assert kept(temperature=1.0, min_p=0.29) == [True, True, True, False]
+  assert kept(temperature=1.0, min_p=0.31) == [True, True, False, False]
+  assert kept(temperature=0.5, min_p=0.31) == [True, True, False, False]  # of tempered probabilities, squared here
+  assert kept(temperature=0.5, min_p=0.37) == [True, False, False, False]
+  assert kept(temperature=1.0, min_p=1.0) == [True, False, False, False]
   seen = jnp.array([[True, False, False, False]])
   penalised = filter_logits(logits, make_sampling(repetition_penalty=2.0), seen)
   np.testing.assert_allclose(penalised, logits * jnp.array([[2.0, 1, 1, 1]]))
@@ -158,9 +167,61 @@ def test_stop_strings_are_found_across_pieces_and_never_shown():
     ({"temperature": -1.0}, "temperature"),
     ({"top_p": 0.0, "temperature": 1.0}, "top_p"),
     ({"top_k": 0, "temperature": 1.0}, "top_k"),
+    ({"min_p": 1.1, "temperature": 1.0}, "min_p"),
   ],
 )
 def test_bad_requests_are_refused_in_one_line(how, words):
   model, params = model_and_params("learned")
   with pytest.raises(ConfigError, match=words):
     generate(model, params, **{"ids": np.ones((1, 4), np.int32), **how})
+
+
+T5 = {"is_encoder_decoder": True, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+  "generation_config, config, settings",
+  [
+    ({}, {}, {"temperature": 0.0}),
+    ({}, {"eos_token_id": 5, "temperature": 0.7}, {"temperature": 0.0, "eos_id": 5, "pad_id": 5}),
+    ({}, T5, {"temperature": 0.0, "eos_id": 1, "pad_id": 0, "start_id": 0}),
+    (
+      {"max_length": 21, "num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
+      T5,
+      {
+        **{"temperature": 0.0, "eos_id": 1, "pad_id": 0, "start_id": 0, "max_new_tokens": 20},
+        **{"num_beams": 4, "early_stopping": True, "length_penalty": 2.0},
+      },
+    ),
+    (
+      {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "eos_token_id": [7, 9]},
+      {"eos_token_id": 7, "pad_token_id": None},
+      {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "eos_id": (7, 9), "pad_id": 7},
+    ),
+    ({"do_sample": True, "top_k": 0, "min_p": 0.1}, {}, {"temperature": 1.0, "top_k": None, "min_p": 0.1}),
+    ({"do_sample": False, "top_p": 0.9, "typical_p": 0.5, "length_penalty": 2.0}, {}, {"temperature": 0.0}),
+    ({"bos_token_id": 1}, {"num_beams": 4}, {"temperature": 0.0}),
+    ({}, {"text_config": {"eos_token_id": 3, "pad_token_id": 4}}, {"temperature": 0.0, "eos_id": 3, "pad_id": 4}),
+  ],
+)
+def test_settings_are_read_as_transformers_reads_them_and_written_back(generation_config, config, settings):
+  assert read_settings(generation_config, config) == settings
+  separate = {"is_encoder_decoder": "start_id" in settings}
+  assert read_settings(write_settings({**settings, "seed": 3}), separate) == settings
+
+
+def test_the_longest_text_of_a_decoder_counts_its_prompt():
+  assert read_settings({"max_length": 50}, {}, prompt_length=30)["max_new_tokens"] == 20
+  both = {"max_length": 50, "max_new_tokens": 7}
+  assert read_settings(both, {}, prompt_length=30)["max_new_tokens"] == 7
+
+
+def test_what_a_checkpoint_asks_for_in_vain_is_named():
+  neutral = {"no_repeat_ngram_size": 0, "suppress_tokens": [], "typical_p": 1.0, "forced_bos_token_id": None}
+  assert read_settings(neutral, {}) == {"temperature": 0.0}
+  with pytest.raises(ConfigError, match="forced_bos_token_id=0, no_repeat_ngram_size=3"):
+    read_settings({"no_repeat_ngram_size": 3, "forced_bos_token_id": 0}, {})
+  with pytest.raises(ConfigError, match=r"typical_p=0\.5"):
+    read_settings({"do_sample": True, "typical_p": 0.5}, {})
+  with pytest.raises(ConfigError, match="num_beam_groups=2"):
+    read_settings({"num_beams": 4, "num_beam_groups": 2}, {})
