@@ -4,7 +4,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=3.1"]
 BM25 = ["bm25s>=0.2"]
 EVAL = [*BM25, "seqeval>=1.2.2", "rouge_score>=0.1.2", "sacrebleu>=2.4", "scikit-learn>=1.5"]
 
@@ -25,26 +24,31 @@ setup(
     "etils[epath]>=1.10",
     "flax>=0.12.0",
     "grain>=0.2.12",
+    "huggingface_hub>=0.30",
     "importlib_resources>=6",  # tensorflow-datasets uses it and does not ask for it
     "jax>=0.10.0",
     "jaxtyping>=0.3.0",
+    "jinja2>=3.1.6",  # older ones let a template out of its sandbox
     "matplotlib>=3.9",
     "ml_collections>=1.1.0",
+    "ml_dtypes>=0.4",
     "numpy>=2.0",
     "optax>=0.2.7",
     "orbax-checkpoint>=0.11.30",
+    "protobuf>=4.25",
     "pyarrow>=16",
     "rich>=13",
+    "safetensors>=0.5",
     "sentencepiece>=0.2.0",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
+    "tokenizers>=0.21",
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
-    "hf": HF,
     "eval": EVAL,
-    "dev": [*HF, *BM25, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
+    "dev": [*BM25, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
   },
   entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
   classifiers=[

@@ -35,16 +35,24 @@ def make_manifest(program: Any) -> dict[str, Any]:
     "config": program.config,
     "model": program.config["model"],
     "objective": program.config["objective"],
-    "tokenizer": {
-      "spec": program.tokenizer.spec(),
-      "files": {name: base64.b64encode(data).decode() for name, data in program.tokenizer.to_files().items()},
-    },
+    "tokenizer": pack_tokenizer(program.tokenizer),
     "num_params": program.num_params,
     "total_steps": program.total_steps,
     "layout": "scanned" if program.model.cfg.scan else "unrolled",
     "ema": program.config["optim"]["ema_decay"] is not None,
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "versions": versions(),
   }
+
+
+def versions() -> dict[str, str]:
+  """Of the packages that a checkpoint was made with."""
+  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def pack_tokenizer(tokenizer: Any) -> dict[str, Any]:
+  """A tokenizer as JSON."""
+  files = {name: base64.b64encode(data).decode() for name, data in tokenizer.to_files().items()}
+  return {"spec": tokenizer.spec(), "files": files}
 
 
 def tokenizer_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:

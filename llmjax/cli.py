@@ -27,6 +27,23 @@ begin here:
 """
 
 
+PATH_HELP = "a workdir, one of its checkpoints, a Hugging Face folder, or a hub name such as gpt2"
+
+GENERATE_NOTES = """\
+Without --prompt, it is read from standard input. What is not given is as the model's generation config says.
+
+  llmjax generate --model=gpt2 --prompt="Once upon a time"
+  llmjax generate --model=DIR --chat --prompt="Who wrote Emma?"
+"""
+
+IMPORT_NOTES = """\
+Every command takes a Hugging Face folder or hub name as --model, so importing is needed only to keep a model as a
+checkpoint of ours.
+
+  llmjax import --hf=gpt2 --output=runs/gpt2
+  llmjax export --model=runs/gpt2 --output=gpt2-again
+"""
+
 EMBED_NOTES = """\
 The array is float32 [texts, width] in the order of the input; each row has length 1, so that a product of rows is a
 cosine. FILE.ids.txt has a line for each: the record's field `id` where it has one, else its number, from 0.
@@ -82,24 +99,36 @@ def parser() -> argparse.ArgumentParser:
     + config_notes,
   )
   evaluate.add_argument("--workdir", help="a run of --config")
-  evaluate.add_argument("--model", help="a workdir or one of its checkpoints")
+  evaluate.add_argument("--model", help=PATH_HELP)
   evaluate.add_argument("--data", help="a file or glob; of records the field `text`, or those that the objective names")
   evaluate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
-  generate = add("generate", "continue a prompt", run_generate, "Without --prompt, it is read from standard input.\n")
-  generate.add_argument("--model", required=True, help="a workdir or one of its checkpoints")
+  generate = add("generate", "continue a prompt", run_generate, GENERATE_NOTES)
+  generate.add_argument("--model", required=True, help=PATH_HELP)
   generate.add_argument("--prompt", help="text to continue")
+  generate.add_argument(
+    "--chat", action="store_true", help="the prompt is what a user says, framed by the chat template"
+  )
+  generate.add_argument("--system", help="with --chat: what the model is told before it")
   generate.add_argument("--max_new_tokens", type=int, help="default: 200, or what the model's context has room for")
-  generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+  generate.add_argument("--temperature", type=float, help="0 is greedy (default: 0.8; with --num_beams 0)")
   generate.add_argument("--top_k", type=int, help="draw among the k likeliest tokens")
   generate.add_argument("--top_p", type=float, help="draw among the likeliest tokens that sum to p")
-  generate.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
+  generate.add_argument("--min_p", type=float, help="never draw what is less likely than p times the likeliest")
+  generate.add_argument("--repetition_penalty", type=float, help="above 1 discourages repetition")
+  generate.add_argument("--num_beams", type=int, help="above 1: beam search, which writes when it is done")
+  generate.add_argument(
+    "--length_penalty", type=float, help="of beam search; above 0 favours longer texts (default: 1)"
+  )
+  generate.add_argument(
+    "--early_stopping", choices=["true", "false", "never"], help="of beam search: when it ends (default: false)"
+  )
   generate.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
   generate.add_argument("--seed", type=int, default=0)
   generate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   embed = add("embed", "vectors of texts, as a NumPy file", run_embed, EMBED_NOTES)
-  embed.add_argument("--model", required=True, help="a workdir or one of its checkpoints")
+  embed.add_argument("--model", required=True, help=PATH_HELP)
   embed.add_argument("--input", required=True, help="text, one a line, or JSONL, CSV, TSV or Parquet")
   embed.add_argument("--output", required=True, help="FILE.npy; ids go to FILE.ids.txt")
   embed.add_argument("--pooling", help="cls, mean, last or pooler (default: the checkpoint's, else mean)")
@@ -108,6 +137,21 @@ def parser() -> argparse.ArgumentParser:
   embed.add_argument("--batch_tokens", type=int, help="rows times length of a batch (default: 16384)")
   embed.add_argument("--mesh", default="data=-1", help="devices, such as data=-1,tensor=2 (default: %(default)s)")
   embed.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
+
+  import_ = add("import", "a Hugging Face folder to a checkpoint of ours", run_import, IMPORT_NOTES)
+  import_.add_argument("--hf", required=True, help="a folder, or a hub name such as gpt2 or org/name@revision")
+  import_.add_argument("--output", required=True, help="a folder that does not exist yet")
+  import_.add_argument("--param_dtype", help="of the parameters: float32 (default), bfloat16 or float16")
+
+  export = add("export", "any model to a folder that Transformers opens", run_export, IMPORT_NOTES)
+  export.add_argument("--model", required=True, help=PATH_HELP)
+  export.add_argument("--output", required=True, help="a folder that does not exist yet")
+  export.add_argument(
+    "--family", help="the model_type, where several have the model's shape (default: where it is from)"
+  )
+  export.add_argument("--dtype", help="of the tensors: float32, bfloat16 or float16 (default: that of the parameters)")
+  export.add_argument("--max_shard_size", default="5GB", help="of one file (default: %(default)s)")
+  export.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   tokenizer = add("tokenizer", "train a SentencePiece vocabulary", run_tokenizer)
   tokenizer.add_argument("--input", required=True, nargs="+", help="text files or globs")
@@ -210,22 +254,60 @@ def shown(text: str) -> str:
 def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
   if "" in arguments.stop:
     raise ConfigError("--stop is empty; give the text to end before, or leave it out")
+  if arguments.system is not None and not arguments.chat:
+    raise ConfigError("--system is for --chat; add that, or leave it out")
   start_jax()
-  from llmjax.generation import encode_prompt, make_sampling, until
-  from llmjax.pretrained import load
+  from llmjax.generation import encode_prompt, until
+  from llmjax.pretrained import open_path
 
-  make_sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.repetition_penalty)  # checks
-  pretrained = load(arguments.model, trust=arguments.trust)
+  with open_path(arguments.model) as source:
+    settings = generation_settings(source, arguments)
+    source.tokenizer(arguments.trust)  # says what is missing
+    pretrained = source.load(arguments.trust)
   prompt = read_prompt(arguments.prompt)
-  config = pretrained.model.cfg
+  config, tokenizer = pretrained.model.cfg, pretrained.tokenizer
   separate = config.stacks == "both"  # the decoder has a text of its own, which does not go on from the prompt
-  ids = encode_prompt(pretrained.model, pretrained.tokenizer, prompt)
-  ids, count = fit(ids, config.max_len, arguments.max_new_tokens, separate)
-  sys.stdout.write("" if separate else shown(prompt))
-  for text in until(continuation(pretrained, ids, count, arguments), tuple(arguments.stop)):
+  if arguments.chat:
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    messages = [*system, {"role": "user", "content": prompt}]
+    ids = tokenizer.chat(messages, add_generation_prompt=True)
+  else:
+    ids = encode_prompt(pretrained.model, tokenizer, prompt)
+  ids, count = fit(ids, config.max_len, arguments.max_new_tokens, separate, settings.pop("max_new_tokens", 200))
+  settings = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "start_id": tokenizer.pad_id} | settings
+  sys.stdout.write("" if separate or arguments.chat else shown(prompt))
+  for text in until(continuation(pretrained, ids, count, settings), tuple(arguments.stop)):
     sys.stdout.write(shown(text))
     sys.stdout.flush()
   sys.stdout.write("\n")
+
+
+def generation_settings(source: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+  """Keywords of `generate`: what the command line says, else the model's generation config, else temperature 0.8."""
+  from llmjax.beam_search import make_settings
+  from llmjax.interop.generation_config import read_settings
+  from llmjax.sampling import make_sampling
+
+  theirs = source.manifest.get("generation") or {}
+  model = source.manifest["model"]
+  both = bool(model.get("encoder_layers") and model.get("decoder_layers"))
+  settings = read_settings(theirs, {"is_encoder_decoder": both}) if theirs else {}
+  if "do_sample" not in theirs and settings.get("num_beams", 1) == 1:
+    settings["temperature"] = 0.8
+  drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+  searching = ("num_beams", "length_penalty", "early_stopping")
+  names = (*drawing, *searching, "seed")
+  given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+  if "early_stopping" in given:
+    given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], given["early_stopping"])
+  if given.get("num_beams", 1) > 1:
+    given = {"temperature": 0.0} | given
+  elif "temperature" in given:
+    given = {"num_beams": 1} | given
+  settings |= given
+  make_sampling(**{k: settings[k] for k in drawing if k in settings})  # these two only check
+  make_settings(**{"num_beams": 1} | {k: settings[k] for k in searching if k in settings})
+  return settings
 
 
 def read_prompt(given: str | None) -> str:
@@ -238,45 +320,45 @@ def read_prompt(given: str | None) -> str:
   return prompt
 
 
-def fit(ids: Any, context: int, max_new_tokens: int | None, separate: bool = False) -> tuple[Any, int]:
+def fit(
+  ids: Any, context: int, max_new_tokens: int | None, separate: bool = False, usual: int = 200
+) -> tuple[Any, int]:
   """Prompt and number of new tokens that a context holds; a prompt too long loses its beginning, with a word about it.
 
-  Where `max_new_tokens` is not given, it is at most 200, and the prompt may fill half of the context at least; all of
-  it where an encoder has a `separate` context for it.
+  Where `max_new_tokens` is not given, it is at most `usual`, and the prompt may fill half of the context at least; all
+  of it where an encoder has a `separate` context for it.
   """
   if len(ids) == 0:
     raise ConfigError("the prompt is empty, and the model knows no token that begins a text; give a prompt")
   if max_new_tokens is not None and not 1 <= max_new_tokens < context:
     reason = "must be at least 1" if max_new_tokens < 1 else f"leaves no room in a context of {context}"
     raise ConfigError(f"--max_new_tokens={max_new_tokens} {reason}")
-  room = max(context - 200, (context + 1) // 2) if max_new_tokens is None else context - max_new_tokens
+  room = max(context - usual, (context + 1) // 2) if max_new_tokens is None else context - max_new_tokens
   room = context if separate else room
   if len(ids) > room:
     print(f"llmjax: the prompt has {len(ids)} tokens; only its last {room} are read", file=sys.stderr)
     ids = ids[-room:]
   left = context - (1 if separate else len(ids))
-  return ids, min(200, left) if max_new_tokens is None else max_new_tokens
+  return ids, min(usual, left) if max_new_tokens is None else max_new_tokens
 
 
-def continuation(pretrained: Any, ids: Any, count: int, arguments: argparse.Namespace) -> Iterator[str]:
-  """The text of each new token."""
-  from llmjax.generation import stream
+def continuation(pretrained: Any, ids: Any, count: int, settings: dict[str, Any]) -> Iterator[str]:
+  """The text of each new token; of beam search, all of it at once."""
+  from llmjax.generation import generate, stream
 
   model, params, tokenizer = pretrained
   text = tokenizer.stream(special=model.cfg.stacks == "both")  # sentinels say which span is written
-  for token in stream(
-    model,
-    params,
-    ids[None],
-    max_new_tokens=count,
-    start_id=tokenizer.pad_id,
-    seed=arguments.seed,
-    temperature=arguments.temperature,
-    top_k=arguments.top_k,
-    top_p=arguments.top_p,
-    repetition_penalty=arguments.repetition_penalty,
-  ):
-    if tokenizer.eos_id is not None and token[0] == tokenizer.eos_id:
+  settings = dict(settings)
+  ends = settings.pop("eos_id")
+  ends = () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+  if settings.get("num_beams", 1) > 1:
+    found = generate(model, params, ids[None], max_new_tokens=count, eos_id=ends, **settings)
+    tokens = iter(found[:, -count:].T)
+  else:
+    drawn = {k: v for k, v in settings.items() if k not in ("num_beams", "length_penalty", "early_stopping", "pad_id")}
+    tokens = stream(model, params, ids[None], max_new_tokens=count, **drawn)
+  for token in tokens:
+    if int(token[0]) in ends:
       break
     yield text.push(int(token[0]))
   yield text.finish()
@@ -299,6 +381,30 @@ def run_embed(arguments: argparse.Namespace, rest: list[str]) -> None:
     trust=arguments.trust,
   )
   print(f"wrote {arguments.output}: {count:,} vectors of {width}, their ids to {ids}")
+
+
+def run_import(arguments: argparse.Namespace, rest: list[str]) -> None:
+  start_jax()
+  from llmjax.convert import import_folder
+
+  changes = {} if arguments.param_dtype is None else {"param_dtype": arguments.param_dtype}
+  architecture, count = import_folder(arguments.hf, arguments.output, **changes)
+  print(f"wrote {arguments.output}: a {architecture} of {count:,} parameters")
+
+
+def run_export(arguments: argparse.Namespace, rest: list[str]) -> None:
+  start_jax()
+  from llmjax.convert import export_folder
+
+  architecture, files = export_folder(
+    arguments.model,
+    arguments.output,
+    family=arguments.family,
+    dtype=arguments.dtype,
+    max_shard_size=arguments.max_shard_size,
+    trust=arguments.trust,
+  )
+  print(f"wrote {arguments.output}: a {architecture} in {', '.join(files)}")
 
 
 def run_tokenizer(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -330,7 +436,7 @@ def run_checkpoint(arguments: argparse.Namespace, rest: list[str]) -> None:
   print(f"parameters    {manifest['num_params']:,} ({manifest['layout']}{', with average' if manifest['ema'] else ''})")
   print(f"model         {json.dumps(manifest['model'])}")
   print(f"objective     {json.dumps(manifest['objective'])}")
-  print(f"tokenizer     {json.dumps(manifest['tokenizer']['spec'])}")
+  print(f"tokenizer     {json.dumps(manifest['tokenizer'] and manifest['tokenizer']['spec'])}")
   print(f"metrics       {json.dumps(manifest['metrics'])}")
   print(f"versions      {json.dumps(manifest['versions'])}")
   if arguments.arrays:

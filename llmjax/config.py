@@ -407,6 +407,11 @@ def _override(config: ConfigDict, arguments: list[str]) -> None:
     raise ConfigError(f"stray argument {left[0]!r}; config keys are set as --config.KEY=VALUE")
 
 
+def default_config() -> dict[str, Any]:
+  """Every key that the train loop reads, with its default, as plain data."""
+  return to_dict(_run(roots()[-1] / "configs" / "base.py", ""))
+
+
 def shipped() -> dict[str, Path]:
   """{name: path} of the configs that can be run: those that ship and whose first line says how."""
   folder = roots()[-1] / "configs"

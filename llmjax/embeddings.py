@@ -23,7 +23,7 @@ from llmjax.data.records import fields
 from llmjax.data.source import files, kind_of
 from llmjax.objectives.contrastive import POOLINGS, Contrastive, pool
 from llmjax.objectives.weighted_sum import WeightedSum
-from llmjax.pretrained import abstract_params, load, open_checkpoint, read_objective, read_tokenizer
+from llmjax.pretrained import abstract_params, load, open_path
 from llmjax.types import Array, Batch, Objective, Outputs, Tokens
 
 BATCH_TOKENS = 16384
@@ -191,7 +191,7 @@ def embed_file(
   """Writes the vectors of a file's texts to OUTPUT.npy, and their ids, one a line, to OUTPUT.ids.txt.
 
   Args:
-    path: a workdir or checkpoint.
+    path: see `pretrained.open_path`.
     input, column: see `read_texts`.
     pooling: None is what the checkpoint was trained with, "mean" where it was not trained for embeddings.
     max_len: None is the length that the checkpoint was trained on.
@@ -203,17 +203,17 @@ def embed_file(
   if target.suffix != ".npy" or not target.parent.is_dir():
     raise ConfigError(f"--output={output} must be a file FILE.npy in a folder that exists")
   texts, ids = read_texts(input, column)
-  checkpoints, _, manifest = open_checkpoint(path)
-  checkpoints.close()
-  devices, rules = sharding.make_mesh(mesh), {**sharding.RULES, **manifest["config"]["rules"]}
-  if pooling is None:
-    trained = contrastive_part(read_objective(manifest, read_tokenizer(manifest, trust=trust), trust=trust))
-    pooling = "mean" if trained is None else trained.pooling
+  with open_path(path) as source:
+    config = source.config
+    devices, rules = sharding.make_mesh(mesh), {**sharding.RULES, **config["rules"]}
+    if pooling is None:
+      trained = None if config["objective"] is None else contrastive_part(source.objective(trust))
+      pooling = "mean" if trained is None else trained.pooling
   vectors = embed(
     *load(path, trust=trust, mesh=devices, rules=rules),
     texts,
     pooling=pooling,
-    max_len=manifest["config"]["seq_len"] if max_len is None else max_len,
+    max_len=config["seq_len"] if max_len is None else max_len,
     batch_tokens=batch_tokens,
     mesh=devices,
     rules=rules,

@@ -22,7 +22,7 @@ from llmjax.data.source import thin
 from llmjax.embeddings import BATCH_TOKENS, contrastive_part
 from llmjax.models.transformer import MODELS
 from llmjax.objectives.weighted_sum import WeightedSum
-from llmjax.pretrained import open_checkpoint, read_objective, read_tokenizer
+from llmjax.pretrained import open_path
 from llmjax.program import Program, make_program, open_source
 from llmjax.types import Batch, Objective
 
@@ -222,31 +222,26 @@ def evaluate_checkpoint(
   """What `llmjax evaluate` prints.
 
   Args:
-    path: a workdir or checkpoint.
+    path: see `pretrained.open_path`.
     config: run its evaluations; None takes the checkpoint's config and measures on `data` what `data_evals` says.
     data: a file or glob, every record of which is held out.
   """
-  checkpoints, step, manifest = open_checkpoint(path)
-  try:
-    tokenizer = read_tokenizer(manifest, trust=trust)
+  with open_path(path) as source:
     if config is None:
-      config = manifest["config"]
+      config = source.config
       if not trust:
         resolve(config["model"]["name"], MODELS, "model", trust=False)
       own = config["data"]["corpus"]
       column = own["column"] if "column" in own else "text"
-      corpus, config["evals"] = data_evals(str(data), read_objective(manifest, tokenizer, trust=trust), column)
+      corpus, config["evals"] = data_evals(str(data), source.objective(trust), column)
       config["data"] |= {"corpus": corpus, "train": "all", "eval": "all"}
       # Evaluation uses neither of these, and a checkpoint's own may name code.
       config["optim"] |= {"name": "sgd", "decay_mask": ((".*", True),)}
       config["optim"] = {k: config["optim"][k] for k in ("name", *optim.COMMON)}
       config["schedule"] = {"name": "constant", "warmup": None}
       config["mesh"] = {"data": -1}
-    program = make_program(config, tokenizer=tokenizer)
-    part = "ema" if manifest["ema"] else "params"
-    params = checkpoints.restore_part(step, part, program.abstract_state.params)
-  finally:
-    checkpoints.close()
+    program = make_program(config, tokenizer=source.tokenizer(trust))
+    params = source.read_params(program.model, program.abstract_state.params, False)
   results = {}
   for name, entry in program.config["evals"].items():
     spec = {k: v for k, v in entry.items() if k not in WHEN}

@@ -23,6 +23,7 @@ from llmjax.data import tokenizer as tokenizers
 from llmjax.data.source import SOURCES
 from llmjax.models.transformer import MODELS
 from llmjax.objectives import OBJECTIVES
+from llmjax.pretrained import SAME, same_model
 from llmjax.types import Batch, Objective, probe
 
 
@@ -215,6 +216,8 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
   config = cfglib.to_dict(config)
   check(config)
   tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
+  if config["model"]["name"] == SAME:
+    config["model"] = same_model(config)
   model, config["model"] = make_model(config["model"], tokenizer.vocab_size, config["seq_len"])
   objective = build(config["objective"], OBJECTIVES, "objective", tokenizer=tokenizer, seq_len=config["seq_len"])
   check_fit(objective, model.cfg, config["objective"]["name"], config["seq_len"])

@@ -8,7 +8,7 @@ from typing import Any
 from llmjax.checkpoint import FOLDER, Checkpoints, Damaged
 from llmjax.config import ConfigError, differences
 from llmjax.data import tokenizer as tokenizers
-from llmjax.pretrained import load_params, load_tokenizer, read_tokenizer
+from llmjax.pretrained import checkpoint_tokenizer, load_params, load_tokenizer
 from llmjax.program import Program
 from llmjax.step import TrainState
 
@@ -40,7 +40,7 @@ def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int
     raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")
   source = program.config["init_from"]
   if source is not None:
-    return program.init(load_params(source, program.abstract_state.params)), 0, None
+    return program.init(load_params(source, program.model, program.abstract_state.params)), 0, None
   return program.init(), 0, None
 
 
@@ -61,7 +61,7 @@ def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
   are the same even where caches are gone; else that of `init_from`, since its embeddings mean nothing to another."""
   if earlier is not None:
     same = not differences(earlier["config"]["data"]["tokenizer"], config["data"]["tokenizer"])
-    return read_tokenizer(earlier, trust=True) if same else None
+    return checkpoint_tokenizer(earlier, trust=True) if same else None
   if config["init_from"] is None:
     return None
   kept = load_tokenizer(config["init_from"])  # it may be a stranger's, so it may not name code outside llmjax

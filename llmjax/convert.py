@@ -1,0 +1,114 @@
+"""Hugging Face folders to checkpoints of ours, and back: `llmjax import` and `llmjax export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llmjax import checkpoint
+from llmjax.config import ConfigError
+from llmjax.data.hf_export import to_huggingface
+from llmjax.interop import huggingface
+from llmjax.pretrained import cfg_of, open_path
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def import_folder(path: str, output: str, **changes: Any) -> tuple[str, int]:
+  """Writes a Hugging Face folder as a checkpoint of ours, OUTPUT/checkpoints/0.
+
+  Args:
+    path: a folder or a hub name.
+    changes: fields of the model's config, such as param_dtype.
+  Returns:
+    (architecture, number of parameters).
+  """
+  target = _new(output)
+  with open_path(path) as source:
+    if "architecture" not in source.manifest:
+      raise ConfigError(f"--hf={path} is a checkpoint of llmjax already")
+    _, params, tokenizer = source.load(**changes)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    spec = {**source.manifest["model"], **changes}
+    manifest = source.manifest | {
+      "model": spec,
+      "config": source.config | {"model": spec},
+      "tokenizer": None if tokenizer is None else checkpoint.pack_tokenizer(tokenizer),
+      "num_params": count,
+      "data_fingerprint": None,
+      "versions": checkpoint.versions(),
+    }
+  checkpoints = checkpoint.Checkpoints(target, write=True)
+  try:
+    checkpoints.save(0, {"params": params}, None, manifest, {})
+  finally:
+    checkpoints.close()
+  return source.manifest["architecture"], count
+
+
+def export_folder(
+  path: str,
+  output: str,
+  *,
+  family: str | None = None,
+  dtype: str | None = None,
+  max_shard_size: str = "5GB",
+  trust: bool = False,
+) -> tuple[str, list[str]]:
+  """Writes a PATH as a folder that Transformers opens with `from_pretrained`.
+
+  Args:
+    path: see `pretrained.open_path`.
+    family: the model_type to take where several architectures have the model's shape; None is the one that it came
+      from, or the first.
+    dtype: of the tensors; None is that of the parameters.
+    max_shard_size: of one file, such as "500MB".
+  Returns:
+    (architecture, names of the files).
+  Raises:
+    ConfigError: no architecture has the model's shape; what it lacks is named.
+  """
+  target = _new(output)
+  size = parse_size(max_shard_size)
+  with open_path(path) as source:
+    model, params, tokenizer = source.load(trust)
+    manifest = source.manifest
+  ends = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+  ends |= {} if tokenizer is None else {"pad_token_id": tokenizer.pad_id}
+  generates = manifest.get("generation") or {}
+  ends |= {key: value for key, value in generates.items() if key.endswith("_token_id")}
+  architecture = huggingface.write_folder(
+    target,
+    cfg_of(model),
+    params,
+    prefer=family or manifest.get("family"),
+    labels=manifest.get("labels"),
+    extra=ends,
+    dtype=dtype,
+    max_shard_bytes=size,
+  )
+  for name, content in ({} if tokenizer is None else to_huggingface(tokenizer)).items():
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    (target / name).write_bytes(content)
+  if cfg_of(model).stacks != "encoder" and cfg_of(model).head == "lm":
+    settings = generates or {k: v for k, v in ends.items() if v is not None}
+    (target / huggingface.GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+  return architecture, sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
+
+
+def parse_size(text: str) -> int:
+  """Bytes of "5GB", "200MB" or a number."""
+  number, unit = text.rstrip("BKMGbkmg"), text.upper()[len(text.rstrip("BKMGbkmg")) :]
+  if not number.isdigit() or int(number) < 1 or unit not in {"", *UNITS}:
+    raise ConfigError(f"--max_shard_size={text} is no size; say 5GB, 200MB, or a number of bytes")
+  return int(number) * UNITS.get(unit, 1)
+
+
+def _new(output: str) -> Path:
+  target = Path(output)
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise ConfigError(f"--output={output} exists already; give a folder that does not, or is empty")
+  return target
