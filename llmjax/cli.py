@@ -396,7 +396,7 @@ def run_export(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax()
   from llmjax.convert import export_folder
 
-  architecture, files = export_folder(
+  architecture, files, untokenized = export_folder(
     arguments.model,
     arguments.output,
     family=arguments.family,
@@ -405,6 +405,8 @@ def run_export(arguments: argparse.Namespace, rest: list[str]) -> None:
     trust=arguments.trust,
   )
   print(f"wrote {arguments.output}: a {architecture} in {', '.join(files)}")
+  if untokenized is not None:
+    print(f"llmjax: the folder has no tokenizer: {untokenized}", file=sys.stderr)
 
 
 def run_tokenizer(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -57,7 +57,7 @@ def export_folder(
   dtype: str | None = None,
   max_shard_size: str = "5GB",
   trust: bool = False,
-) -> tuple[str, list[str]]:
+) -> tuple[str, list[str], str | None]:
   """Writes a PATH as a folder that Transformers opens with `from_pretrained`.
 
   Args:
@@ -67,7 +67,7 @@ def export_folder(
     dtype: of the tensors; None is that of the parameters.
     max_shard_size: of one file, such as "500MB".
   Returns:
-    (architecture, names of the files).
+    (architecture, names of the files, why the tokenizer is not among them).
   Raises:
     ConfigError: no architecture has the model's shape; what it lacks is named.
   """
@@ -76,9 +76,10 @@ def export_folder(
   with open_path(path) as source:
     model, params, tokenizer = source.load(trust)
     manifest = source.manifest
-  ends = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-  ends |= {} if tokenizer is None else {"pad_token_id": tokenizer.pad_id}
+  roles = ("bos", "eos", "pad")
+  ends = {} if tokenizer is None else {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in roles}
   generates = manifest.get("generation") or {}
+  tokenizer_files, reason = _tokenizer_files(tokenizer)
   ends |= {key: value for key, value in generates.items() if key.endswith("_token_id")}
   architecture = huggingface.write_folder(
     target,
@@ -90,13 +91,23 @@ def export_folder(
     dtype=dtype,
     max_shard_bytes=size,
   )
-  for name, content in ({} if tokenizer is None else to_huggingface(tokenizer)).items():
+  for name, content in tokenizer_files.items():
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     (target / name).write_bytes(content)
   if cfg_of(model).stacks != "encoder" and cfg_of(model).head == "lm":
     settings = generates or {k: v for k, v in ends.items() if v is not None}
     (target / huggingface.GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-  return architecture, sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file())
+  return architecture, sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()), reason
+
+
+def _tokenizer_files(tokenizer: Any) -> tuple[dict[str, bytes], str | None]:
+  """Its files for Transformers, or why there are none: weights are of use without."""
+  if tokenizer is None:
+    return {}, "the model has none"
+  try:
+    return to_huggingface(tokenizer), None
+  except ConfigError as error:
+    return {}, str(error)
 
 
 def parse_size(text: str) -> int:

@@ -29,6 +29,7 @@ HEAD_FIELDS = (
   *("head", "num_classes", "pooling", "head_transform", "head_bias"),
   *("pooler", "pooler_activation", "sentence_classes"),
 )
+INHERITED = ("family", "generation")
 SAME = "pretrained"  # config.model.name: the model of init_from
 
 
@@ -180,6 +181,14 @@ def load_params(path: str | Path, model: nn.Module, abstract: Any) -> Any:
   """Only the parameters, for a model of the same shape, but for what is behind its last layer."""
   with open_path(path) as source:
     return source.read_params(model, abstract, True)
+
+
+def inherited(path: str | Path | None) -> dict[str, Any]:
+  """What a run keeps of the manifest that it starts from: which family it is of, and how it shall generate."""
+  if path is None:
+    return {}
+  with open_path(path) as source:
+    return {key: source.manifest[key] for key in INHERITED if key in source.manifest}
 
 
 def same_model(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from llmjax.checkpoint import Checkpoints, make_manifest
 from llmjax.config import ConfigError, build, to_dict
 from llmjax.data.pipeline import TrainStream, merge_cursors
 from llmjax.evaluate import EVALUATORS, WHEN, record
+from llmjax.pretrained import INHERITED, inherited
 from llmjax.program import Program, make_program, open_source
 from llmjax.resume import check_same, finished, kept_tokenizer, read_earlier, restore, set_aside
 
@@ -48,7 +49,8 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   config = program.config
   steps = program.steps
   source = open_source(config, config["data"]["train"])
-  manifest = make_manifest(program) | {"data_fingerprint": source.fingerprint}
+  kept = {k: earlier[k] for k in INHERITED if k in earlier} if earlier else inherited(config["init_from"])
+  manifest = make_manifest(program) | kept | {"data_fingerprint": source.fingerprint}
   changed = check_same(earlier, manifest, workdir) if earlier else {}
   evals, save_every, log_every = make_evals(program), period(program, "checkpoint"), period(program, "log")
   profile = profiler(config["profile"], workdir)

@@ -26,6 +26,13 @@ if not flags.FLAGS.is_parsed():  # grain reads absl flags
   flags.FLAGS.mark_as_parsed()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Every compiled program maps memory, and a process may have so many maps: the whole suite has more."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
   """A user's cache of its own, so that no test reads or fills the real one."""

@@ -91,7 +91,7 @@ def test_a_folder_becomes_a_checkpoint_and_a_folder_again(kind, folders, tmp_pat
   same(again.params, params)
   text = "Once upon a time"
   np.testing.assert_array_equal(again.tokenizer.encode(text), tokenizer.encode(text))
-  architecture, files = export_folder(str(tmp_path / "run"), str(tmp_path / "back"))
+  architecture, files, _ = export_folder(str(tmp_path / "run"), str(tmp_path / "back"))
   assert architecture == json.loads((folders[kind] / "config.json").read_text())["architectures"][0]
   theirs = {p.name: p.read_bytes() for p in folders[kind].iterdir() if p.name != "config.json"}
   assert set(theirs) <= set(files)
@@ -198,6 +198,7 @@ def test_training_starts_from_a_folder(kind, config, folders, tmp_path, home, ca
   np.testing.assert_allclose(params["embedding"]["table"], before["embedding"]["table"], atol=1e-6)
   np.testing.assert_array_equal(tokenizer.encode("of a text"), theirs.encode("of a text"))
   assert main(["export", f"--model={tmp_path / 'run'}", f"--output={tmp_path / 'back'}"]) == 0
+  assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == PREFER.get(kind, kind)
   assert main(run) == 0  # it is finished, and the model is found again
 
 
