@@ -30,6 +30,7 @@ HEAD_FIELDS = (
   *("pooler", "pooler_activation", "sentence_classes"),
 )
 INHERITED = ("family", "generation")
+LENGTH = 1024  # tokens that a Hugging Face model is evaluated on at a time, where its folder does not say
 SAME = "pretrained"  # config.model.name: the model of init_from
 
 
@@ -287,7 +288,8 @@ def _describe(folder: huggingface.Folder, spec: dict[str, Any]) -> dict[str, Any
   sentences = huggingface.read_sentence_settings(folder.path)
   config = default_config()
   config["model"] = spec
-  config["seq_len"] = min(sentences.get("seq_len", folder.cfg.max_len), folder.cfg.max_len)
+  config["seq_len"] = min(sentences.get("seq_len", LENGTH), folder.cfg.max_len)
+  config["batch_size"] = 8
   config["objective"] = dict(folder.family.objective) if folder.cfg.head == "lm" else None
   if "pooling" in sentences:
     config["objective"] = {"name": "contrastive", "pooling": sentences["pooling"]}

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # tiny programs: compiling is what takes time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
