@@ -22,7 +22,7 @@ from llmjax import optim, sharding, step
 from llmjax.config import ConfigError
 from llmjax.generation import beam_search, generate
 from llmjax.interop import family, huggingface, tensors
-from llmjax.interop.families import FAMILIES
+from llmjax.interop.families import FAMILIES, find
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.losses import balance_loss
@@ -362,6 +362,26 @@ def test_every_family_writes_configs_that_it_reads_again():
   assert {folder(name).family.model_type for name in NAMES} == set(FAMILIES)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_of_text_and_images(prefix, tmp_path):
+  said = json.loads((DATA / "gemma3" / "config.json").read_text())
+  wrapped = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": said}
+  (tmp_path / "config.json").write_text(json.dumps(wrapped))
+  found = load_file(DATA / "gemma3" / "model.safetensors")
+  found = {prefix + name.removeprefix("model."): x for name, x in found.items()}
+  vision = prefix.removesuffix("language_model.").replace("language_model.model.", "") + "vision_tower.x"
+  save_file({**found, vision: np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+  jax.tree.map(np.testing.assert_array_equal, read(tmp_path), loaded("gemma3")[1])
+
+
+def test_configs_of_the_hub_give_the_published_numbers_of_parameters():
+  """Numbers of parameters are those that the hub shows for their files."""
+  for name, entry in json.loads((DATA.parent / "hub_configs.json").read_text()).items():
+    cfg = family.read_config(*find(entry["config"], name), entry["config"], name)
+    shapes, _ = sharding.parameters(Transformer(cfg))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == entry["parameters"], name
+
+
 # Bad input.
 
 
@@ -395,6 +415,9 @@ def read(path):
     ("bert", {"position_embedding_type": "relative_key"}, ["position_embedding_type='relative_key'", "absolute"]),
     ("qwen3_moe", {"mlp_only_layers": [0]}, ["mlp_only_layers=[0]"]),
     ("mixtral", {"num_experts_per_tok": 9}, ["experts_per_token=9", "num_experts"]),
+    ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
+    ("qwen3_moe", {"moe_intermediate_size": "wide"}, ["config.json", "wrong kind"]),
+    ("llama", {"hidden_size": None}, ["config.json", "wrong kind"]),
     ("t5", {"feed_forward_proj": "gated-mish"}, ["feed_forward_proj='gated-mish'"]),
   ],
 )

@@ -48,16 +48,14 @@ class Field:
   values: Mapping[Any, Any] | None = None
   older: str | None = None
 
-  def read(self, config: Config, where: str) -> Any:
+  def read(self, config: Config) -> Any:
     value = config.get(self.name, config.get(self.older or self.name, self.default))
     if value is REQUIRED:
-      raise ConfigError(f"{where} has no field {self.name!r}")
+      raise KeyError(self.name)
     if self.values is None:
       return value
     if value not in self.values:
-      raise ConfigError(
-        f"{where}: {self.name}={value!r} is not supported; known are {', '.join(map(str, self.values))}"
-      )
+      raise ConfigError(f"{self.name}={value!r} is not supported; known are {', '.join(map(str, self.values))}")
     return self.values[value]
 
   def write(self, value: Any) -> Any:
@@ -120,6 +118,9 @@ TRAINING_ONLY = (
 )
 
 
+SUPPORTED: Mapping[str, Sequence[Any]] = {"quantization_config": (None,)}  # in every family
+
+
 def read_config(
   family: Family, architecture: str, config: Config, where: str, tensors: Container[str] | None = None
 ) -> TransformerConfig:
@@ -131,21 +132,25 @@ def read_config(
   Raises:
     ConfigError: a field is missing, or asks for what we do not have.
   """
-  for name, values in family.supported.items():
+  for name, values in {**SUPPORTED, **family.supported}.items():
     if config.get(name, values[0]) not in values:
       allowed = " or ".join(map(repr, values))
       raise ConfigError(f"{where}: {name}={config[name]!r} is not supported; it would have to be {allowed}")
-  fields = {ours: field.read(config, where) for ours, field in family.fields.items()}
-  fields |= {**family.constants, **family.read(config)}
-  if family.untied_by is not None and tensors is not None:
-    fields["tie_embeddings"] = family.untied_by not in tensors
   head = family.heads[architecture].fields
-  if head.get("head") in ("sequence", "token"):
-    fields["num_classes"] = len(labels(config))
   try:
+    fields = {ours: field.read(config) for ours, field in family.fields.items()}
+    fields |= {**family.constants, **family.read(config)}
+    if family.untied_by is not None and tensors is not None:
+      fields["tie_embeddings"] = family.untied_by not in tensors
+    if head.get("head") in ("sequence", "token"):
+      fields["num_classes"] = len(labels(config))
     return TransformerConfig(**_floats({**fields, **head}))
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from error
+  except KeyError as error:
+    raise ConfigError(f"{where} has no field {error}") from error
+  except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    raise ConfigError(f"{where}: a field is of the wrong kind: {error}") from error
 
 
 def _floats(fields: dict[str, Any]) -> dict[str, Any]:

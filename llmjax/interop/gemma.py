@@ -20,7 +20,7 @@ def read_gemma(config):
   exact = family.GEMMA_ACTIVATIONS.get(said) == "gelu_exact"
   return {
     **llama.read_llama(config),
-    "activation": "gelu" if exact else Field("hidden_act", None, GEMMA_ACTIVATIONS).read({"hidden_act": said}, "gemma"),
+    "activation": "gelu" if exact else Field("hidden_act", None, GEMMA_ACTIVATIONS).read({"hidden_act": said}),
   }
 
 
@@ -99,6 +99,10 @@ def write_sandwich(cfg):
 
 SANDWICH_FIELDS = {
   **FIELDS,
+  "d_model": Field("hidden_size", 2304),
+  "decoder_layers": Field("num_hidden_layers", 26),
+  "num_heads": Field("num_attention_heads", 8),
+  "d_ff": Field("intermediate_size", 9216),
   "activation": Field("hidden_activation", "gelu_pytorch_tanh", GEMMA_ACTIVATIONS),
   "attention_softcap": Field("attn_logit_softcapping", None),
   "logit_softcap": Field("final_logit_softcapping", None),

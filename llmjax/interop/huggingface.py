@@ -67,11 +67,32 @@ def open_folder(path: str | Path) -> Folder:
     ConfigError: a family that is not known, a config that asks for what we do not have, files missing or damaged.
   """
   path = Path(path)
-  config = read_json(path / CONFIG)
+  config, tensors = read_json(path / CONFIG), None
+  if config.get("model_type") in TEXT_PARTS:
+    config, tensors = _text_part(config, tensorlib.open_tensors(path))
   family, architecture = find(config, str(path / CONFIG))
-  tensors = tensorlib.open_tensors(path)
+  tensors = tensorlib.open_tensors(path) if tensors is None else tensors
   cfg = families_.read_config(family, architecture, config, str(path / CONFIG), tensors)
   return Folder(path, config, family, architecture, cfg, tensors)
+
+
+# Models of text and images, of which we have what reads and writes text: its architecture, the beginnings of the names
+# of its tensors (of either generation of Transformers) and what follows them, and those of the rest.
+TEXT_PARTS = {"gemma3": "Gemma3ForCausalLM"}
+_TEXT, _REST = ("language_model.", "model.language_model."), ("vision_tower.", "multi_modal_projector.")
+
+
+def _text_part(
+  config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The folder that the text model would have alone."""
+  text = {**config.get("text_config", {}), "architectures": [TEXT_PARTS[config["model_type"]]]}
+  kept = {name: x for name, x in tensors.items() if not name.removeprefix("model.").startswith(_REST)}
+  own = {}
+  for name, x in kept.items():
+    old, new = (name.removeprefix(prefix) for prefix in _TEXT)  # "model.x", and "x" for all but the head
+    own[old if old != name else f"model.{new}" if new != name else name] = x
+  return text, own
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -149,6 +149,7 @@ QWEN2 = like(
   {**ATTENTION, **MLP},
   QWEN_FIELDS,
   {"qkv_bias": True},
+  supported={"use_mrope": (False, None)},
   read=lambda config: {**family.read_rotary(config), **read_late_window(config)},
   write=lambda cfg: {**family.write_rotary(cfg), **write_late_window(cfg)},
 )
