@@ -70,6 +70,7 @@ def test_a_model_of_ours_with_its_tokenizer(tmp_path):
     norm="rmsnorm",
     positions="rotary",
     activation="silu",
+    init_stddev=None,
     gated=True,
     qk_norm=True,
   )

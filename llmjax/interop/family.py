@@ -167,7 +167,9 @@ def write_config(family: Family, architecture: str, cfg: TransformerConfig) -> d
     value = getattr(cfg, ours)
     if value is None and field.default is None:
       continue  # left out: some of Transformers' models do not take null for it
-    config[field.older or field.name] = field.write(decided.get(ours) if value is None else value)
+    if value is None:
+      value = field.default if ours in TRAINING_ONLY else decided.get(ours)
+    config[field.older or field.name] = field.write(value)
   return {"architectures": [architecture], "model_type": family.model_type, **config, **family.write(cfg)}
 
 
