@@ -19,13 +19,12 @@ from llmjax.data import tokenizer as tokenizers
 from llmjax.data.hf_formats import VOCABULARIES
 from llmjax.interop import family, hub, huggingface
 from llmjax.models.config import TransformerConfig
+from llmjax.models.layout import HEADS
 from llmjax.models.transformer import MODELS
 from llmjax.objectives import OBJECTIVES
 from llmjax.types import Objective
 
-# What is behind the last layer: how the names of its parameters begin, and the fields of a config that it is said by.
-HEADS = ("head", "pooler", "sentence_head")
-HEAD_FIELDS = (
+HEAD_FIELDS = (  # of a config: what is behind the last layer
   *("head", "num_classes", "pooling", "head_transform", "head_bias"),
   *("pooler", "pooler_activation", "sentence_classes"),
 )
@@ -274,7 +273,7 @@ def _open_folder(path: str, place: Path) -> Source:
     for field in sorted(set(different) - {"max_len"} - set(HEAD_FIELDS if headless else ())):
       ours, theirs = different[field]
       raise ConfigError(f"init_from={path}: model.{field}={ours!r}, and there it is {theirs!r}; set it as it is there")
-    return huggingface.read_params(folder, model.cfg, abstract, droppable=HEADS if headless else ())
+    return huggingface.read_params(folder, model.cfg, abstract)
 
   def read_tokenizer(trust: bool) -> Any:
     return hf_tokenizer.from_folder(place) if has_tokenizer else None

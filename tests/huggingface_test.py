@@ -445,6 +445,22 @@ def test_tensors_that_do_not_fit_are_named(change, words, tmp_path):
   assert all(word in str(error.value) for word in words), error.value
 
 
+def test_what_pretraining_had_behind_the_last_layer_may_be_left_over(tmp_path):
+  """As in bert-base-uncased, which calls itself a BertForMaskedLM and names norms as TensorFlow does."""
+
+  def old(name):
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+  path = copied("bert", tmp_path, {"architectures": ["BertForMaskedLM"]}, lambda t: {old(k): v for k, v in t.items()})
+  params, (_, whole) = read(path), loaded("bert")
+  jax.tree.map(np.testing.assert_array_equal, params, {k: v for k, v in whole.items() if k in params})
+  assert set(whole) - set(params) == {"pooler", "sentence_head"}
+  path = copied(
+    "bert", tmp_path, {"architectures": ["BertModel"]}, lambda t: {k: v for k, v in t.items() if "pool" not in k}
+  )
+  assert set(whole) - set(read(path)) == {"pooler", "sentence_head", "head_transform", "head_norm", "head_bias"}
+
+
 def test_damaged_and_foreign_files_are_told(tmp_path):
   path = copied("gpt2", tmp_path)
   whole = (path / "model.safetensors").read_bytes()

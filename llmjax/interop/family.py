@@ -136,12 +136,14 @@ def read_config(
     if config.get(name, values[0]) not in values:
       allowed = " or ".join(map(repr, values))
       raise ConfigError(f"{where}: {name}={config[name]!r} is not supported; it would have to be {allowed}")
-  head = family.heads[architecture].fields
+  head: Mapping[str, Any] = family.heads[architecture].fields
   try:
     fields = {ours: field.read(config) for ours, field in family.fields.items()}
     fields |= {**family.constants, **family.read(config)}
     if family.untied_by is not None and tensors is not None:
       fields["tie_embeddings"] = family.untied_by not in tensors
+    if not head.get("head") and tensors is not None and not any("pooler" in name for name in tensors):
+      head = {**head, "pooler": False}  # base models may have been saved without
     if head.get("head") in ("sequence", "token"):
       fields["num_classes"] = len(labels(config))
     return TransformerConfig(**_floats({**fields, **head}))

@@ -23,7 +23,7 @@ from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES, find
 from llmjax.interop.family import Family, Names
 from llmjax.models.config import TransformerConfig
-from llmjax.models.layout import locations
+from llmjax.models.layout import HEADS, locations
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DEPTH = {"encoder": "encoder_layers", "decoder": "decoder_layers"}
@@ -185,22 +185,18 @@ def _expand(names: Names, cfg: TransformerConfig) -> Iterator[tuple[str, Sequenc
         yield name.replace("{i}", str(i)).replace("{e}", str(e)), here, e
 
 
-def read_params(folder: Folder, cfg: TransformerConfig, abstract: Any, droppable: tuple[str, ...] = ()) -> Any:
+def read_params(folder: Folder, cfg: TransformerConfig, abstract: Any) -> Any:
   """The parameters of a folder, laid out as `abstract` says (ShapeDtypeStructs with shardings).
 
   Args:
     cfg: the folder's config, or one that differs in what changes no parameter, as `scan`.
-    droppable: how the names of parameters begin that the folder may have and `abstract` not.
   Raises:
     ConfigError: a tensor that is missing, too many, or of another shape.
   """
   ours = parameters(cfg, abstract)
   sources: dict[str, dict[int | None, list[Any]]] = {}
   used = set()
-  for entry in entries(folder.family, folder.architecture, cfg, None):
-    if not set(entry.paths) <= set(ours):
-      used |= {_look_up(folder, entry.name)[0]} if droppable and entry.paths[0].startswith(droppable) else set()
-      continue
+  for entry in entries(folder.family, folder.architecture, cfg, ours):
     name, tensor = _look_up(folder, entry.name)
     shapes = [_one(ours[path].shape, entry.expert) for path in entry.paths]
     wanted = tensorlib.tensor_shape(entry.layouts, shapes)
@@ -244,7 +240,14 @@ def _check_all(folder: Folder, cfg: TransformerConfig, used: set[str], unfilled:
     )
   family = folder.family
   tied = {prefix + name for name in family.tied for prefix in ("", family.prefix)} if cfg.tie_embeddings else set()
-  left = [n for n in folder.tensors if n not in used | tied and not n.endswith(tuple(family.ignored))]
+  left = {n for n in folder.tensors if n not in used | tied and not n.endswith(tuple(family.ignored))}
+  # Folders keep what is behind the last layer in pretraining, whatever architecture they name.
+  left -= {
+    _look_up(folder, entry.name)[0]
+    for architecture in (family.heads if left else ())
+    for entry in entries(family, architecture, cfg, None)
+    if entry.paths[0].startswith(HEADS)
+  }
   if left:
     raise ConfigError(
       f"{folder.path} has a tensor {min(left)} {list(folder.tensors[min(left)].shape)} that has no place in a "
