@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from llmjax.config import ConfigError
@@ -122,7 +122,7 @@ SUPPORTED: Mapping[str, Sequence[Any]] = {"quantization_config": (None,)}  # in 
 
 
 def read_config(
-  family: Family, architecture: str, config: Config, where: str, tensors: Container[str] | None = None
+  family: Family, architecture: str, config: Config, where: str, tensors: Collection[str] | None = None
 ) -> TransformerConfig:
   """Our config of a config.json.
 
