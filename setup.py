@@ -48,6 +48,10 @@ setup(
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
     "eval": EVAL,
+    "references": [
+      "torch==2.13.0",
+      "transformers>=5.23",
+    ],  # what tests/make_*.py and tests/transformers_test.py compare with
     "dev": [*BM25, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
   },
   entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},

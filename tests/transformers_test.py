@@ -1,6 +1,6 @@
 """What we write, opened by Transformers. Needs what the rest of the suite does without:
 
-pip install torch==2.13.0 transformers && pytest tests/transformers_test.py
+pip install -e '.[references]' && pytest tests/transformers_test.py
 """
 
 import json
