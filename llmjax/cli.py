@@ -291,7 +291,12 @@ def generation_settings(source: Any, arguments: argparse.Namespace) -> dict[str,
   theirs = source.manifest.get("generation") or {}
   model = source.manifest["model"]
   both = bool(model.get("encoder_layers") and model.get("decoder_layers"))
-  settings = read_settings(theirs, {"is_encoder_decoder": both}) if theirs else {}
+  try:
+    settings = read_settings(theirs, {"is_encoder_decoder": both}) if theirs else {}
+  except (TypeError, LookupError) as error:
+    raise ConfigError(
+      f"{arguments.model}: a field of its generation_config.json is of the wrong kind: {error}"
+    ) from error
   if "do_sample" not in theirs and settings.get("num_beams", 1) == 1:
     settings["temperature"] = 0.8
   drawing = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -62,8 +62,7 @@ def export_folder(
 
   Args:
     path: see `pretrained.open_path`.
-    family: the model_type to take where several architectures have the model's shape; None is the one that it came
-      from, or the first.
+    family: the model_type that it shall be; None is the one that it came from, else the first of this shape.
     dtype: of the tensors; None is that of the parameters.
     max_shard_size: of one file, such as "500MB".
   Returns:
@@ -76,16 +75,20 @@ def export_folder(
   with open_path(path) as source:
     model, params, tokenizer = source.load(trust)
     manifest = source.manifest
-  roles = ("bos", "eos", "pad")
-  ends = {} if tokenizer is None else {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in roles}
   generates = manifest.get("generation") or {}
+  # Null too is said: the defaults of Transformers' classes may lie outside a small vocabulary.
+  ends: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  if tokenizer is not None:
+    pad = tokenizer.pad_id if "pad_token" in tokenizer.token_names else None
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
   tokenizer_files, reason = _tokenizer_files(tokenizer)
   ends |= {key: value for key, value in generates.items() if key.endswith("_token_id")}
   architecture = huggingface.write_folder(
     target,
     cfg_of(model),
     params,
-    prefer=family or manifest.get("family"),
+    prefer=manifest.get("family"),
+    only=family,
     labels=manifest.get("labels"),
     extra=ends,
     dtype=dtype,
@@ -113,7 +116,7 @@ def _tokenizer_files(tokenizer: Any) -> tuple[dict[str, bytes], str | None]:
 def parse_size(text: str) -> int:
   """Bytes of "5GB", "200MB" or a number."""
   number, unit = text.rstrip("BKMGbkmg"), text.upper()[len(text.rstrip("BKMGbkmg")) :]
-  if not number.isdigit() or int(number) < 1 or unit not in {"", *UNITS}:
+  if not number.isdecimal() or int(number) < 1 or unit not in {"", *UNITS}:
     raise ConfigError(f"--max_shard_size={text} is no size; say 5GB, 200MB, or a number of bytes")
   return int(number) * UNITS.get(unit, 1)
 

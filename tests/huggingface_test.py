@@ -351,6 +351,27 @@ def test_the_host_holds_one_shard_at_a_time(monkeypatch):
   assert max(placed) <= max(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(abstract))
 
 
+def test_a_family_that_is_asked_for_is_the_only_one_tried():
+  cfg = folder("llama").cfg
+  assert huggingface.choose(cfg, only="mistral")[1] == "MistralForCausalLM"
+  for only, words in (("qwen3_moe", "no architecture of the family qwen3_moe"), ("lama", "`llama`")):
+    with pytest.raises(ConfigError, match=words):
+      huggingface.choose(cfg, only=only)
+
+
+def test_a_copy_of_the_embedding_table_must_be_one(tmp_path):
+  path = copied("llama", tmp_path, {"tie_word_embeddings": True})
+  with pytest.raises(ConfigError, match=r"lm_head\.weight is model\.embed_tokens\.weight, and it is another"):
+    read(path)
+  tied = copied(
+    "llama", tmp_path, {"tie_word_embeddings": True}, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"]}
+  )
+  assert "head" not in read(tied)
+  copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+  for name, count in (("t5", 3), ("t5_v1_1", 2)):  # v1.0 is tied whatever the file holds
+    read(copied(name, tmp_path, None, lambda t, n=count: t | dict.fromkeys(copies[:n], t["shared.weight"])))
+
+
 def test_a_model_that_no_architecture_has_is_told_what_it_lacks():
   cfg = dataclasses.replace(folder("llama").cfg, norm="layernorm", norm_bias=True)
   with pytest.raises(ConfigError, match=r"the nearest is \w+, but for model\.norm"):
@@ -415,6 +436,9 @@ def read(path):
     ("bert", {"position_embedding_type": "relative_key"}, ["position_embedding_type='relative_key'", "absolute"]),
     ("qwen3_moe", {"mlp_only_layers": [0]}, ["mlp_only_layers=[0]"]),
     ("mixtral", {"num_experts_per_tok": 9}, ["experts_per_token=9", "num_experts"]),
+    ("gemma2", {"layer_types": ["full_attention"]}, ["layer_types names 1 layers, and there are"]),
+    ("gpt2", {"n_layer": 2.0}, ["config.json", "2.0, not a whole number"]),
+    ("gpt2", {"architectures": "GPT2LMHead"}, ["'GPT2LMHead'", "GPT2LMHeadModel"]),
     ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config", "not supported"]),
     ("qwen3_moe", {"moe_intermediate_size": "wide"}, ["config.json", "wrong kind"]),
     ("llama", {"hidden_size": None}, ["config.json", "wrong kind"]),

@@ -239,6 +239,12 @@ def test_a_hub_name_is_found_in_the_cache(folders, cache):
     same(llmjax.load(name).params, want)
 
 
+def test_a_strangers_model_of_the_same_name_is_not_taken(folders, cache):
+  repository(folders["gpt2"], cache, "mallory/gpt2")
+  with pytest.raises(ConfigError, match="not in the Hugging Face cache"):
+    llmjax.load("gpt2")
+
+
 def test_what_is_nowhere_is_one_clear_line(cache, capsys):
   assert main(["generate", "--model=org/nothing", "--prompt=hi"]) == 2
   error = capsys.readouterr().err
@@ -319,6 +325,14 @@ def test_sentence_vectors_of_minilm(tmp_path):
   np.testing.assert_allclose(np.load(tmp_path / "x.npy"), want["vectors"], atol=1e-5)
 
 
+def test_a_module_that_changes_the_vectors_is_refused(folders, tmp_path):
+  shutil.copytree(folders["bert"], tmp_path / "m")
+  modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
+  (tmp_path / "m" / "modules.json").write_text(json.dumps(modules))
+  with pytest.raises(ConfigError, match="Dense"):
+    llmjax.load(tmp_path / "m")
+
+
 # Bad input.
 
 
@@ -331,6 +345,8 @@ def test_bad_requests_are_one_line(folders, tmp_path, capsys):
   for command, words in (
     (["import", f"--hf={folder}", f"--output={tmp_path / 'full'}"], ["exists already"]),
     (["export", f"--model={folder}", f"--output={tmp_path / 'y'}", "--max_shard_size=5XB"], ["5XB", "200MB"]),
+    (["export", f"--model={folder}", f"--output={tmp_path / 'y'}", "--dtype=int8"], ["int8", "bfloat16"]),
+    (["export", f"--model={folder}", f"--output={tmp_path / 'y'}", "--family=llama"], ["family llama", "model.norm"]),
     (["generate", f"--model={bare}", "--prompt=x"], ["holds no tokenizer", "tokenizer.json"]),
     (
       ["generate", f"--model={folder}", "--prompt=x", "--num_beams=2", "--temperature=1"],

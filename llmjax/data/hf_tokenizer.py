@@ -75,6 +75,8 @@ def _built(files: Mapping[str, bytes], where: Path) -> Tokenizer:
     return hf_from_files(files)
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from error
+  except Exception as error:  # of whatever kind a damaged file gives, here or in the package tokenizers
+    raise ConfigError(f"{where}: a file of the tokenizer is damaged ({type(error).__name__}: {error})") from error
 
 
 def hf_from_files(files: Mapping[str, bytes]) -> Tokenizer:

@@ -122,7 +122,7 @@ ROBERTA = Family(
   tied=("lm_head.decoder.weight", "lm_head.decoder.bias"),
   ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
   objective={"name": "masked_lm"},
-  read=lambda config: {"max_len": config.get("max_position_embeddings", 514) - 2},
+  read=lambda config: {"max_len": config.get("max_position_embeddings", 512) - 2},
   write=lambda cfg: {"max_position_embeddings": cfg.max_len + 2},
 )
 

@@ -33,11 +33,13 @@ def find(config: Config, where: str) -> tuple[Family, str]:
   Raises:
     ConfigError: one that is not known, with the nearest known.
   """
-  name = config.get("model_type")
+  name = str(config.get("model_type"))
   if name not in FAMILIES:
-    raise ConfigError(f"{where}: model_type={name!r} is not supported; {nearest(str(name), FAMILIES)}")
-  family = FAMILIES[str(name)]
-  said = config.get("architectures") or [next(iter(family.heads))]
-  if said[0] not in family.heads:
-    raise ConfigError(f"{where}: architecture {said[0]!r} is not supported; {nearest(said[0], family.heads)}")
-  return family, said[0]
+    raise ConfigError(f"{where}: model_type={name!r} is not supported; {nearest(name, FAMILIES)}")
+  family, said = FAMILIES[name], config.get("architectures") or [next(iter(FAMILIES[name].heads))]
+  architecture = said[0] if isinstance(said, list) else said
+  if architecture not in family.heads:
+    raise ConfigError(
+      f"{where}: architecture {architecture!r} is not supported; {nearest(str(architecture), family.heads)}"
+    )
+  return family, architecture

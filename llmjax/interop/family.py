@@ -89,7 +89,7 @@ class Family:
     heads: {architecture: what it has behind the last layer}; the first is the default.
     names: of the tensors before that, without `prefix`.
     prefix: of them, where a head follows; a base model's have none.
-    tied: tensors that repeat the embedding table where `tie_embeddings`.
+    copies: tensors that always repeat the embedding table; `tied`: those that do where `tie_embeddings`.
     untied_by: the tensor that says, rather than config.json, whether they are tied.
     ignored: ends of names of tensors that are no parameters.
     read, write: what fields alone cannot say: from theirs to fields of ours, and back.
@@ -104,6 +104,7 @@ class Family:
   objective: Mapping[str, Any]
   prefix: str = ""
   supported: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+  copies: Sequence[str] = ()
   tied: Sequence[str] = ()
   untied_by: str | None = None
   ignored: Sequence[str] = ()
@@ -138,10 +139,11 @@ def read_config(
       raise ConfigError(f"{where}: {name}={config[name]!r} is not supported; it would have to be {allowed}")
   head: Mapping[str, Any] = family.heads[architecture].fields
   try:
+    config = {**_defaults(family, config), **config}
     fields = {ours: field.read(config) for ours, field in family.fields.items()}
-    fields |= {**family.constants, **family.read(config)}
+    fields = {**family.constants, **fields, **family.read(config)}
     if family.untied_by is not None and tensors is not None:
-      fields["tie_embeddings"] = family.untied_by not in tensors
+      fields["tie_embeddings"] = fields["scale_tied_logits"] or family.untied_by not in tensors
     if not head.get("head") and tensors is not None and not any("pooler" in name for name in tensors):
       head = {**head, "pooler": False}  # base models may have been saved without
     if head.get("head") in ("sequence", "token"):
@@ -151,13 +153,23 @@ def read_config(
     raise ConfigError(f"{where}: {error}") from error
   except KeyError as error:
     raise ConfigError(f"{where} has no field {error}") from error
-  except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+  except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
     raise ConfigError(f"{where}: a field is of the wrong kind: {error}") from error
 
 
+def _defaults(family: Family, config: Config) -> dict[str, Any]:
+  """What the file leaves out."""
+  fields = [f for f in family.fields.values() if f.default is not None and f.default is not REQUIRED]
+  return {field.name: field.default for field in fields if field.older is None or field.older not in config}
+
+
 def _floats(fields: dict[str, Any]) -> dict[str, Any]:
-  """JSON does not tell 0 from 0.0."""
+  """Numbers of the kind that each field is: JSON does not tell 0 from 0.0."""
   wide = {f.name for f in dataclasses.fields(TransformerConfig) if str(f.type).startswith("float")}
+  whole = {f.name for f in dataclasses.fields(TransformerConfig) if str(f.type).startswith("int")}
+  for name in whole & set(fields):
+    if not isinstance(fields[name], int) and fields[name] is not None:
+      raise TypeError(f"{name} is {fields[name]!r}, not a whole number")
   return {k: float(v) if k in wide and isinstance(v, int) else v for k, v in fields.items()}
 
 
@@ -333,8 +345,10 @@ def write_rotary(cfg: TransformerConfig) -> dict[str, Any]:
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
-def read_pattern(kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+def read_pattern(kinds: Sequence[str], window: int | None, depth: int) -> dict[str, Any]:
   """attention_pattern and window of a list of every layer's kind, as `layer_types` has it."""
+  if len(kinds) != depth:
+    raise ConfigError(f"layer_types names {len(kinds)} layers, and there are {depth}")
   unknown = [kind for kind in kinds if kind not in KINDS]
   if unknown:
     raise ConfigError(f"layer_types: {unknown[0]!r} is not supported; known are {', '.join(KINDS)}")

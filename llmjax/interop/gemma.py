@@ -36,9 +36,17 @@ def write_gemma(cfg):
 
 GEMMA = llama.like(
   "gemma",
-  "Gemma",
+  llama.heads("Gemma", None),
   {**llama.ATTENTION, **llama.MLP},
-  {**FIELDS, "num_kv_heads": Field("num_key_value_heads", 16)},
+  {
+    **FIELDS,
+    "d_model": Field("hidden_size", 3072),
+    "decoder_layers": Field("num_hidden_layers", 28),
+    "num_heads": Field("num_attention_heads", 16),
+    "num_kv_heads": Field("num_key_value_heads", 16),
+    "d_ff": Field("intermediate_size", 24576),
+    "activation": Field("hidden_act", "gelu_pytorch_tanh", GEMMA_ACTIVATIONS),
+  },
   CONSTANTS,
   supported=SUPPORTED,
   read=read_gemma,
@@ -81,7 +89,7 @@ def _read_sandwich(config, period):
     "qkv_bias": biased,
     "attention_out_bias": biased,
     "attention_scale": config.get("query_pre_attn_scalar", 256) ** -0.5,
-    **family.read_pattern(config.get("layer_types") or kinds, config.get("sliding_window", 4096)),
+    **family.read_pattern(config.get("layer_types") or kinds, config.get("sliding_window", 4096), len(kinds)),
   }
 
 
@@ -110,7 +118,7 @@ SANDWICH_FIELDS = {
 
 GEMMA2 = llama.like(
   "gemma2",
-  "Gemma2",
+  llama.heads("Gemma2", None),
   BLOCK,
   {
     **SANDWICH_FIELDS,
@@ -125,7 +133,11 @@ GEMMA2 = llama.like(
 
 GEMMA3 = llama.like(
   "gemma3_text",
-  "Gemma3",
+  {
+    "Gemma3ForCausalLM": llama.heads("Gemma3")["Gemma3ForCausalLM"],
+    "Gemma3TextModel": llama.heads("Gemma3")["Gemma3Model"],
+    "Gemma3TextForSequenceClassification": llama.heads("Gemma3")["Gemma3ForSequenceClassification"],
+  },
   BLOCK,
   {
     **SANDWICH_FIELDS,

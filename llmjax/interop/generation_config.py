@@ -38,6 +38,13 @@ MISSING = {
 MISSING_OF_BEAMS = {"diversity_penalty": 0.0, "num_beam_groups": 1, "renormalize_logits": False}
 MISSING_OF_SAMPLING = {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None, "typical_p": 1.0}
 
+# Of a config.json: the tokens that it names, and all that says how a model generates.
+TOKENS = {"bos_token_id", *NAMES.values()}
+FIELDS = {
+  *(*TOKENS, *ALWAYS, *OF_BEAMS, *OF_SAMPLING, "do_sample", "max_length"),
+  *(*MISSING, *MISSING_OF_BEAMS, *MISSING_OF_SAMPLING),
+}
+
 
 def read_settings(
   generation_config: Mapping[str, Any], config: Mapping[str, Any], *, prompt_length: int | None = None

@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError
+from llmjax.interop.tensors import INDEX, shards
 
 NAME = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 # Weights, config and tokenizer; never pickles, nor the same weights in other formats in folders beside them.
-WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bpe", "1_Pooling/config.json")
+WANTED = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.bpe")
 UNWANTED = ("onnx/*", "openvino/*", "coreml/*", "original/*", "*.onnx.json", "training_args*", "all_results*")
+
+
+# Whose models are called without their organisation, as the hub itself does.
+OWNERS = {
+  "gpt2": "openai-community",
+  "bert": "google-bert",
+  "roberta": "FacebookAI",
+  "distilbert": "distilbert",
+  "t5": "google-t5",
+}
 
 
 def is_name(text: str) -> bool:
@@ -35,33 +46,33 @@ def fetch(name: str) -> Path:
     "ignore_patterns": list(UNWANTED),
     "endpoint": os.environ.get("HF_ENDPOINT"),
   }
-  for known in (repository, *_owners(repository)):
+  family = re.split("[-.]", repository)[0]
+  owned = [f"{OWNERS[family]}/{repository}"] if "/" not in repository and family in OWNERS else []
+  for known in (repository, *owned):
     try:
       return _complete(Path(snapshot_download(known, local_files_only=True, **settings)))
     except (OSError, ValueError):  # what the package raises where a cache lacks it
       continue
   try:
-    return _complete(Path(snapshot_download(repository, **settings)))
+    folder = Path(snapshot_download(repository, **settings))
   except Exception as error:  # of many kinds: no network, no such name, a gate, a full disk
-    reason = str(error).strip().splitlines()[0][:120].rstrip(" .")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(" .")
     raise ConfigError(
       f"{name}: there is no such folder, it is not in the Hugging Face cache, and it could not be downloaded "
       f"({reason}); give a folder, or run `hf download {repository}` where there is a network"
     ) from error
+  if not any(folder.glob("*.safetensors")):
+    raise ConfigError(
+      f"{name} has no safetensors on the hub; its weights may be pickles, which may run code when they are opened: "
+      f'where you trust them, python -c "from transformers import AutoModelForCausalLM as M; '
+      f"M.from_pretrained('{repository}').save_pretrained('DIR')\", and give DIR"
+    )
+  return folder
 
 
 def _complete(folder: Path) -> Path:
   """A cache may hold a model in part, such as its tokenizer alone."""
-  if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-    raise FileNotFoundError(f"it has no config.json or no safetensors ({folder})")
+  wanted = {"config.json", *({"model.safetensors"} if not (folder / INDEX).is_file() else shards(folder))}
+  if not all((folder / file).is_file() for file in wanted):
+    raise FileNotFoundError(folder)
   return folder
-
-
-def _owners(name: str) -> list[str]:
-  """Names in the cache of a model that is called without its organisation, as gpt2 is."""
-  from huggingface_hub.constants import HF_HUB_CACHE
-
-  if "/" in name:
-    return []
-  found = Path(HF_HUB_CACHE).glob(f"models--*--{name}")
-  return sorted("/".join(path.name.split("--")[1:]) for path in found)

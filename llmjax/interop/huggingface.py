@@ -17,12 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax.config import ConfigError
+from llmjax.config import ConfigError, nearest
 from llmjax.interop import family as families_
 from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES, find
 from llmjax.interop.family import Family, Names
-from llmjax.models.config import TransformerConfig
+from llmjax.interop.generation_config import FIELDS, TOKENS
+from llmjax.models.config import CHOICES, TransformerConfig
 from llmjax.models.layout import HEADS, locations
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -86,7 +87,10 @@ def _text_part(
   config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """The folder that the text model would have alone."""
-  text = {**config.get("text_config", {}), "architectures": [TEXT_PARTS[config["model_type"]]]}
+  said = config.get("text_config")
+  if not isinstance(said, dict):
+    raise ConfigError(f"its {CONFIG} has no text_config, which would say what the text model is")
+  text = {**said, "architectures": [TEXT_PARTS[config["model_type"]]]}
   kept = {name: x for name, x in tensors.items() if not name.removeprefix("model.").startswith(_REST)}
   own = {}
   for name, x in kept.items():
@@ -108,17 +112,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_generation(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-  """How a folder's model shall generate: generation_config.json, and what tokens its config.json names besides."""
-  ends = {key: config[key] for key in _ENDS if config.get(key) is not None}
-  return ends | (read_json(path / GENERATION) if (path / GENERATION).is_file() else {})
+  """How a folder's model shall generate: generation_config.json, and the tokens that its config.json names besides.
 
-
-_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+  Where there is no such file, it is all that config.json says of it.
+  """
+  told = (path / GENERATION).is_file()
+  fields = {k: v for k, v in config.items() if k in (TOKENS if told else FIELDS) and v is not None}
+  return fields | (read_json(path / GENERATION) if told else {})
 
 
 def read_sentence_settings(path: Path) -> dict[str, Any]:
   """ "pooling" and "seq_len" of a folder that sentence-transformers wrote: how a vector is made of a text."""
   found: dict[str, Any] = {}
+  if (path / "modules.json").is_file():
+    try:
+      modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+      kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    except (ValueError, TypeError, LookupError) as error:
+      raise ConfigError(f"{path / 'modules.json'} is damaged: {error}") from error
+    other = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if other:
+      raise ConfigError(f"{path / 'modules.json'}: a module {other[0]} is not supported, and changes the vectors")
   pooling = path / "1_Pooling" / CONFIG
   if pooling.is_file():
     said = read_json(pooling)
@@ -206,6 +220,10 @@ def read_params(folder: Folder, cfg: TransformerConfig, abstract: Any) -> Any:
       raise ConfigError(
         f"{folder.path}: tensor {name} has the shape {list(tensor.shape)}, where its {CONFIG} asks for {list(wanted)}"
       )
+    if tensor.dtype.kind not in "fV":  # V is bfloat16
+      raise ConfigError(
+        f"{folder.path}: tensor {name} is of type {tensor.dtype}; weights must be floating-point numbers"
+      )
     used.add(name)
     for which, path in enumerate(entry.paths):
       one = tensorlib.view(tensor, entry.layouts, shapes, which)
@@ -239,8 +257,16 @@ def _check_all(folder: Folder, cfg: TransformerConfig, used: set[str], unfilled:
       f"{folder.path}: a {folder.architecture} has nothing for {min(unfilled)}; set model.* as it is there"
     )
   family = folder.family
-  tied = {prefix + name for name in family.tied for prefix in ("", family.prefix)} if cfg.tie_embeddings else set()
-  left = {n for n in folder.tensors if n not in used | tied and not n.endswith(tuple(family.ignored))}
+  copies = (*family.copies, *(family.tied if cfg.tie_embeddings else ()))
+  copied = {prefix + name for name in copies for prefix in ("", family.prefix)} & set(folder.tensors)
+  table = next(e for e in entries(family, folder.architecture, cfg, None) if e.paths == ("embedding/table",))
+  whole = _look_up(folder, table.name)[1]
+  for name in sorted(copied):
+    tensor = folder.tensors[name]
+    if whole is not None and tensor.ndim == 2 and not np.array_equal(tensor[::997], whole[::997]):
+      raise ConfigError(f"{folder.path}: its {CONFIG} says that {name} is {table.name}, and it is another; mend either")
+  used = used | copied
+  left = {n for n in folder.tensors if n not in used and not n.endswith(tuple(family.ignored))}
   # Folders keep what is behind the last layer in pretraining, whatever architecture they name.
   left -= {
     _look_up(folder, entry.name)[0]
@@ -295,21 +321,28 @@ def _fill(out: np.ndarray, tensors: list[np.ndarray], index: tuple[slice, ...]) 
 # Writing.
 
 
-def choose(cfg: TransformerConfig, prefer: str | None = None) -> tuple[Family, str]:
+def choose(cfg: TransformerConfig, prefer: str | None = None, only: str | None = None) -> tuple[Family, str]:
   """The family and architecture that a model is.
 
+  Args:
+    prefer: the model_type to try first; `only`: the only one to try.
   Raises:
     ConfigError: there is none; the nearest is named, with what it lacks.
   """
+  if only is not None and only not in FAMILIES:
+    raise ConfigError(f"family={only!r} is unknown; {nearest(only, FAMILIES)}")
   order = sorted(FAMILIES.values(), key=lambda family: family.model_type != prefer)
+  order = [family for family in order if only in (None, family.model_type)]
   best: tuple[int, str] | None = None
   for family in order:
+    if "num_experts" in family.fields and not cfg.num_experts:
+      continue
     for architecture in family.heads:
       try:
         config = families_.write_config(family, architecture, cfg)
         config |= _class_names(cfg, None)
         again = families_.read_config(family, architecture, config, family.model_type)
-      except (ConfigError, KeyError, TypeError, ZeroDivisionError):
+      except ConfigError:
         continue
       found = families_.differences(cfg, again)
       if not found:
@@ -317,7 +350,8 @@ def choose(cfg: TransformerConfig, prefer: str | None = None) -> tuple[Family, s
       said = ", ".join(f"model.{k}={ours!r} (there {theirs!r})" for k, (ours, theirs) in found.items())
       if best is None or len(found) < best[0]:
         best = len(found), f"the nearest is {architecture}, but for {said}"
-  raise ConfigError(f"no architecture of Hugging Face's has this model's shape; {best[1] if best else 'none is near'}")
+  which = "no architecture of Hugging Face's" if only is None else f"no architecture of the family {only}"
+  raise ConfigError(f"{which} has this model's shape; {best[1] if best else 'none is near'}")
 
 
 def write_folder(
@@ -326,6 +360,7 @@ def write_folder(
   params: Any,
   *,
   prefer: str | None = None,
+  only: str | None = None,
   labels: Sequence[str] | None = None,
   extra: Mapping[str, Any] | None = None,
   dtype: str | None = None,
@@ -334,12 +369,14 @@ def write_folder(
   """Writes config.json and safetensors; returns the architecture.
 
   Args:
-    prefer: the model_type to take where several have this shape.
+    prefer, only: see `choose`.
     labels: names of the classes of a head.
     extra: more fields for config.json, such as ids of special tokens.
     dtype: of the tensors; None is that of the parameters.
   """
-  family, architecture = choose(cfg, prefer)
+  if dtype not in (None, *CHOICES["param_dtype"]):
+    raise ConfigError(f"dtype={dtype!r} is not supported; known are {', '.join(CHOICES['param_dtype'])}")
+  family, architecture = choose(cfg, prefer, only)
   ours = parameters(cfg, params)
   leaves = {
     jax.tree_util.keystr(where, simple=True, separator="/"): leaf

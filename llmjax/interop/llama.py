@@ -51,9 +51,12 @@ def names(block, final="norm"):
   }
 
 
-def heads(name, **architectures):
-  """The architectures that all such families have, by the beginning of their names."""
-  return {
+def heads(name, spans="transformer."):
+  """The architectures of such a family, by the beginning of their names.
+
+  `spans` is the prefix of the tensors before a head on spans, None where there is no such architecture.
+  """
+  found = {
     f"{name}ForCausalLM": Head(names={"lm_head.weight": [("head/kernel", "V D -> D V")]}),
     f"{name}Model": Head({"tie_embeddings": True}),
     f"{name}ForSequenceClassification": Head(
@@ -63,18 +66,21 @@ def heads(name, **architectures):
       {"head": "token", "head_bias": True}, family.linear("score", "head", family.CLASSES)
     ),
     f"{name}ForQuestionAnswering": Head(
-      {"head": "span", "head_bias": True}, family.linear("qa_outputs", "head", family.CLASSES), "transformer."
+      {"head": "span", "head_bias": True}, family.linear("qa_outputs", "head", family.CLASSES), spans
     ),
   }
+  if spans is None:
+    del found[f"{name}ForQuestionAnswering"]
+  return found
 
 
-def like(model_type, name, block, fields=None, constants=None, read=None, write=None, **more):
+def like(model_type, heads, block, fields=None, constants=None, read=None, write=None, **more):
   """A family of this kind, told by what differs."""
   return Family(
     model_type=model_type,
     fields={**FIELDS, **(fields or {})},
     constants={**CONSTANTS, **(constants or {})},
-    heads=heads(name),
+    heads=heads,
     names=names(block),
     prefix="model.",
     tied=("lm_head.weight",),
@@ -93,7 +99,7 @@ def read_llama(config):
 
 LLAMA = like(
   "llama",
-  "Llama",
+  heads("Llama"),
   {**ATTENTION, **MLP},
   {"mlp_bias": Field("mlp_bias", False)},
   supported={"pretraining_tp": (1, 2, 4, 8)},  # how it was trained; it computes the same
@@ -104,16 +110,20 @@ LLAMA = like(
 
 def read_window(config):
   """One for every layer, or none."""
-  window = config.get("sliding_window", 4096)
-  kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention"]
-  return family.read_pattern(kinds, window)
+  window, depth = config.get("sliding_window", 4096), config["num_hidden_layers"]
+  kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * depth
+  return family.read_pattern(kinds, window, depth)
 
 
 MISTRAL = like(
   "mistral",
-  "Mistral",
+  heads("Mistral", "model."),
   {**ATTENTION, **MLP},
-  {"num_kv_heads": Field("num_key_value_heads", 8), "max_len": Field("max_position_embeddings", 131072)},
+  {
+    "num_kv_heads": Field("num_key_value_heads", 8),
+    "d_ff": Field("intermediate_size", 14336),
+    "max_len": Field("max_position_embeddings", 131072),
+  },
   read=lambda config: {**family.read_rotary(config), **read_window(config)},
   write=lambda cfg: {**family.write_rotary(cfg), "sliding_window": cfg.window},
 )
@@ -124,7 +134,7 @@ def read_late_window(config):
   depth, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
   first = config.get("max_window_layers", 28) if config.get("use_sliding_window") and window else depth
   kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
-  return family.read_pattern(config.get("layer_types") or kinds, window)
+  return family.read_pattern(config.get("layer_types") or kinds, window, depth)
 
 
 def write_late_window(cfg):
@@ -145,7 +155,7 @@ QWEN_FIELDS = {
 
 QWEN2 = like(
   "qwen2",
-  "Qwen2",
+  heads("Qwen2"),
   {**ATTENTION, **MLP},
   QWEN_FIELDS,
   {"qkv_bias": True},
@@ -156,7 +166,7 @@ QWEN2 = like(
 
 QWEN3 = like(
   "qwen3",
-  "Qwen3",
+  heads("Qwen3"),
   {**ATTENTION, **MLP},
   {**QWEN_FIELDS, "head_dim": Field("head_dim", 128)},
   {"qk_norm": True},

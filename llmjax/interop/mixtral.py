@@ -27,7 +27,7 @@ QWEN_MLP = {
 
 MIXTRAL = llama.like(
   "mixtral",
-  "Mixtral",
+  llama.heads("Mixtral", "model."),
   {**llama.ATTENTION, **MIXTRAL_MLP},
   {
     "d_ff": Field("intermediate_size", 14336),
@@ -75,7 +75,7 @@ def read_qwen2_moe(config):
 
 QWEN2_MOE = llama.like(
   "qwen2_moe",
-  "Qwen2Moe",
+  llama.heads("Qwen2Moe", "model."),
   {**llama.ATTENTION, **QWEN_MLP},
   {
     **QWEN_FIELDS,
@@ -95,7 +95,7 @@ QWEN2_MOE = llama.like(
 
 QWEN3_MOE = llama.like(
   "qwen3_moe",
-  "Qwen3Moe",
+  llama.heads("Qwen3Moe"),
   {**llama.ATTENTION, **QWEN_MLP},
   {**QWEN_FIELDS, "num_kv_heads": Field("num_key_value_heads", 4), "d_ff": Field("intermediate_size", 6144)},
   {"qk_norm": True},

@@ -22,7 +22,7 @@ def read(config):
   every = config.get("global_attn_every_n_layers", 3)
   kinds = ["sliding_attention" if i % every else "full_attention" for i in range(config["num_hidden_layers"])]
   fields = {
-    **family.read_pattern(config.get("layer_types") or kinds, config.get("local_attention", 128)),
+    **family.read_pattern(config.get("layer_types") or kinds, config.get("local_attention", 128), len(kinds)),
     **family.read_rotary({"rope_theta": config.get("global_rope_theta"), **config}, 160_000.0),
   }
   local = {"rope_theta": config.get("local_rope_theta"), **config}

@@ -42,7 +42,7 @@ def write(cfg):
 
 PHI3 = llama.like(
   "phi3",
-  "Phi3",
+  llama.heads("Phi3", None),
   BLOCK,
   {
     "vocab_size": Field("vocab_size", 32064),

@@ -144,14 +144,10 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
   Raises:
     ConfigError: there are none, a shard is missing, or a file is damaged.
   """
-  if (folder / INDEX).is_file():
-    try:
-      names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-      files = sorted(set(names.values()))
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
-      raise ConfigError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error}); fetch it again") from error
-  elif (folder / SINGLE).is_file():
+  if (folder / SINGLE).is_file():
     files = [SINGLE]
+  elif (folder / INDEX).is_file():
+    files = shards(folder)
   else:
     raise ConfigError(_no_tensors(folder))
   tensors: dict[str, np.ndarray] = {}
@@ -160,6 +156,16 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
       raise ConfigError(f"{folder}: {INDEX} names {name}, and there is no such file; fetch it")
     tensors.update(_open_file(folder / name))
   return {_renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def shards(folder: Path) -> list[str]:
+  """The files that a folder's index names."""
+  try:
+    return sorted(
+      {str(file) for file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
+    )
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
+    raise ConfigError(f"{folder / INDEX} is damaged ({type(error).__name__}: {error}); fetch it again") from error
 
 
 def _no_tensors(folder: Path) -> str:
@@ -198,17 +204,23 @@ def _open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
   for name, entry in header.items():
     if name == "__metadata__":
       continue
-    begin, end = entry["data_offsets"]
-    if entry["dtype"] not in DTYPES:
-      raise ConfigError(f"{path}: tensor {name} is of type {entry['dtype']}; known are {', '.join(DTYPES)}")
+    try:
+      begin, end = map(int, entry["data_offsets"])
+      kind, shape = str(entry["dtype"]), [int(n) for n in entry["shape"]]
+      if begin < 0 or end < begin or min(shape, default=0) < 0:
+        raise ValueError("a negative number")
+    except (LookupError, TypeError, ValueError) as error:
+      raise ConfigError(f"{path} is damaged: what it says of tensor {name} is no such thing: {entry}") from error
+    if kind not in DTYPES:
+      raise ConfigError(f"{path}: tensor {name} is of type {kind}; known are {', '.join(DTYPES)}")
     if end > len(data):
       raise ConfigError(
         f"{path} is truncated: tensor {name} ends at byte {8 + length + end:,} of a file of {size:,}; fetch it again"
       )
-    dtype = DTYPES[entry["dtype"]]
-    if end - begin != dtype.itemsize * math.prod(entry["shape"]):
-      raise ConfigError(f"{path} is damaged: tensor {name} {entry['shape']} does not fit its {end - begin:,} bytes")
-    yield name, data[begin:end].view(dtype).reshape(entry["shape"])
+    dtype = DTYPES[kind]
+    if end - begin != dtype.itemsize * math.prod(shape):
+      raise ConfigError(f"{path} is damaged: tensor {name} {shape} does not fit its {end - begin:,} bytes")
+    yield name, data[begin:end].view(dtype).reshape(shape)
 
 
 def write_tensors(folder: Path, tensors: Sequence[tuple[str, Any, int]], max_shard_bytes: int) -> list[Path]:
