@@ -11,6 +11,7 @@ import make_beam_search
 import numpy as np
 import pytest
 from flax import linen as nn
+from generation_test import prompts
 from make_beam_search import log_softmax, logits_of, reference
 
 from llmjax import generation
@@ -92,15 +93,6 @@ HOW = [
 def model_and_params(name):
   model = Transformer(CONFIGS[name])
   return model, nn.unbox(model.init(jax.random.key(0), probe()))["params"]
-
-
-def prompts():
-  """Three prompts of 9, 5 and 6 tokens, one padded on the left and one on the right."""
-  ids = np.random.default_rng(0).integers(1, V, (3, 9))
-  mask = np.ones_like(ids)
-  mask[1, :4] = 0
-  mask[2, 6:] = 0
-  return ids, mask
 
 
 @functools.cache

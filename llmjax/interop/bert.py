@@ -41,7 +41,6 @@ SUPPORTED = {
   "tie_word_embeddings": (True,),
 }
 CLASSIFIER = family.linear("classifier", "head", family.CLASSES)
-SPANS = family.linear("qa_outputs", "head", family.CLASSES)
 MLM = {"head_transform": True, "head_bias": True}
 DENSE = "D1 D -> D D1"  # a square matrix
 
@@ -74,8 +73,8 @@ BERT = Family(
     ),
     "BertModel": Head({"pooler": True}),
     "BertForSequenceClassification": Head({"head": "sequence", "head_bias": True, "pooler": True}, CLASSIFIER),
-    "BertForTokenClassification": Head({"head": "token", "head_bias": True}, CLASSIFIER),
-    "BertForQuestionAnswering": Head({"head": "span", "head_bias": True}, SPANS),
+    "BertForTokenClassification": family.tagger("classifier"),
+    "BertForQuestionAnswering": family.spans(),
   },
   names={
     **embeddings("P D -> P D"),
@@ -110,8 +109,8 @@ ROBERTA = Family(
         **family.linear("classifier.out_proj", "head", family.CLASSES),
       },
     ),
-    "RobertaForTokenClassification": Head({"head": "token", "head_bias": True}, CLASSIFIER),
-    "RobertaForQuestionAnswering": Head({"head": "span", "head_bias": True}, SPANS),
+    "RobertaForTokenClassification": family.tagger("classifier"),
+    "RobertaForQuestionAnswering": family.spans(),
   },
   names={
     **embeddings("2+P D -> P D"),  # positions count from 2
@@ -166,8 +165,8 @@ DISTILBERT = Family(
       {"head": "sequence", "head_bias": True, "pooler": True, "pooler_activation": "relu"},
       {**family.linear("pre_classifier", "pooler", DENSE), **CLASSIFIER},
     ),
-    "DistilBertForTokenClassification": Head({"head": "token", "head_bias": True}, CLASSIFIER),
-    "DistilBertForQuestionAnswering": Head({"head": "span", "head_bias": True}, SPANS),
+    "DistilBertForTokenClassification": family.tagger("classifier"),
+    "DistilBertForQuestionAnswering": family.spans(),
   },
   names={**embeddings("P D -> P D"), **family.layers("transformer.layer", "encoder", DISTILBERT_BLOCK)},
   prefix="distilbert.",

@@ -148,7 +148,7 @@ def read_config(
       head = {**head, "pooler": False}  # base models may have been saved without
     if head.get("head") in ("sequence", "token"):
       fields["num_classes"] = len(labels(config))
-    return TransformerConfig(**_floats({**fields, **head}))
+    return TransformerConfig(**_numbers({**fields, **head}))
   except ConfigError as error:
     raise ConfigError(f"{where}: {error}") from error
   except KeyError as error:
@@ -163,7 +163,7 @@ def _defaults(family: Family, config: Config) -> dict[str, Any]:
   return {field.name: field.default for field in fields if field.older is None or field.older not in config}
 
 
-def _floats(fields: dict[str, Any]) -> dict[str, Any]:
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
   """Numbers of the kind that each field is: JSON does not tell 0 from 0.0."""
   wide = {f.name for f in dataclasses.fields(TransformerConfig) if str(f.type).startswith("float")}
   whole = {f.name for f in dataclasses.fields(TransformerConfig) if str(f.type).startswith("int")}
@@ -269,6 +269,25 @@ def attention(theirs: Mapping[str, str], ours: str = "attention") -> dict[str, l
     if part in theirs:
       out |= linear(theirs[part], f"{ours}/{part}", pattern)
   return out
+
+
+# Heads that several families have. Decoders read a sequence by its last token.
+
+
+def lm(theirs: str) -> Head:
+  """The output projection of a language model, where it is not tied."""
+  return Head(names={f"{theirs}.weight": [("head/kernel", "V D -> D V")]})
+
+
+LAST_TOKEN = Head({"head": "sequence", "pooling": "last"}, {"score.weight": [("head/kernel", CLASSES)]})
+
+
+def tagger(theirs: str) -> Head:
+  return Head({"head": "token", "head_bias": True}, linear(theirs, "head", CLASSES))
+
+
+def spans(prefix: str | None = None) -> Head:
+  return Head({"head": "span", "head_bias": True}, linear("qa_outputs", "head", CLASSES), prefix)
 
 
 # Rotary positions and patterns of layers.

@@ -35,17 +35,11 @@ GPT2 = Family(
     "add_cross_attention": (False,),
   },
   heads={
-    "GPT2LMHeadModel": Head(names={"lm_head.weight": [("head/kernel", "V D -> D V")]}),
+    "GPT2LMHeadModel": family.lm("lm_head"),
     "GPT2Model": Head({"tie_embeddings": True}),
-    "GPT2ForSequenceClassification": Head(
-      {"head": "sequence", "pooling": "last"}, {"score.weight": [("head/kernel", family.CLASSES)]}
-    ),
-    "GPT2ForTokenClassification": Head(
-      {"head": "token", "head_bias": True}, family.linear("classifier", "head", family.CLASSES)
-    ),
-    "GPT2ForQuestionAnswering": Head(
-      {"head": "span", "head_bias": True}, family.linear("qa_outputs", "head", family.CLASSES)
-    ),
+    "GPT2ForSequenceClassification": family.LAST_TOKEN,
+    "GPT2ForTokenClassification": family.tagger("classifier"),
+    "GPT2ForQuestionAnswering": family.spans(),
   },
   names={
     **family.table("wte", "embedding"),

@@ -50,17 +50,11 @@ GPT_NEOX = Family(
   },
   constants={"norm": "layernorm", "positions": "rotary"},
   heads={
-    "GPTNeoXForCausalLM": Head(names={"embed_out.weight": [("head/kernel", "V D -> D V")]}),
+    "GPTNeoXForCausalLM": family.lm("embed_out"),
     "GPTNeoXModel": Head({"tie_embeddings": True}),
-    "GPTNeoXForSequenceClassification": Head(
-      {"head": "sequence", "pooling": "last"}, {"score.weight": [("head/kernel", family.CLASSES)]}
-    ),
-    "GPTNeoXForTokenClassification": Head(
-      {"head": "token", "head_bias": True}, family.linear("classifier", "head", family.CLASSES)
-    ),
-    "GPTNeoXForQuestionAnswering": Head(
-      {"head": "span", "head_bias": True}, family.linear("qa_outputs", "head", family.CLASSES)
-    ),
+    "GPTNeoXForSequenceClassification": family.LAST_TOKEN,
+    "GPTNeoXForTokenClassification": family.tagger("classifier"),
+    "GPTNeoXForQuestionAnswering": family.spans(),
   },
   names={
     **family.table("embed_in", "embedding"),

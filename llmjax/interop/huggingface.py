@@ -18,10 +18,9 @@ import jax
 import numpy as np
 
 from llmjax.config import ConfigError, nearest
-from llmjax.interop import family as families_
 from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES, find
-from llmjax.interop.family import Family, Names
+from llmjax.interop.family import Family, Names, differences, read_config, write_config
 from llmjax.interop.generation_config import FIELDS, TOKENS
 from llmjax.models.config import CHOICES, TransformerConfig
 from llmjax.models.layout import HEADS, locations
@@ -70,10 +69,10 @@ def open_folder(path: str | Path) -> Folder:
   path = Path(path)
   config, tensors = read_json(path / CONFIG), None
   if config.get("model_type") in TEXT_PARTS:
-    config, tensors = _text_part(config, tensorlib.open_tensors(path))
+    config, tensors = _text_part(config, tensorlib.open_tensors(path), str(path / CONFIG))
   family, architecture = find(config, str(path / CONFIG))
   tensors = tensorlib.open_tensors(path) if tensors is None else tensors
-  cfg = families_.read_config(family, architecture, config, str(path / CONFIG), tensors)
+  cfg = read_config(family, architecture, config, str(path / CONFIG), tensors)
   return Folder(path, config, family, architecture, cfg, tensors)
 
 
@@ -84,12 +83,12 @@ _TEXT, _REST = ("language_model.", "model.language_model."), ("vision_tower.", "
 
 
 def _text_part(
-  config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+  config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """The folder that the text model would have alone."""
   said = config.get("text_config")
   if not isinstance(said, dict):
-    raise ConfigError(f"its {CONFIG} has no text_config, which would say what the text model is")
+    raise ConfigError(f"{where} has no text_config, which would say what the text model is")
   text = {**said, "architectures": [TEXT_PARTS[config["model_type"]]]}
   kept = {name: x for name, x in tensors.items() if not name.removeprefix("model.").startswith(_REST)}
   own = {}
@@ -231,7 +230,7 @@ def read_params(folder: Folder, cfg: TransformerConfig, abstract: Any) -> Any:
   _check_all(folder, cfg, used, {p.leaf for p in ours.values()} - set(sources))
 
   def place(path: Any, leaf: Any) -> jax.Array:
-    return _place(sources[jax.tree_util.keystr(path, simple=True, separator="/")], leaf, cfg)
+    return _place(sources[jax.tree_util.keystr(path, simple=True, separator="/")], leaf)
 
   return jax.tree_util.tree_map_with_path(place, abstract)
 
@@ -281,7 +280,7 @@ def _check_all(folder: Folder, cfg: TransformerConfig, used: set[str], unfilled:
     )
 
 
-def _place(sources: Mapping[int | None, list[np.ndarray]], leaf: Any, cfg: TransformerConfig) -> jax.Array:
+def _place(sources: Mapping[int | None, list[np.ndarray]], leaf: Any) -> jax.Array:
   """One parameter on its devices; the host holds one shard at a time.
 
   Args:
@@ -339,12 +338,12 @@ def choose(cfg: TransformerConfig, prefer: str | None = None, only: str | None =
       continue
     for architecture in family.heads:
       try:
-        config = families_.write_config(family, architecture, cfg)
+        config = write_config(family, architecture, cfg)
         config |= _class_names(cfg, None)
-        again = families_.read_config(family, architecture, config, family.model_type)
+        again = read_config(family, architecture, config, family.model_type)
       except ConfigError:
         continue
-      found = families_.differences(cfg, again)
+      found = differences(cfg, again)
       if not found:
         return family, architecture
       said = ", ".join(f"model.{k}={ours!r} (there {theirs!r})" for k, (ours, theirs) in found.items())
@@ -403,7 +402,7 @@ def write_folder(
 
     return entry.name, make, size
 
-  config = families_.write_config(family, architecture, cfg) | _class_names(cfg, labels)
+  config = write_config(family, architecture, cfg) | _class_names(cfg, labels)
   config |= {"torch_dtype": str(kind), **(extra or {})}
   path.mkdir(parents=True, exist_ok=True)
   (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

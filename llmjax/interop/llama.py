@@ -57,17 +57,11 @@ def heads(name, spans="transformer."):
   `spans` is the prefix of the tensors before a head on spans, None where there is no such architecture.
   """
   found = {
-    f"{name}ForCausalLM": Head(names={"lm_head.weight": [("head/kernel", "V D -> D V")]}),
+    f"{name}ForCausalLM": family.lm("lm_head"),
     f"{name}Model": Head({"tie_embeddings": True}),
-    f"{name}ForSequenceClassification": Head(
-      {"head": "sequence", "pooling": "last"}, {"score.weight": [("head/kernel", family.CLASSES)]}
-    ),
-    f"{name}ForTokenClassification": Head(
-      {"head": "token", "head_bias": True}, family.linear("score", "head", family.CLASSES)
-    ),
-    f"{name}ForQuestionAnswering": Head(
-      {"head": "span", "head_bias": True}, family.linear("qa_outputs", "head", family.CLASSES), spans
-    ),
+    f"{name}ForSequenceClassification": family.LAST_TOKEN,
+    f"{name}ForTokenClassification": family.tagger("score"),
+    f"{name}ForQuestionAnswering": family.spans(spans),
   }
   if spans is None:
     del found[f"{name}ForQuestionAnswering"]

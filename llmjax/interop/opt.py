@@ -41,14 +41,10 @@ OPT = Family(
   constants={"norm": "layernorm", "positions": "learned"},
   supported={"_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
   heads={
-    "OPTForCausalLM": Head(names={"lm_head.weight": [("head/kernel", "V D -> D V")]}),
+    "OPTForCausalLM": family.lm("lm_head"),
     "OPTModel": Head(),
-    "OPTForSequenceClassification": Head(
-      {"head": "sequence", "pooling": "last"}, {"score.weight": [("head/kernel", family.CLASSES)]}
-    ),
-    "OPTForQuestionAnswering": Head(
-      {"head": "span", "head_bias": True}, family.linear("qa_outputs", "head", family.CLASSES)
-    ),
+    "OPTForSequenceClassification": family.LAST_TOKEN,
+    "OPTForQuestionAnswering": family.spans(),
   },
   names={
     **family.table("decoder.embed_tokens", "embedding", "V E -> V E"),
