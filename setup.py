@@ -4,8 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-BM25 = ["bm25s>=0.2"]
-EVAL = [*BM25, "seqeval>=1.2.2", "rouge_score>=0.1.2", "sacrebleu>=2.4", "scikit-learn>=1.5"]
+EVAL = [  # bm25s is for llmjax.retrieval, the others are for llmjax.task_metrics
+  "bm25s>=0.2",
+  "regex>=2024.4",
+  "rouge_score>=0.1.2",
+  "sacrebleu>=2.4",
+  "scikit-learn>=1.5",
+  "seqeval>=1.2.2",
+]
 
 setup(
   name="llmjax",
@@ -52,7 +58,7 @@ setup(
       "torch==2.13.0",
       "transformers>=5.23",
     ],  # what tests/make_*.py and tests/transformers_test.py compare with
-    "dev": [*BM25, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
+    "dev": [*EVAL, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
   },
   entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
   classifiers=[
