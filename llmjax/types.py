@@ -13,7 +13,7 @@ transformation, where leaves are specs, shardings or scan slices rather than arr
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -64,8 +64,8 @@ class Batch:
 
   inputs: Any  # Tokens; None in a batch of views alone
   targets: Any = None  # Tokens, or None
-  labels: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: Int[B L]}
-  weights: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: Float[B L]}, 0 = bears no loss
+  labels: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: Int[B L]}, of a whole row [B] or [B C]
+  weights: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: of its labels' shape}, 0 = bears no loss
   rows: Any = None  # Int[B]: the row's number in the global batch; dropout is keyed by it
   extras: Mapping[str, Any] = struct.field(default_factory=dict)  # {name: Batch}: further views of the same examples
 
@@ -99,11 +99,18 @@ class Outputs:
   all_hidden: Any = None  # Float[N+1 B L D]: the embeddings, then every layer's output; on request
   encoder_hidden: Any = None  # Float[B S D] of an encoder–decoder
   encoder_all_hidden: Any = None  # Float[N+1 B S D] of an encoder–decoder, on request
+  transitions: Any = None  # of a CRF's tags: `objectives.crf.Transitions`
   routing: Any = ()  # of each stack with experts, how its routers shared out the tokens: `models.moe.Routing`
 
 
 class Forward(abc.ABC):
-  """A model with its parameters: what an objective receives instead of a model."""
+  """A model with its parameters: what an objective receives instead of a model.
+
+  Attributes:
+    auxiliary: frozen models beside it, by the names of config.auxiliary.
+  """
+
+  auxiliary: Mapping[str, Forward] = {}
 
   @abc.abstractmethod
   def __call__(self, batch: Batch, rngs: Mapping[str, Array], **kwargs: Any) -> Outputs:
@@ -140,11 +147,28 @@ class Objective(abc.ABC):
     whole_batch: the loss must see the whole global batch at once (contrastive): `accum` becomes chunks inside it.
     stacks: which models can learn it: an "encoder", a "decoder", or "both" behind each other.
     needs: {model key: value} that it needs besides.
+    head: {model key: value} of what stands behind the last layer for it; no config says these.
+    decided: {key of its config: value} of what it found out where the config says None.
+    auxiliary: names of the frozen models that it needs in config.auxiliary.
+    fields: of a record that it reads.
   """
 
   packing: str = "whole"
   whole_batch: bool = False
   stacks: tuple[str, ...] = ("encoder", "decoder", "both")
+  auxiliary: tuple[str, ...] = ()
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return ("text",)
+
+  @property
+  def head(self) -> Mapping[str, Any]:
+    return {"head": "lm", "num_classes": 0, "crf": False}
+
+  @property
+  def decided(self) -> Mapping[str, Any]:
+    return {}
 
   @property
   def needs(self) -> Mapping[str, Any]:
@@ -163,22 +187,35 @@ class Objective(abc.ABC):
     """{stream: its length in a row} where rows have `seq_len` input tokens (host)."""
     return {"inputs": seq_len}
 
-  @abc.abstractmethod
+  def examples(self, record: Mapping[str, Any], tokenizer: Any, length: int, whole: bool) -> Iterator[dict[str, Any]]:
+    """What of a record `features` is given: the record with "ids" Int[n], for each piece that `window` gives (host).
+
+    Args:
+      length: input tokens of a row.
+      whole: leave the text in one piece.
+    """
+    ids = tokenizer.document(record["text"])
+    for window in [ids] if whole else self.window(ids, length):
+      if len(window):
+        yield {**record, "ids": window}
+
   def window(self, ids: np.ndarray, length: int) -> list[np.ndarray]:
     """Cuts a document's ids into pieces whose features fit in rows of `length` input tokens (host)."""
+    return [ids]
 
   @abc.abstractmethod
   def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features | None:
     """One example to features, None to leave it out (host).
 
     Args:
-      example: the record, with "ids" Int[n]: a piece that `window` gave, or with packing "split" the whole document.
+      example: one that `examples` gave.
       rng: the example's own generator.
       corpus: the source that the record is from.
     Returns:
       {"inputs": Int[n], "labels": {term: Int[n]}, "weights": {term: Float[n]}}, with "targets": Int[m] where there are
       any (labels and weights are then [m]). A stream may be a dict {"ids": Int[n], "token_types": Int[n], "prefix":
-      Int[n]}. Further views of the example are {"extras": {name: features}}.
+      Int[n]}. Further views of the example are {"extras": {name: features}}. What labels the example as a whole is
+      {"row": {"labels": {term: any shape}, "weights": {term: that shape}}}, with packing "never" alone.
     """
 
   def weights(self, batch: Batch) -> Sums:

@@ -144,3 +144,23 @@ def test_a_tokenizer_without_a_template_takes_one():
   assert ids.tolist() == made.document("Hello").tolist()
   with pytest.raises(ConfigError, match="no chat template"):
     from_folder(FOLDERS / "bert").chat(HELLO)
+
+
+def test_a_tokenizer_without_a_template_has_a_plain_one():
+  """It ends an answer with eos; every message is plain text below its role."""
+  made = tokenizers.make({"name": "bytes"})
+  source = chat.or_default(made.chat_templates)
+  assert source == chat.DEFAULT == chat.or_default({}, "default")
+  messages = [*HELLO, {"role": "assistant", "content": "Hi!"}]
+  shown = made.show(made.chat(messages, template=source, add_generation_prompt=True))
+  assert shown == "<s><|user|>\nHello\n<|assistant|>\nHi!</s>\n<|assistant|>\n"
+  assert chat.render({}, messages, template=source) == "<|user|>\nHello\n<|assistant|>\nHi!\n"
+  assert chat.or_default({"mine": "x{{ y }}"}) == "x{{ y }}"
+  with pytest.raises(ConfigError, match="neither Jinja nor one of: default"):
+    chat.or_default({}, "chatml")
+
+
+def test_names_of_special_tokens_are_those_that_chats_are_read_with():
+  assert chat.token_names(tokenizers.make({"name": "bytes"})) == {"bos_token": "<s>", "eos_token": "</s>"}
+  made = from_folder(FOLDERS / "llama3")
+  assert chat.token_names(made) == made.token_names

@@ -1,8 +1,10 @@
 """Tokenizers of Hugging Face folders, and ours as such; what is expected, and how it was made: testdata/tokenizers."""
 
+import contextlib
 import json
 import random
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,28 @@ def test_byte_lengths_sum_to_the_text(name, made):
         assert made.byte_lengths()[made.encode(text)].sum() == len(text.encode())
   else:
     assert made.byte_lengths()[made.encode("the dog")].sum() in (len("thedog"), len(" the dog"))
+
+
+def test_offsets_say_which_characters_a_token_stands_for(name, made):
+  """As the vocabulary writes them: some without accents and capitals, and of some a single "unknown" stands for all."""
+
+  def bare(text):
+    text = unicodedata.normalize("NFKC", text).lower() if name != "bert_cased" else text
+    return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c)).replace("\u2581", " ")
+
+  checked = 0
+  for text in TEXTS:
+    ids, offsets = made.encode_with_offsets(text)
+    assert ids.tolist() == made.encode(text).tolist() and offsets.shape == (len(ids), 2)
+    assert (np.diff(offsets, axis=0) >= 0).all() and (offsets <= len(text)).all()
+    for token, (start, stop) in zip(ids, offsets.tolist()):
+      piece = made.pieces[token]
+      with contextlib.suppress(UnicodeDecodeError):  # a part of a character
+        if piece.strip():
+          assert bare(piece.decode()).strip() in bare(text[start:stop])
+          assert len(text[start:stop].strip()) <= len(piece.decode().strip())
+          checked += 1
+  assert checked > 100
 
 
 def test_a_hash_is_text_where_it_does_not_continue_a_word(made, name):

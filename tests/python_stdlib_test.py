@@ -1,6 +1,7 @@
 import ast
 import collections
 import importlib
+import json
 import logging
 import subprocess
 import sys
@@ -136,6 +137,158 @@ def test_pairs_are_in_the_split_of_their_file(few, monkeypatch):
     assert {r["path"] for r in records} == {path for path, _ in few if stdlib.split_of(path) == split}
     assert all(r["summary"] == f"Return number {r['name'][1:]} here." for r in records)
   assert python_stdlib("train", config="docstring_pairs").fingerprint != python_stdlib("train").fingerprint
+
+
+def test_packages_are_classes_where_they_have_enough_functions():
+  def functions(name, count):
+    return "".join(f"def {name}{i}(x):\n" + "  return x\n" * 4 for i in range(count))
+
+  left_out = "def short(): pass\ndef telling():\n  import many\n" + "  return\n" * 4 + functions("f", 1)
+  found = [
+    ("many/a.py", functions("f", 49)),
+    ("many/b.py", "class C:\n  def method(self):\n" + "    return self\n" * 4 + left_out),
+    ("few/a.py", functions("g", 49)),
+    ("module.py", functions("m", 60)),
+  ]
+  records = list(stdlib.package(found))
+  assert [r["package"] for r in records] == ["many"] * 50 and records[0]["path"] == "many/a.py#f0"
+  assert records[-1]["text"] == "def method(self):\n" + "\n".join(["  return self"] * 4)
+
+
+def test_packages_of_the_library():
+  found = list(stdlib.package(stdlib.documents()))
+  by_split = collections.defaultdict(collections.Counter)
+  for record in found:
+    by_split[stdlib.split_of(record["path"])][record["package"]] += 1
+  train = by_split["train"]
+  assert 8 <= len(train) <= 24 and min(train.values()) >= 40 and sum(train.values()) > 2000
+  assert len(set(by_split["validation"])) > len(train) // 2 and set(by_split["validation"]) <= set(train)
+  assert len({r["text"] for r in found}) == len(found)
+  assert all(r["path"].startswith(r["package"] + "/") for r in found)
+
+
+TAGGED = """
+import:O os:B-IMPORT .:I-IMPORT path:I-IMPORT as:O p:O ,:O sys:B-IMPORT
+
+from:O .:B-IMPORT util:I-IMPORT import:O first:O as:O second:O
+
+from:O ...:B-IMPORT import:O x:O
+
+@:O abc:B-CALL .:I-CALL mark:I-CALL (:O 1:B-NUMBER ):O
+
+class:O A:B-CLASS (:O B:O .:O C:O ,:O metaclass:O =:O make:B-CALL (:O ):O ):O ::O
+
+"What:B-STRING it:I-STRING is.":I-STRING
+
+async:O def:O run:B-FUNCTION (:O self:B-PARAMETER ,:O a:B-PARAMETER ::O x:O .:O T:O =:O f:B-CALL (:O b:O ,:O c:O ):O
+,:O *:O args:B-PARAMETER ,:O d:B-PARAMETER =:O e:O *:O g:O ,:O **:O kw:B-PARAMETER ):O ->:O T:O [:O a:O ,:O b:O ]:O ::O
+#:B-COMMENT Why:I-COMMENT not?:I-COMMENT
+
+while:O self:B-CALL .:I-CALL go:I-CALL (:O a:O .:O b:O [:O 0:B-NUMBER ]:O .:O c:B-CALL (:O lambda:O q:O ::O q:O ):O
+):O .:O d:B-CALL (:O b'x':B-STRING ):O ::O pass:O
+
+f'{go(1)!r:>{w}}':B-STRING
+"""
+
+
+def test_tokens_are_tagged_in_iob2():
+  for line in TAGGED.strip().split("\n\n"):
+    expected = [tuple(pair.rsplit(":", 1)) for pair in line.split()]
+    text = " ".join(token for token, _ in expected)
+    [record] = stdlib.tokens([("a.py", text)])
+    assert list(zip(record["tokens"], record["tags"])) == expected
+    assert record["text"] == text and record["path"] == "a.py"
+
+
+def test_excerpts_are_whole_lines_of_few_tokens_and_tags_are_a_valid_scheme():
+  documents = stdlib.documents()[::25]
+  found = list(stdlib.tokens(documents))
+  assert len(found) > 50 and max(collections.Counter(r["path"] for r in found).values()) == 12
+  previous = {f"{kind}-{label}" for kind in "BI" for label in ("IMPORT", "CALL", "STRING", "COMMENT")}
+  for record in found:
+    assert 0 < len(record["tokens"]) == len(record["tags"]) <= 60
+    assert not any(token.split() != [token] for token in record["tokens"])
+    for before, tag in zip(["O", *record["tags"]], record["tags"]):
+      assert tag[0] != "I" or (before[1:] == tag[1:] and before in previous)
+  assert {tag for r in found for tag in r["tags"]} > {"O", "B-CLASS", "B-FUNCTION", "B-PARAMETER", "I-CALL", "B-NUMBER"}
+  long = "x = [" + "1, " * 40 + "]\n"
+  assert [r["text"] for r in stdlib.tokens([("a.py", f"a = 1\n{long}b = 2\n")])] == ["a = 1", "b = 2"]
+  assert list(stdlib.tokens([("a.py", "'"), ("topic#a", "a = 1"), ("b.py", "")])) == []
+
+
+DESCRIBED = '''
+def f(path, size=3, *rest, mode, i, both, gone, other):
+  """Open the thing. Other than that, size says how much.
+
+  path -- where it is,
+    and more of that
+  mode: as in open(), other=3
+  both - one
+  both - two
+  i: index
+
+  The rest are given on, as is
+  usual.  Not path.  >>> gone
+  """
+
+def g(self, path):
+  """One sentence about path."""
+'''
+
+
+def test_descriptions_of_parameters():
+  found = list(stdlib.params([("a.py", DESCRIBED), ("b.py", DESCRIBED)]))
+  assert {r["id"]: r["answers"][0]["text"] for r in found} == {
+    "a.py#f#path": "where it is,\n  and more of that",
+    "a.py#f#size": "Other than that, size says how much.",
+    "a.py#f#rest": "The rest are given on, as is\nusual.",
+    "a.py#f#mode": "as in open(), other=3",
+  }
+  assert found[0]["question"] == "What is path?" and found[0]["text"] == found[0]["context"]
+  assert found[0]["context"].startswith("def f(path, size=3, *rest, mode, i, both, gone, other):\nOpen the thing.")
+
+
+def test_descriptions_of_the_library_stand_where_they_say():
+  found = list(stdlib.params(stdlib.documents()[::3]))
+  assert len(found) > 300 and len({r["id"] for r in found}) == len(found)
+  for record in found:
+    [answer] = record["answers"]
+    start, stop = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+    assert record["context"][start:stop] == answer["text"] == answer["text"].strip() != ""
+  in_splits = collections.defaultdict(set)
+  for record in found:
+    in_splits[record["context"]].add(stdlib.split_of(record["path"]))
+  assert all(len(splits) == 1 for splits in in_splits.values())
+
+
+def test_the_worse_answer_is_that_of_another_function_of_the_file():
+  code = "".join(f"def f{i}():\n  'Return the number {i}.'\n  return {i}\n" for i in range(3))
+  alone = "def g():\n  'Do what is due.'\n  return None\n"
+  found = list(stdlib.preferences([("a.py", code), ("b.py", alone)]))
+  assert [(r["text"], r["chosen"], r["rejected"]) for r in found] == [
+    (f"def f{i}():\n  return {i}", f"Return the number {i}.", f"Return the number {(i + 1) % 3}.") for i in range(3)
+  ]
+
+
+def test_every_config_is_read_as_it_was_made(few, monkeypatch):
+  code = "".join(f"def f{i}(path):\n  'Return NAME {i}. Of path.'\n" + "  return NAME\n" * 5 for i in range(3))
+  documents = [(path, code.replace("NAME", path.split("/")[0])) for path, _ in few]
+  monkeypatch.setattr(stdlib, "documents", lambda: documents)
+  monkeypatch.setattr(stdlib, "SNIPPETS", 1)
+  for config, (_, make) in stdlib.CONFIGS.items():
+    expected = [r for r in make(documents) if stdlib.split_of(r["path"]) == "train"]
+    for record in expected:
+      if "answers" in record:
+        record["answers"] = [{"text": a["text"], "start": a["answer_start"]} for a in record["answers"]]
+    found = [json.dumps(r, sort_keys=True) for r in python_stdlib("train", config=config)]
+    assert found and sorted(found) == sorted(json.dumps(r, sort_keys=True) for r in expected)
+
+
+def test_a_split_without_records_is_left_out(few, monkeypatch):
+  monkeypatch.setattr(stdlib, "documents", lambda: [f for f in few if stdlib.split_of(f[0]) == "train"])
+  assert len(python_stdlib("train")) == len(stdlib.documents())
+  with pytest.raises(ConfigError, match=r"split 'test': .* has train$"):
+    python_stdlib("test")
 
 
 def test_slices_and_mistakes(few):

@@ -9,7 +9,9 @@ import pytest
 from configs.corpora import CORPORA
 from llmjax.config import ConfigError, build, load_config
 from llmjax.data import python_stdlib
-from llmjax.data.source import SOURCES, cached, join, select
+from llmjax.data.records import fields
+from llmjax.data.source import SOURCES, Source, cached, join, select, text_of, thin
+from llmjax.data.tfds_source import tfds as open_tfds
 
 
 def open_(name, split="train", **spec):
@@ -128,6 +130,38 @@ def test_a_bad_line_is_named(write, line, message):
     open_("jsonl", files=path)[1]
 
 
+def test_jsonl_without_one_text(write):
+  path = write("a.jsonl", '{"q": "wie", "n": [1, {"a": "\\u00f6"}]}\n{"q": "ja", "n": null}')
+  assert list(open_("jsonl", files=path, text=None, columns=("q", "n"))) == [
+    {"q": "wie", "n": [1, {"a": "ö"}]},
+    {"q": "ja", "n": None},
+  ]
+  with pytest.raises(ConfigError, match=r"a\.jsonl:1: no field 'qq' \(data\.corpus\.columns\); did you mean `q`"):
+    open_("jsonl", files=path, text=None, columns=("qq",))
+  with pytest.raises(ConfigError, match=r"a\.jsonl:1: no field 'text' .*or to None"):
+    open_("jsonl", files=path)
+  with pytest.raises(ConfigError, match=r"b\.jsonl:1: 'n' holds half a surrogate pair"):
+    open_("jsonl", files=write("b.jsonl", '{"q": "a", "n": [{"x": "\\ud800"}]}'), text=None)
+
+
+def test_the_text_of_any_record():
+  assert text_of({"text": "this", "title": "that"}) == "this"
+  assert text_of({"tokens": ["a", "b"], "tags": ["O", "X"]}) == "a b\nO X"
+  chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "n": 3, "text": None}
+  assert text_of(chat) == "user\nHi\nassistant\nHo"
+  assert text_of({"label": 1}) == ""
+
+
+def test_a_thinned_source_keeps_labels_and_needs_no_text():
+  labels = {"label": ("no", "yes")}
+  source = Source(100, lambda i: {"words": [f"{i:05d}"] * 2}, "words", labels=labels)
+  some = thin(source, 110)
+  assert len(some) == 10 and some.labels == labels and some[9] == {"words": ["00099", "00099"]}
+  assert join([source, some], (1, 1)).labels == labels
+  other = Source(1, lambda i: {}, "other", labels={"label": ("yes", "no")})
+  assert join([source, other], (1, 1)).labels == join([source, Source(1, lambda i: {}, "x")], (1, 1)).labels == {}
+
+
 def test_csv_and_files_of_any_kind_by_their_name(write, home):
   rows = "".join(f'{i},"line {i}\nand ""more""",x\n' for i in range(10))
   path = write("a.csv", "number,review,other\n" + rows)
@@ -142,6 +176,47 @@ def test_csv_and_files_of_any_kind_by_their_name(write, home):
     open_("files", "all", files=f, column=c)[0]["text"] for f, c in ((tsv, "text"), (lines, "body"), (plain, ""))
   ]
   assert texts == ["hello, world", "one", "plain"]
+
+
+def test_columns_without_one_text(write, home):
+  import pyarrow
+  from pyarrow import parquet
+
+  table = pyarrow.table({"tokens": [["a", "é"], []], "tags": [[0, 3], []], "n": [1.5, None], "unused": ["x", "y"]})
+  parquet.write_table(table, home / "a.parquet")
+  path = str(home / "a.parquet")
+  for name in ("parquet", "files"):
+    text = {"text": None} if name == "parquet" else {"column": None}
+    found = list(open_(name, files=path, columns=("tokens", "tags", "n"), **text))
+    assert found == [{"tokens": ["a", "é"], "tags": [0, 3], "n": 1.5}, {"tokens": [], "tags": [], "n": None}]
+  rows = write("a.csv", "premise,label\nyes,1\n,0\n")
+  found = list(open_("csv", files=rows, text=None, columns=("label", "premise")))
+  assert found == [{"label": "1", "premise": "yes"}, {"label": "0", "premise": ""}]
+  with pytest.raises(ConfigError, match=r"columns is empty.*give some of .*a\.csv: premise, label"):
+    open_("files", files=rows, column=None)
+  with pytest.raises(ConfigError, match=r"a\.parquet: no column 'tag' \(data\.corpus\.columns\); did you mean `tags`"):
+    open_("parquet", files=path, text=None, columns=("tokens", "tag"))
+  assert fields(path) == ["tokens", "tags", "n", "unused"] and fields(rows) == ["premise", "label"]
+
+
+def test_files_of_splits_and_in_an_order_of_chance(write):
+  rows = [{"label": i // 50, "n": i} for i in range(100)]  # sorted, as such files may be
+  path = write("a.jsonl", "\n".join(map(json.dumps, rows)))
+  spec = {"column": None, "columns": ("label",), "shuffle": True}
+  train, held_out = (list(open_("files", split, files=path, **spec)) for split in ("[:90%]", "[90%:]"))
+  assert sorted(r["n"] for r in train + held_out) == list(range(100))
+  assert len(held_out) == 10 and {r["label"] for r in held_out} == {0, 1}
+  assert held_out == list(open_("files", "[90%:]", files=path, **spec))
+  prints = [open_("files", "[:9]", files=path, **{**spec, "shuffle": shuffle}).fingerprint for shuffle in (True, False)]
+  assert prints[0] != prints[1]
+  named = {"train": (path,), "test": write("b.csv", "label,n\n1,2\n")}
+  assert list(open_("files", "test", files=named, **spec)) == [{"label": "1"}]
+  assert len(open_("files", "train[:9]", files=named, **spec)) == 9
+  with pytest.raises(
+    ConfigError, match=r"a\.jsonl:1: no field 'labels' \(data\.corpus\.columns\); did you mean `label`"
+  ):
+    open_("files", files=path, column=None, columns=("labels",))
+  assert len(open_("files", files=write("c.jsonl", '{"text": "a"}\n{"text": "b"}'), columns=("id",))) == 2
 
 
 def test_parquet(write, home):
@@ -178,6 +253,7 @@ def test_array_record(write, home):
   assert texts("array_record", "[5:]", files=plain) == [f"né {i}" for i in range(5, 10)]
   objects = records("json.array_record", [json.dumps({"body": f"{i}"}).encode() for i in range(3)])
   assert texts("array_record", files=objects, format="json", text="body") == ["0", "1", "2"]
+  assert open_("array_record", files=objects, format="json", text=None)[1] == {"body": "1"}
   with pytest.raises(ConfigError, match=r"record 0 of .*no JSON object with a field 'body'"):
     open_("array_record", files=plain, format="json", text="body")
   with pytest.raises(ConfigError, match=r"record 0 of .*is not UTF-8"):
@@ -274,6 +350,48 @@ def test_tfds_folders(home):
     open_("tfds", "validation", folder=str(folder), text="line")
 
 
+def test_tfds_gives_names_of_classes_strings_and_one_form_of_answers(home):
+  import tensorflow_datasets as tfds
+
+  features = {
+    "label": tfds.features.ClassLabel(names=["bad", "good"]),
+    "tags": tfds.features.Sequence(tfds.features.ClassLabel(names=["O", "B-é"])),
+    "tokens": tfds.features.Sequence(tfds.features.Text()),
+    "answers": tfds.features.Sequence({"text": tfds.features.Text(), "answer_start": np.int32}),
+    "translation": tfds.features.Translation(["de", "en"]),
+    "score": np.float32,
+  }
+  hidden = {"label": -1, "tags": [], "tokens": [], "answers": [], "translation": {"de": "ü", "en": "u"}, "score": 0.5}
+  answers = [{"text": "é", "answer_start": 3}, {"text": "né", "answer_start": 2}]
+  full = {**hidden, "label": 1, "tags": [0, 1], "tokens": ["é", "b"], "answers": answers}
+
+  with tfds.core.registered.skip_registration():
+
+    class Labelled(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version("1.0.0")
+      url_infos = None
+
+      def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+      def _split_generators(self, dl_manager):
+        return {"train": [(0, full)], "test": [(0, hidden)], "one": [(0, {**full, "answers": answers[:1]})]}
+
+      def _generate_examples(self):
+        raise NotImplementedError
+
+  builder = Labelled(data_dir=str(home), file_format="array_record")
+  builder.download_and_prepare()
+  train, test, one = (open_tfds(s, folder=str(builder.data_path), text=None) for s in ("train", "test", "one"))
+  found = [{"text": "é", "start": 3}, {"text": "né", "start": 2}]
+  assert train[0] == {**full, "label": "good", "tags": ["O", "B-é"], "answers": found}
+  assert test[0] == {**hidden, "label": None} and one[0] == {**train[0], "answers": found[:1]}
+  assert json.loads(json.dumps(train[0])) == train[0]  # nothing but Python's own types
+  assert train.labels == {"label": ("bad", "good"), "tags": ("O", "B-é")}
+  with pytest.raises(ConfigError, match=r"text='labels' is no field of .*`label`.*None"):
+    open_tfds("train", folder=str(builder.data_path), text="labels")
+
+
 def test_mistakes_with_tfds(home):
   with pytest.raises(ConfigError, match="did you mean `lm1b`"):
     open_("tfds", dataset="lm1bb", data_dir=str(home))
@@ -290,12 +408,15 @@ def test_corpora_are_datasets_of_tfds_with_their_fields(home):
     corpus = entry["corpus"]
     if corpus["name"] == "tfds":
       with contextlib.suppress(ImportError):  # registered as far as the packages that they need are there
-        for collection in ("text", "summarization"):
+        for collection in ("text", "summarization", "translate", "question_answering"):
           importlib.import_module(f"tensorflow_datasets.{collection}")
       builder = tensorflow_datasets.builder(corpus["dataset"], data_dir=str(home))
-      assert corpus["text"] in builder.info.features, name
+      features = builder.info.features
     else:
-      assert corpus["config"] in python_stdlib.CONFIGS, name
+      features, _ = python_stdlib.CONFIGS[corpus["config"]]
+    named = {corpus.get("text", "text"), entry.get("pair", "text"), *entry.get("fields", {}).values()}
+    assert named - {"text"} <= set(features), name
+    assert "text" in features or "text" in corpus, name
 
 
 def test_a_corpus_of_short_records_shortens_rows(home):

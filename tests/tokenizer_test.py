@@ -105,6 +105,19 @@ def test_a_stream_gives_what_decoding_gives_and_never_half_a_character(tokenizer
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+def test_offsets_say_which_characters_a_token_stands_for(tokenizer):
+  """Bytes, and tokens that hold parts of characters, have whole characters: the fewest that their bytes are of."""
+  for text in strange_texts():
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    assert ids.dtype == offsets.dtype == np.int32 and offsets.shape == (len(ids), 2)
+    assert ids.tolist() == tokenizer.encode(text).tolist()
+    owners = [i for i, character in enumerate(text) for _ in character.encode()]  # of each byte of the text, in order
+    stops = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
+    for token, (start, stop), end in zip(ids, offsets.tolist(), stops):
+      own = owners[end - len(tokenizer.pieces[token]) : end]
+      assert (start, stop) == (own[0], own[-1] + 1)
+
+
 def test_documents_begin_and_end_and_prompts_only_begin(tokenizer):
   ids = tokenizer.encode("a b").tolist()
   bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
@@ -205,6 +218,13 @@ def test_a_sample_is_spread_over_the_source():
   assert list(tokenizers.sample(SOURCE)) == TEXTS
 
 
+def test_records_without_one_text_are_learned_from_too(tmp_path):
+  source = Source(2, lambda i: {"tokens": ["né", "日本"], "tags": ["O", "B"], "n": i}, "tokens")
+  assert list(tokenizers.sample(source)) == ["né 日本\nO B"] * 2
+  made = tokenizers.make({"name": "characters"}, source, tmp_path)
+  assert made.decode(made.encode("né\n本")) == "né\n本"
+
+
 def test_characters(tmp_path):
   made = tokenizers.make({"name": "characters"}, SOURCE, tmp_path)
   alphabet = sorted(set("".join(TEXTS)))
@@ -217,6 +237,8 @@ def test_characters(tmp_path):
   known = tokenizers.make({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
   assert known.decode(known.document("aЖb")) == "ab" and known.vocab_size == len(alphabet) + 3
   assert tokenizers.from_files(known.spec(), known.to_files()).document("aЖ").tolist() == known.document("aЖ").tolist()
+  ids, offsets = known.encode_with_offsets("日Жb")
+  assert ids.tolist() == known.encode("日Жb").tolist() and offsets.tolist() == [[0, 1], [1, 2], [2, 3]]
 
 
 def test_the_alphabet_is_that_of_the_whole_text_not_of_the_training_slice(home):
@@ -297,6 +319,14 @@ def test_a_sentencepiece_model_made_for_words(tmp_path):
   assert made.decode(made.document(text)) == "".join(streamed(made, made.document(text))) == "The quick 🙂 café fox"
   assert made.pad_id == 3 and made.special[:4].all() and made.special.sum() == 4
 
+  text = "日  ﬁ…🙂 The\u2581fox "  # normalised: spaces that are dropped, one character that becomes two, or three
+  ids, offsets = made.encode_with_offsets(text)
+  assert ids.tolist() == made.encode(text).tolist()
+  stood = [(made.pieces[i].decode(errors="replace").strip(), text[a:b].strip()) for i, (a, b) in zip(ids, offsets)]
+  expected = [("日", "日"), ("f", "ﬁ"), ("i", "ﬁ"), *[(".", "…")] * 3, *[("\ufffd", "🙂")] * 4, ("fox", "fox")]
+  assert [pair for pair in stood if pair in expected] == expected
+  assert (np.diff(offsets, axis=0) >= 0).all() and made.encode_with_offsets("")[1].shape == (0, 2)
+
   more = tokenizers.make({"name": "sentencepiece", "path": str(tmp_path / "words.model"), "sentinels": 2})
   assert more.vocab_size == made.vocab_size + 2
   ids = [*more.encode("The quick"), more.sentinels[0], *more.encode("fox"), more.eos_id, more.sentinels[1]]
@@ -326,6 +356,12 @@ def test_mistakes_are_told_in_one_line(tmp_path, capfd, spec, message):
   with pytest.raises(ConfigError, match=message) as caught:
     tokenizers.make(spec, SOURCE, tmp_path)
   assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_tell_places_says_so():
+  own = tokenizers.Tokenizer("own", (b"a",), lambda text: [0] * len(text), {})
+  with pytest.raises(ConfigError, match=r"kind 'own' does not say where its tokens stand.*`to_offsets`"):
+    own.encode_with_offsets("a")
 
 
 def test_learning_needs_text():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llmjax.config import ConfigError
-from llmjax.data.source import Source, cached, digest
+from llmjax.data.source import Source, cached, digest, text_of
 from llmjax.data.tokenizer import Tokenizer, training_text
 
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -25,11 +25,12 @@ def bytes_from_files(files: Mapping[str, bytes]) -> Tokenizer:
   return Tokenizer(
     name="bytes",
     pieces=tuple(bytes([i]) for i in range(256)) + (b"",) * (2 if special else 0),
-    to_ids=lambda text: np.frombuffer(text.encode(), np.uint8),
+    to_ids=_bytes,
     files=dict(files),
     bos_id=256 if special else None,
     eos_id=257 if special else None,
     names={256: BOS, 257: EOS} if special else {},
+    to_offsets=lambda text: (_bytes(text), np.repeat(_spans(text), [len(c.encode()) for c in text], axis=0)),
   )
 
 
@@ -49,7 +50,7 @@ def characters(source: Source | None, cache: Path, special: bool = False, unknow
   def learn(made: Path) -> None:
     alphabet: set[str] = set()
     for record in source:
-      alphabet.update(record["text"])
+      alphabet.update(text_of(record))
     made.write_text(json.dumps("".join(sorted(alphabet))), encoding="utf-8")
 
   known = json.loads(cached(cache / f"characters-{digest(source.fingerprint)}.json", learn).read_text(encoding="utf-8"))
@@ -87,7 +88,18 @@ def characters_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     eos_id=first + unknown + 1 if special else None,
     unk_id=first if unknown else None,
     names=names,
+    to_offsets=lambda text: (to_ids(text), _spans(text)),
   )
+
+
+def _bytes(text: str) -> np.ndarray:
+  """UInt8[n]."""
+  return np.frombuffer(text.encode(), np.uint8)
+
+
+def _spans(text: str) -> np.ndarray:
+  """Where each character starts and stops, Int[n, 2]."""
+  return np.arange(len(text))[:, None] + [0, 1]
 
 
 def _points(text: str) -> np.ndarray:

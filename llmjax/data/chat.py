@@ -17,6 +17,16 @@ from llmjax.config import ConfigError
 # What a message's reasoning is called; templates read the first name, some the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
+# For tokenizers without a template, in plain text that any vocabulary has; only bos and eos are special tokens. Every
+# message stands below its role, an answer ends with eos: "<|user|>\nHello\n<|assistant|>\nHi!</s>\n".
+DEFAULT = (
+  "{{ bos_token or '' }}{% for message in messages %}"
+  "{{ '<|' + message.role + '|>\n' + message.content }}"
+  "{{ (eos_token or '') if message.role == 'assistant' else '' }}{{ '\n' }}"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
 
 def render(
   templates: Mapping[str, str],
@@ -72,6 +82,18 @@ def choose(templates: Mapping[str, str], template: str | None = None, with_tools
   if found is None and len(templates) > 1:
     raise ConfigError(f"the tokenizer has several chat templates; name one as `template`: {', '.join(templates)}")
   return next(iter(templates.values())) if found is None else found
+
+
+def or_default(templates: Mapping[str, str], template: str | None = None) -> str:
+  """The Jinja source that `choose` takes, or DEFAULT, as "default", where there are no templates."""
+  return choose(templates or {"default": DEFAULT}, template)
+
+
+def token_names(tokenizer: Any) -> dict[str, str]:
+  """What templates call a tokenizer's special tokens: {"bos_token": "<s>", ...}."""
+  roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "mask": tokenizer.mask_id}
+  ours = {f"{role}_token": tokenizer.names[i] for role, i in roles.items() if i is not None and i in tokenizer.names}
+  return dict(tokenizer.token_names or ours)
 
 
 def read(files: Mapping[str, bytes], declared: Any) -> dict[str, str]:

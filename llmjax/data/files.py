@@ -22,6 +22,7 @@ Spans = tuple[np.ndarray, np.ndarray]  # where records start and end, Int[n] eac
 
 BLOCK = 1 << 24
 CHECKED = 1 << 30  # a file is checked to be UTF-8 up to here when it is opened, and beyond as it is read
+NO_TEXT = "(or to None, where the objective names the fields it reads)"  # the way out for records without one text
 HASHED = 1 << 26  # larger files are fingerprinted by samples
 
 
@@ -63,42 +64,70 @@ def text(
   return build(split, whole=None if isinstance(files, Mapping) else build("", whole=None))
 
 
-def jsonl(split: str, files: Files, text: str = "text") -> Source:
-  """One JSON object a line, blank lines aside; `text` is the field to be called "text"."""
+def jsonl(split: str, files: Files, text: str | None = "text", columns: Sequence[str] = ()) -> Source:
+  """One JSON object a line, blank lines aside.
+
+  Args:
+    text: the field to be called "text"; None where no one field is the text.
+    columns: fields that every record must have; the others come with them.
+  """
+  columns = tuple(columns)
 
   def parse(joined: Joined, start: int, stop: int) -> dict[str, Any]:
-    line = joined.text(start, stop)
     try:
-      record = json.loads(line)
-      if isinstance(record, dict) and isinstance(record.get(text), str):
-        record[text].encode()
-        return {**record, "text": record[text]}
+      record = json.loads(joined.text(start, stop))
     except json.JSONDecodeError as error:
       raise ConfigError(f"{joined.where(start)}: not a JSON object: {error.msg} at column {error.colno}") from error
-    except UnicodeEncodeError as error:
-      raise ConfigError(f"{joined.where(start)}: {text!r} holds half a surrogate pair, which is no text") from error
     if not isinstance(record, dict):
       raise ConfigError(f"{joined.where(start)}: not a JSON object but a {type(record).__name__}")
-    if text in record:
-      raise ConfigError(f"{joined.where(start)}: {text!r} is no string but a {type(record[text]).__name__}")
-    raise ConfigError(f"{joined.where(start)}: no field {text!r} (data.corpus.text); {nearest(text, record)}")
+    for field in columns:
+      if field not in record:
+        raise ConfigError(f"{joined.where(start)}: {_no_field(field, 'columns', record)}")
+    checked = record.keys() if text is None else (text, *columns)
+    for field in checked:
+      if field in record and not _encodable(record[field]):
+        raise ConfigError(f"{joined.where(start)}: {field!r} holds half a surrogate pair, which is no text")
+    if text is None:
+      return record
+    if text not in record:
+      raise ConfigError(f"{joined.where(start)}: {_no_field(text, 'text', record)} {NO_TEXT}")
+    if not isinstance(record[text], str):
+      kind = type(record[text]).__name__
+      raise ConfigError(
+        f"{joined.where(start)}: {text!r} is no string but a {kind}; set data.corpus.text to a field of text {NO_TEXT}"
+      )
+    return {**record, "text": record[text]}
 
-  source = _span_source(Joined(expand(files, split), _lines), parse, ("jsonl", text), split, whole=None)
+  settings = ("jsonl", text, *[columns] * bool(columns))
+  source = _span_source(Joined(expand(files, split), _lines), parse, settings, split, whole=None)
   for index in {0, len(source) - 1}:  # a wrong field shows before training, not in it
     source[index]
   return source
 
 
-def expand(files: Files, split: str) -> list[Path]:
-  """The files that `files` names for the split, globs expanded and sorted."""
+def _no_field(field: str, key: str, record: Mapping[str, Any]) -> str:
+  return f"no field {field!r} (data.corpus.{key}); {nearest(field, record)}"
+
+
+def _encodable(value: Any) -> bool:
+  """Whether all strings of a value have UTF-8 bytes: JSON can name halves of surrogate pairs, which have none."""
+  try:
+    json.dumps(value, ensure_ascii=False).encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def expand(files: Files, split: str, key: str = "files") -> list[Path]:
+  """The files that `files`, which is data.corpus's `key`, names for the split, globs expanded and sorted."""
   name, _, _ = parse_split(split)
   if isinstance(files, Mapping):
     if name not in files:
-      raise ConfigError(f"split {split!r}: data.corpus.files has {', '.join(files) or 'no splits'}")
+      raise ConfigError(f"split {split!r}: data.corpus.{key} has {', '.join(files) or 'no splits'}")
     files = files[name]
   elif name not in ("", "all", "train"):
     raise ConfigError(
-      f"split {split!r}: data.corpus.files has no named splits; slice it as '[:90%]' and '[90%:]', or give files as "
+      f"split {split!r}: data.corpus.{key} has no named splits; slice it as '[:90%]' and '[90%:]', or give files as "
       "{'train': ..., 'validation': ...}"
     )
   patterns = [files] if isinstance(files, (str, Path)) else list(files or ())
@@ -106,14 +135,14 @@ def expand(files: Files, split: str) -> list[Path]:
   for pattern in patterns:
     path = Path(pattern).expanduser()
     if path.is_dir():
-      raise ConfigError(f"data.corpus.files={str(pattern)!r} is a folder; say {str(pattern).rstrip('/') + '/**/*'!r}")
+      raise ConfigError(f"data.corpus.{key}={str(pattern)!r} is a folder; say {str(pattern).rstrip('/') + '/**/*'!r}")
     matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     matches = [p for p in matches if p.is_file()]
     if not matches:
-      raise ConfigError(f"data.corpus.files={str(pattern)!r}: there is no such file (from {Path.cwd()})")
+      raise ConfigError(f"data.corpus.{key}={str(pattern)!r}: there is no such file (from {Path.cwd()})")
     found.update(dict.fromkeys(matches))
   if not found:
-    raise ConfigError("data.corpus.files is empty; give a path, a glob or a tuple of those")
+    raise ConfigError(f"data.corpus.{key} is empty; give a path, a glob or a tuple of those")
   return list(found)
 
 
@@ -132,6 +161,14 @@ def file_digest(path: Path, whole: int = HASHED) -> str:
         file.seek(int(position))
         content.update(file.read(65536))
   return content.hexdigest()
+
+
+def read_text(path: Path) -> str:
+  """A whole file, without a byte order mark, and with "\\n" for line ends."""
+  try:
+    return path.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+  except UnicodeDecodeError as error:
+    raise _not_utf8(path, error.start) from error
 
 
 class Joined:

@@ -93,6 +93,10 @@ def hf_from_files(files: Mapping[str, bytes]) -> Tokenizer:
   for token, index in vocabulary.items():
     pieces[index] = b"" if added.get(token) else _bytes(token, kinds)
 
+  def to_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    made = encoder.encode(text, add_special_tokens=False)
+    return made.ids, made.offsets
+
   roles = _roles(named, vocabulary)
   sentinels = itertools.takewhile(added.__contains__, map(SENTINEL.format, itertools.count()))
   return Tokenizer(
@@ -109,10 +113,12 @@ def hf_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     names={i: token for token, i in vocabulary.items() if added.get(token) or i in roles.values()},
     continuing=frozenset(i for t, i in vocabulary.items() if "WordPiece" in kinds and t.startswith("##")),
     around=_around(decoder),
+    around_pair=_around_pair(decoder),
     to_text=_to_text(settings["decoder"], decoder, pieces),
     chat_templates=chat.read(files, config.get("chat_template")),
     token_names={key: token for key, token in named.items() if token is not None},
     to_special_ids=lambda text: parser().encode(text, add_special_tokens=False).ids,
+    to_offsets=to_offsets,
   )
 
 
@@ -133,6 +139,7 @@ def _load(settings: Json, parse_special_tokens: bool = False) -> Any:
 def _hiding_special_tokens(settings: Json) -> Json:
   """A unigram model finds its special tokens in a text as it finds any piece; under another name it does not."""
   vocabulary = settings["model"].get("vocab")
+  settings = {**settings, "post_processor": None}  # without tokens to add, it would only take spaces out of offsets
   if not isinstance(vocabulary, list):
     return settings
   special = {token["content"] for token in settings["added_tokens"] if token["special"]}
@@ -141,7 +148,6 @@ def _hiding_special_tokens(settings: Json) -> Json:
   return {
     **settings,
     "added_tokens": outside,
-    "post_processor": None,
     "model": {**settings["model"], "vocab": hidden},
   }
 
@@ -154,6 +160,18 @@ def _around(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if own:
       return tuple(made.ids[: own[0]]), tuple(made.ids[own[-1] + 1 :])
   return tuple(made.ids), ()
+
+
+def _around_pair(model: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None:
+  """What stands before, between and behind two texts, and the token type of the second; None where nothing does."""
+  for text in ("a", "0"):
+    made = model.encode(text, text, add_special_tokens=True)
+    own = [i for i, added in enumerate(made.special_tokens_mask) if not added]
+    half = len(own) // 2
+    if own and own[half] - own[half - 1] > 1:
+      before, between = made.ids[: own[0]], made.ids[own[half - 1] + 1 : own[half]]
+      return tuple(before), tuple(between), tuple(made.ids[own[-1] + 1 :]), made.type_ids[own[half]]
+  return None
 
 
 def _roles(named: Mapping[str, str | None], vocabulary: Mapping[str, int]) -> dict[str, int | None]:

@@ -4,7 +4,8 @@ A *piece* is an example as a flat dict of arrays, {"inputs/ids": [n], "labels/nl
 (`inputs`, `targets`, and those of each of its `extras`) have one length; labels and weights belong to what is
 predicted, `targets` where there are any, else `inputs`. A *row* is the same with [L] for the stream's row length L, and
 each stream's positions and segments. Every piece is a segment of its own, with the same number in all streams:
-positions begin at 0 in it, and no other piece of the row sees it. Segment 0 is padding, with weight 0.
+positions begin at 0 in it, and no other piece of the row sees it. Segment 0 is padding, with weight 0. Arrays below
+"row" are of no stream: they label the only piece of a row as a whole, in whatever shape.
 """
 
 from __future__ import annotations
@@ -42,18 +43,25 @@ def flatten(features: Features, prefix: str = "") -> Piece:
     elif group in ("labels", "weights"):
       dtype = np.float32 if group == "weights" else np.int32
       piece |= {f"{prefix}{group}/{term}": np.asarray(x, dtype) for term, x in value.items()}
+    elif group == "row":
+      for kind, terms in value.items():
+        for term, x in terms.items():
+          floating = np.issubdtype(np.asarray(x).dtype, np.floating)
+          piece[f"{prefix}row/{kind}/{term}"] = np.asarray(x, np.float32 if floating else np.int32)
     else:
-      known = ", ".join((*STREAMS, "labels", "weights", "extras"))
+      known = ", ".join((*STREAMS, "labels", "weights", "extras", "row"))
       raise ValueError(f"the objective's features have an entry {group!r}; packing knows {known}")
   lengths(piece)
   return piece
 
 
-def stream_of(name: str, names: Iterable[str]) -> str:
-  """The stream that an array of a piece with these `names` belongs to."""
+def stream_of(name: str, names: Iterable[str]) -> str | None:
+  """The stream that an array of a piece with these `names` belongs to; None where it labels the whole row."""
   prefix = re.match(r"(extras/[^/]+/)*", name)
   assert prefix is not None
   group = name[prefix.end() :].split("/")[0]
+  if group == "row":
+    return None
   if group not in STREAMS:
     group = "targets" if f"{prefix[0]}targets/ids" in names else "inputs"
   return prefix[0] + group
@@ -64,6 +72,8 @@ def lengths(piece: Piece) -> dict[str, int]:
   found: dict[str, int] = {}
   for name, values in piece.items():
     stream = stream_of(name, piece)
+    if stream is None:
+      continue
     if values.ndim != 1 or found.setdefault(stream, len(values)) != len(values):
       shapes = {n: v.shape for n, v in piece.items() if stream_of(n, piece) == stream}
       raise ValueError(f"the objective's features must be aligned one-dimensional arrays, not {shapes}")
@@ -110,14 +120,17 @@ def fill_of(pieces: Iterable[Piece], sizes: Sizes) -> float:
   return max(total[stream] / size for stream, size in sizes.items())
 
 
-def make_row(pieces: Sequence[Piece], names: Iterable[str], sizes: Sizes) -> Piece:
-  """Pieces one after the other, padded; `names` are the arrays of a piece, for a row without any."""
-  names = set(names)
+def make_row(pieces: Sequence[Piece], example: Piece, sizes: Sizes) -> Piece:
+  """Pieces one after the other, padded; `example` is any piece, and tells a row without any what it lacks."""
   row: Piece = {}
-  for name in sorted(names):
+  for name in sorted(example):
+    stream = stream_of(name, example)
+    if stream is None:
+      row[name] = pieces[0][name] if pieces else np.zeros_like(example[name])
+      continue
     dtype = np.float32 if "weights" in name.split("/") else np.int32
     parts = [np.asarray(piece[name], dtype) for piece in pieces]
-    size = sizes[stream_of(name, names)]
+    size = sizes[stream]
     row[name] = np.concatenate([*parts, np.zeros(size - sum(map(len, parts)), dtype)])
   each = [lengths(piece) for piece in pieces]
   for stream, size in sizes.items():
@@ -139,6 +152,9 @@ def _nest(arrays: Mapping[str, np.ndarray], numbers: np.ndarray) -> Batch:
   for name, values in arrays.items():
     group, _, rest = name.partition("/")
     groups.setdefault(group, {})[rest] = values
+  for name, values in groups.get("row", {}).items():
+    kind, _, term = name.partition("/")
+    groups.setdefault(kind, {})[term] = values
   extras: dict[str, dict[str, np.ndarray]] = {}
   for name, values in groups.get("extras", {}).items():
     view, _, rest = name.partition("/")

@@ -111,13 +111,13 @@ class Plan:
     epoch, position = divmod(row.number + row.counts[part] * self.streams, size)
     return part, epoch, permuted(position, size, self.seed, SHUFFLE, part, epoch)
 
-  def windows(self, part: int, index: int, *, whole: bool) -> Iterator[dict[str, Any]]:
-    """A record with its "ids": once with the whole document's, or with those of each of its windows."""
-    record = self.parts[part][index]
-    ids = self.tokenizer.document(record["text"])
-    for window in [ids] if whole else self.objective.window(ids, self.seq_len):
-      if len(window):
-        yield {**record, "ids": window}
+  def examples(self, part: int, index: int, *, whole: bool) -> Iterator[dict[str, Any]]:
+    """What a record is learned from, see `Objective.examples`."""
+    try:
+      yield from self.objective.examples(self.parts[part][index], self.tokenizer, self.seq_len, whole)
+    except ConfigError as error:
+      which = f" of part {part} of the mixture" if len(self.parts) > 1 else ""
+      raise ConfigError(f"record {index} (from 0){which}: {error}") from error
 
   def pieces(self, example: dict[str, Any], rng: np.random.Generator, part: int) -> list[Piece]:
     """The example's features, if they have tokens in every stream."""
@@ -133,7 +133,7 @@ class Plan:
       part, epoch, index = self.locate(row)
       if row.pieces is None:
         rng = generator(self.seed, TRAIN, part, epoch, index)
-        examples = self.windows(part, index, whole=self.packing == "split")
+        examples = self.examples(part, index, whole=self.packing == "split")
         row.pieces = [piece for example in examples for piece in self.pieces(example, rng, part)]
       if row.pieces:
         return part
@@ -385,7 +385,7 @@ def eval_batches(
     (part, index, window, ids)
     for part, records in enumerate(plan.parts)
     for index in range(len(records))
-    for window, ids in enumerate(plan.windows(part, index, whole=False))
+    for window, ids in enumerate(plan.examples(part, index, whole=False))
   )
   example = None  # an example of a piece gives a row without any its arrays
   limit = None if max_batches is None else max_batches * batch_size

@@ -9,27 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError, nearest
-from llmjax.data.files import Files, expand, file_digest
+from llmjax.data.files import NO_TEXT, Files, expand, file_digest
+from llmjax.data.labelled import FIELDS
 from llmjax.data.source import Source, cache_dir, cached, digest, kind_of, select
 
 Tables = Callable[[Path, tuple[str, ...]], Iterator[Any]]  # Arrow tables of a file, with at least the wanted columns
 
 
-def parquet(split: str, files: Files, text: str = "text", columns: tuple[str, ...] = ()) -> Source:
-  """Rows of Parquet files: the column `text` and further `columns`."""
+def parquet(split: str, files: Files, text: str | None = "text", columns: tuple[str, ...] = ()) -> Source:
+  """Rows of Parquet files: the column `text` and further `columns`, or with text=None those alone; lists are lists."""
 
   def tables(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
-    with _open_parquet(path, wanted) as file:
+    with _open_parquet(path, text, wanted) as file:
       for group in range(file.num_row_groups):
         yield file.read_row_group(group, columns=list(wanted))
 
-  return _columns("parquet", split, files, (text, *columns), tables)
+  return _columns("parquet", split, files, text, columns, tables)
 
 
-def csv(split: str, files: Files, text: str = "text", columns: tuple[str, ...] = ()) -> Source:
+def csv(split: str, files: Files, text: str | None = "text", columns: tuple[str, ...] = ()) -> Source:
   """Rows of CSV files with a header (TSV where the name ends so): the column `text` and further `columns`.
 
-  Quoted fields may hold newlines; every column is read as text.
+  With text=None the `columns` alone. Quoted fields may hold newlines; every column is read as text.
   """
   import pyarrow
   from pyarrow import csv as arrow
@@ -40,10 +41,10 @@ def csv(split: str, files: Files, text: str = "text", columns: tuple[str, ...] =
       table = arrow.read_csv(path, parse_options=_parse_options(path), convert_options=convert)
     except pyarrow.ArrowException as error:
       raise ConfigError(f"{path}: cannot be read as CSV: {str(error).splitlines()[0]}") from error
-    _check_columns(path, table.schema, wanted)
+    _check_columns(path, table.schema, text, wanted)
     yield table
 
-  return _columns("csv", split, files, (text, *columns), tables)
+  return _columns("csv", split, files, text, columns, tables)
 
 
 def _parse_options(path: Path) -> Any:
@@ -55,6 +56,8 @@ def _parse_options(path: Path) -> Any:
 def fields(files: Files) -> list[str]:
   """What a record holds, by the first of the first file; "text" alone where that is plain text or ArrayRecord.
 
+  Of CoNLL and SQuAD it is what `labelled.py` makes of any.
+
   Raises:
     ConfigError: there is no such file, or nothing of its kind in it.
   """
@@ -64,6 +67,8 @@ def fields(files: Files) -> list[str]:
 
   path = expand(files, "all")[0]
   kind = kind_of(path)
+  if kind in FIELDS:
+    return list(FIELDS[kind])
   try:
     if kind == "parquet":
       return list(pq.read_schema(path).names)
@@ -83,16 +88,18 @@ def fields(files: Files) -> list[str]:
   return ["text"]
 
 
-def _columns(kind: str, split: str, files: Files, names: tuple[str, ...], tables: Tables) -> Source:
-  """Rows of the columns `names`, the first of which is the text.
+def _columns(kind: str, split: str, files: Files, text: str | None, columns: tuple[str, ...], tables: Tables) -> Source:
+  """Rows of the column `text`, where there is one, and `columns`.
 
   These formats have no random access, so the columns are written uncompressed to the cache once, and mapped from there.
   """
   import pyarrow
 
   paths = expand(files, split)
-  wanted = tuple(dict.fromkeys(names))
-  text = wanted[0]
+  wanted = tuple(dict.fromkeys((*([] if text is None else [text]), *columns)))
+  if not wanted:
+    known = ", ".join(fields([str(paths[0])]))
+    raise ConfigError(f"data.corpus.columns is empty, and so is data.corpus.text; give some of {paths[0]}: {known}")
 
   def convert(target: Path) -> None:
     with contextlib.ExitStack() as stack:
@@ -100,13 +107,14 @@ def _columns(kind: str, split: str, files: Files, names: tuple[str, ...], tables
       for path in paths:
         for table in tables(path, wanted):
           table = table.select(wanted)
-          table = table.set_column(0, text, table.column(text).cast(pyarrow.large_string()))
+          if text is not None:
+            table = table.set_column(0, text, table.column(text).cast(pyarrow.large_string()))
           writer = writer or stack.enter_context(pyarrow.ipc.new_file(str(target), table.schema))
           writer.write_table(table)
       if writer is None:
         raise ConfigError(f"data.corpus.files={files!r}: no rows in {len(paths)} files")
 
-  name = digest(kind, wanted, [file_digest(p) for p in paths])
+  name = digest(kind, *[None] * (text is None), wanted, [file_digest(p) for p in paths])
   try:
     path = cached(cache_dir() / kind / f"{name}.arrow", convert)
   except pyarrow.ArrowException as error:
@@ -116,13 +124,13 @@ def _columns(kind: str, split: str, files: Files, names: tuple[str, ...], tables
 
   def read(index: int) -> dict[str, Any]:
     record = {column: table.column(column)[start + index].as_py() for column in wanted}
-    return {**record, "text": record[text] or ""}
+    return record if text is None else {**record, "text": record[text] or ""}
 
   return Source(stop - start, read, digest(name, start, stop))
 
 
-def _open_parquet(path: Path, wanted: tuple[str, ...]) -> Any:
-  """The file, after a look at its schema; `wanted[0]` must be text."""
+def _open_parquet(path: Path, text: str | None, wanted: tuple[str, ...]) -> Any:
+  """The file, after a look at its schema."""
   import pyarrow
   from pyarrow import parquet as pq
 
@@ -130,26 +138,31 @@ def _open_parquet(path: Path, wanted: tuple[str, ...]) -> Any:
     file = pq.ParquetFile(path)
   except pyarrow.ArrowException as error:
     raise ConfigError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-  _check_columns(path, file.schema_arrow, wanted)
+  _check_columns(path, file.schema_arrow, text, wanted)
   return file
 
 
-def _check_columns(path: Path, schema: Any, wanted: tuple[str, ...]) -> None:
-  """All of them exist, and the first holds text."""
+def _check_columns(path: Path, schema: Any, text: str | None, wanted: tuple[str, ...]) -> None:
+  """All of them exist, and `text` holds text."""
   import pyarrow
 
   for column in wanted:
     if column not in schema.names:
-      key = "text" if column == wanted[0] else "columns"
-      raise ConfigError(f"{path}: no column {column!r} (data.corpus.{key}); {nearest(column, schema.names)}")
-  kind = schema.field(wanted[0]).type
+      key, other = ("text", " " + NO_TEXT) if column == text else ("columns", "")
+      raise ConfigError(f"{path}: no column {column!r} (data.corpus.{key}); {nearest(column, schema.names)}{other}")
+  if text is None:
+    return
+  kind = schema.field(text).type
   kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
   if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-    raise ConfigError(f"{path}: column {wanted[0]!r} (data.corpus.text) holds {kind}, not strings")
+    raise ConfigError(f"{path}: column {text!r} (data.corpus.text) holds {kind}, not strings")
 
 
-def array_record(split: str, files: Files, format: str = "text", text: str = "text") -> Source:
-  """Raw ArrayRecord files. `format` of a record: "text" is UTF-8, "json" an object whose field `text` is the text."""
+def array_record(split: str, files: Files, format: str = "text", text: str | None = "text") -> Source:
+  """Raw ArrayRecord files. `format` of a record: "text" is UTF-8, "json" an object whose field `text` is the text.
+
+  With text=None no field of an object is.
+  """
   from array_record.python.array_record_data_source import ArrayRecordDataSource
 
   if format not in ("text", "json"):
@@ -170,11 +183,12 @@ def array_record(split: str, files: Files, format: str = "text", text: str = "te
       if format == "text":
         return {"text": content}
       record = json.loads(content)
-      return {**record, "text": record[text]}
+      return {**record} if text is None else {**record, "text": record[text]}
     except UnicodeDecodeError as error:
       raise ConfigError(f"{where} is not UTF-8 text (byte {error.start})") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise ConfigError(f"{where} is no JSON object with a field {text!r} (data.corpus.text)") from error
+      field = "" if text is None else f" with a field {text!r} (data.corpus.text)"
+      raise ConfigError(f"{where} is no JSON object{field}") from error
 
   source = Source(
     stop - start, read, digest("array_record", format, text, start, stop, [file_digest(p) for p in paths])

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmjax.config import ConfigError
 from llmjax.data.source import Source, cached, digest
 from llmjax.data.tokenizer import TRAINING_BYTES, Tokenizer, sample, training_text
@@ -176,6 +178,17 @@ def sentencepiece_from_files(files: Mapping[str, bytes]) -> Tokenizer:
       ids += mark + model.encode(part)
     return ids
 
+  def to_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    first, *rest = [text] if prefixed else text.split(SPACE)
+    ids, spans = _pieces(model, first)
+    start = len(first)
+    for part in rest:
+      more, places = _pieces(model, part)
+      ids += mark + more
+      spans += [(start, start + 1)] * len(mark) + [(start + 1 + begin, start + 1 + end) for begin, end in places]
+      start += 1 + len(part)
+    return ids, spans
+
   prefixed = model.encode("a", out_type=str)[0].startswith(SPACE)  # models made for words, such as T5's and Llama's
   bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
   vocabulary = range(model.vocab_size())
@@ -190,4 +203,23 @@ def sentencepiece_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     unk_id=model.unk_id(),
     names={i: model.id_to_piece(i) for i in vocabulary if model.is_control(i) or model.is_unknown(i)},
     to_text=model.decode if prefixed else None,
+    to_offsets=to_offsets,
   )
+
+
+def _pieces(model: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+  """(ids, the characters [start, stop) that each stands for).
+
+  The model tells places in bytes. Of several pieces of one character, such as bytes, it gives the last the character
+  and the others nothing, at its start.
+  """
+  from sentencepiece import sentencepiece_pb2
+
+  proto = sentencepiece_pb2.SentencePieceText.FromString(model.encode(text, out_type="serialized_proto"))  # type: ignore[attr-defined]
+  starts = np.cumsum([0, *(len(character.encode()) for character in text)])
+  spans: list[tuple[int, int]] = []
+  following = (len(text), len(text))
+  for begin, end in reversed(np.searchsorted(starts, [(p.begin, p.end) for p in proto.pieces]).tolist()):
+    following = (begin, end) if begin < end else following
+    spans.append(following)
+  return [p.id for p in proto.pieces], spans[::-1]

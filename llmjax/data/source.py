@@ -1,7 +1,8 @@
 """Where text comes from: sources of records with random access, chosen by `data.corpus.name` and a split.
 
 A source is a `Source`: `len(source)`, `source[i] -> {"text": str, ...}` and a fingerprint of content and selection.
-Reading is safe from several threads. Local files are read by `files.py` and `records.py`, TFDS by `tfds_source.py`.
+Reading is safe from several threads. Local files are read by `files.py`, `records.py` and, where they hold texts with
+answers to learn, `labelled.py`; TFDS by `tfds_source.py`. A record needs no "text" where the objective names fields.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ SOURCES = {
   "parquet": "llmjax.data.records:parquet",
   "csv": "llmjax.data.records:csv",
   "array_record": "llmjax.data.records:array_record",
+  "conll": "llmjax.data.labelled:conll",
+  "squad": "llmjax.data.labelled:squad",
+  "parallel": "llmjax.data.labelled:parallel",
 }
 
 
@@ -42,10 +46,11 @@ class Source:
 
   Attributes:
     size: how many.
-    read: index -> record, a dict with at least "text".
+    read: index -> record, a dict: with "text", unless the source was told that no field is called so.
     fingerprint: short hex that names content and selection; the same on every host that holds the same data.
     parts, weights: the sources of a mixture and how often each is drawn; empty for any other source.
     whole: the source that this one is a slice of, where there is one.
+    labels: {field: the names of its classes, in their order}, where the data itself declares them.
   """
 
   size: int
@@ -54,6 +59,7 @@ class Source:
   parts: tuple[Source, ...] = ()
   weights: tuple[float, ...] = ()
   whole: Source | None = None
+  labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return self.size
@@ -70,6 +76,27 @@ class Source:
 def digest(*content: Any) -> str:
   """A short hex name for JSON-like content."""
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+  """The text of any record: its "text" where that is a string, else all strings in it, whatever the field.
+
+  Strings of a list of strings, such as words, are joined by spaces; everything else, such as the messages of a chat, by
+  line ends.
+  """
+  text = record.get("text")
+  return text if isinstance(text, str) else "\n".join(_texts(record.values()))
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+  for value in values:
+    if isinstance(value, str):
+      yield value
+    elif isinstance(value, Mapping):
+      yield from _texts(value.values())
+    elif isinstance(value, (list, tuple)):
+      words = bool(value) and all(isinstance(v, str) for v in value)
+      yield from [" ".join(value)] if words else _texts(value)
 
 
 def cache_dir() -> Path:
@@ -122,7 +149,15 @@ def select(split: str, size: int, unit: str = "records") -> tuple[int, int]:
 
 
 # Which source reads a file, by the ending of its name; any other is text.
-ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".array_record": "array_record"}
+ENDINGS = {
+  ".jsonl": "jsonl",
+  ".parquet": "parquet",
+  ".csv": "csv",
+  ".tsv": "csv",
+  ".array_record": "array_record",
+  ".conll": "conll",
+  ".json": "squad",
+}
 
 
 def kind_of(file: str | Path) -> str:
@@ -130,28 +165,56 @@ def kind_of(file: str | Path) -> str:
   return ENDINGS.get(Path(file).suffix, "text")
 
 
-def files(split: str, files: str, column: str = "text", columns: Sequence[str] = (), max_bytes: int = 65536) -> Source:
-  """One's own file or glob, of whatever kind its name says.
+def files(
+  split: str,
+  files: str | Sequence[str] | Mapping[str, Any],
+  column: str | None = "text",
+  columns: Sequence[str] = (),
+  max_bytes: int = 65536,
+  shuffle: bool = False,
+) -> Source:
+  """One's own files, of whatever kind the name of the split's first says.
 
   Args:
-    column: the field of a record that is the text.
-    columns: further ones to read from Parquet and CSV; records of other kinds hold all their fields.
+    files: a path or glob, a tuple of those, or {split: those}.
+    column: the field of a record that is the text, None where no one field is; plain text, CoNLL and SQuAD have theirs.
+    columns: further ones to read from Parquet and CSV; records of other kinds hold all their fields, and where `column`
+      is None, those of JSONL must have these.
     max_bytes: pieces of plain text.
+    shuffle: slices such as "[:90%]" are of the records in an order of chance, the same every time: files may be sorted.
   """
-  kind = kind_of(files)
-  settings: dict[str, Any] = {"max_bytes": max_bytes} if kind == "text" else {"text": column}
-  if kind in ("parquet", "csv"):
+  name, _, _ = parse_split(split)
+  chosen = files.get(name, "") if isinstance(files, Mapping) else files
+  chosen = chosen if isinstance(chosen, (str, Path)) else next(iter(chosen), "")
+  kind = kind_of(chosen)
+  settings: dict[str, Any] = {"text": column}
+  if kind in ("text", "conll", "squad"):
+    settings = {"max_bytes": max_bytes} if kind == "text" else {}
+  if kind in ("parquet", "csv") or (kind == "jsonl" and column is None):
     settings["columns"] = tuple(columns)
-  return build({"name": kind, "files": files, **settings}, SOURCES, "data.corpus", split=split)
+  spec = {"name": kind, "files": files, **settings}
+  if not shuffle:
+    return build(spec, SOURCES, "data.corpus", split=split)
+  return _shuffled(build(spec, SOURCES, "data.corpus", split=name), split)
+
+
+def _shuffled(whole: Source, split: str) -> Source:
+  """A slice of the records in an order of chance."""
+  start, stop = select(split, len(whole))
+  # Only raw bits of a generator: NumPy promises that those never change.
+  order = np.argsort(np.random.Philox(key=0).random_raw(len(whole)), kind="stable")[start:stop]
+  fingerprint = digest("shuffled", whole.fingerprint, start, stop)
+  return Source(stop - start, lambda i: whole[int(order[i])], fingerprint, whole=whole.whole, labels=whole.labels)
 
 
 def thin(source: Source, max_bytes: int) -> Source:
   """Evenly spaced records with about `max_bytes` of text together; all of them where there is no more."""
   probe = np.linspace(0, len(source) - 1, min(len(source), 64)).astype(np.int64)
-  mean = sum(len(source[int(i)]["text"].encode()) for i in probe) / len(probe)
+  mean = sum(len(text_of(source[int(i)]).encode()) for i in probe) / len(probe)
   count = len(source) if mean * len(source) <= max_bytes else max(int(max_bytes / mean), 1)
   which = np.linspace(0, len(source) - 1, count).astype(np.int64)
-  return Source(count, lambda index: source[int(which[index])], digest(source.fingerprint, count))
+  fingerprint = digest(source.fingerprint, count)
+  return Source(count, lambda index: source[int(which[index])], fingerprint, labels=source.labels)
 
 
 def mixture(split: str, sources: Mapping[str, Mapping[str, Any]]) -> Source:
@@ -178,7 +241,7 @@ def mixture(split: str, sources: Mapping[str, Mapping[str, Any]]) -> Source:
 
 
 def join(parts: Iterable[Source], weights: Iterable[float]) -> Source:
-  """A mixture of opened sources."""
+  """A mixture of opened sources; it has the labels in which all of them agree."""
   parts, weights = tuple(parts), tuple(float(w) for w in weights)
   starts = [sum(len(p) for p in parts[:i]) for i in range(len(parts) + 1)]
 
@@ -186,4 +249,7 @@ def join(parts: Iterable[Source], weights: Iterable[float]) -> Source:
     which = next(i for i in range(len(parts)) if index < starts[i + 1])
     return parts[which][index - starts[which]]
 
-  return Source(starts[-1], read, digest([p.fingerprint for p in parts], weights), parts, weights)
+  labels = {
+    field: names for field, names in parts[0].labels.items() if all(p.labels.get(field) == names for p in parts)
+  }
+  return Source(starts[-1], read, digest([p.fingerprint for p in parts], weights), parts, weights, labels=labels)

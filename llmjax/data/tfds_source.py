@@ -7,14 +7,15 @@ import importlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from llmjax.config import ConfigError, nearest
-from llmjax.data.files import file_digest
+from llmjax.data.files import NO_TEXT, file_digest
 from llmjax.data.source import Source, digest, parse_split
 from llmjax.data.tfrecord import Slice, TFRecords
 
@@ -23,7 +24,8 @@ def python_stdlib(split: str, config: str = "text") -> Source:
   """The running interpreter's standard library; real text without a download.
 
   Args:
-    config: "text" (files and help texts) or "docstring_pairs" (functions and what they do), see `python_stdlib.py`.
+    config: "text" (files and help texts), "docstring_pairs" (functions and what they do), and tasks with answers made
+      from the code: "package", "tokens", "params", "preferences"; see `python_stdlib.py`.
   """
   from llmjax.data.python_stdlib import fingerprint, prepare
 
@@ -36,15 +38,19 @@ def tfds(
   dataset: str | None = None,
   folder: str | None = None,
   data_dir: str | None = None,
-  text: str = "text",
+  text: str | None = "text",
 ) -> Source:
   """A TensorFlow Dataset, stored as ArrayRecord or as TFRecord (TFDS's default); read without TensorFlow.
+
+  Values come as Python's own: strings, numbers, lists, dicts. Classes come by name, None where they are hidden (-1),
+  and the names are the source's `labels`. Answers as SQuAD has them, {"text": [...], "answer_start": [...]}, come as
+  [{"text", "start"}].
 
   Args:
     dataset: "lm1b", "wiki40b/en", ...; downloaded and prepared as ArrayRecord if it is not in `data_dir` yet.
     folder: a prepared dataset's own folder (holding dataset_info.json) instead.
     data_dir: None is TFDS's default (~/tensorflow_datasets, or $TFDS_DATA_DIR).
-    text: the field of a record to be called "text".
+    text: the field of a record to be called "text"; None where no one field is the text.
   """
   import tensorflow_datasets
 
@@ -89,13 +95,14 @@ def _named(dataset: str, data_dir: str | None) -> Any:
   return builder
 
 
-def _from_tfds(builder: Any, split: str, text: str, fingerprint: str | None) -> Source:
+def _from_tfds(builder: Any, split: str, text: str | None, fingerprint: str | None) -> Source:
   """A split of a prepared builder; the fingerprint is of the metadata and shards unless the content's is known."""
   info = builder.info
   if not info.splits:
     raise ConfigError(f"{builder.data_dir} has no splits; prepare the dataset again")
-  if text not in info.features:
-    raise ConfigError(f"data.corpus.text={text!r} is no field of {info.full_name}; {nearest(text, info.features)}")
+  if text is not None and text not in info.features:
+    known = nearest(text, info.features)
+    raise ConfigError(f"data.corpus.text={text!r} is no field of {info.full_name}; {known} {NO_TEXT}")
   name, low, high = parse_split(split)
   if name not in info.splits and name != "all":
     raise ConfigError(f"split {split!r}: {info.full_name} has {', '.join(info.splits)}")
@@ -114,10 +121,43 @@ def _from_tfds(builder: Any, split: str, text: str, fingerprint: str | None) -> 
     fingerprint = digest([[s.num_bytes, s.shard_lengths] for s in chosen], [file_digest(p, whole=0) for p in paths])
 
   def read(index: int) -> dict[str, Any]:
-    fields = {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in record(index).items()}
-    return fields if text == "text" else {**fields, "text": fields[text]}
+    fields = {field: _plain(value, info.features[field]) for field, value in record(index).items()}
+    return fields if text in ("text", None) else {**fields, "text": fields[text]}
 
-  return Source(size, read, digest(info.full_name, fingerprint, name, low, high, text))
+  labels = {field: names for field in info.features if (names := _class_names(info.features[field])) is not None}
+  return Source(size, read, digest(info.full_name, fingerprint, name, low, high, text), labels=labels)
+
+
+def _class_names(feature: Any) -> tuple[str, ...] | None:
+  """What the classes of a feature, or of the members of a sequence, are called; None where it has no named classes."""
+  import tensorflow_datasets
+
+  while isinstance(feature, tensorflow_datasets.features.Sequence):
+    feature = feature.feature
+  is_class = isinstance(feature, tensorflow_datasets.features.ClassLabel)
+  return tuple(feature.names) if is_class and feature.names else None
+
+
+def _plain(value: Any, feature: Any) -> Any:
+  """A value of a TFDS feature as Python's own types."""
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, Mapping):
+    fields = {field: _plain(part, feature[field]) for field, part in value.items()}
+    if fields.keys() == {"text", "answer_start"} and isinstance(fields["text"], list):
+      return [{"text": text, "start": start} for text, start in zip(fields["text"], fields["answer_start"])]
+    return fields
+  if isinstance(value, (np.ndarray, np.generic)):
+    value = value.tolist()
+    return _plain(value, feature) if isinstance(value, (bytes, list)) else _named_class(value, feature)
+  if isinstance(value, (list, tuple)):
+    return [_plain(part, feature) for part in value]
+  return _named_class(value, feature)
+
+
+def _named_class(value: Any, feature: Any) -> Any:
+  names = _class_names(feature)
+  return value if names is None else names[value] if value >= 0 else None
 
 
 def _records(builder: Any, split: str) -> Callable[[int], dict[str, Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from llmjax.config import ConfigError, build, resolve
 from llmjax.data import chat
-from llmjax.data.source import Source, cache_dir, thin
+from llmjax.data.source import Source, cache_dir, text_of, thin
 
 TOKENIZERS = {
   "sentencepiece": "llmjax.data.sentencepiece_tokenizer:sentencepiece",
@@ -71,10 +71,13 @@ class Tokenizer:
     continuing: tokens that continue a word where their pieces do not show it (WordPiece's "##").
     around: what stands before and behind a single text that a model reads, such as BERT's [CLS] and [SEP]; None is bos
       before it, where there is one.
+    around_pair: what stands before, between and behind two texts that a model reads together, and the token type of the
+      second; None is bos, eos (or a line's end, where there is none), eos and 1.
     to_text: decodes where text is not the concatenation of the pieces.
     chat_templates: {name: Jinja source}, see `chat.render`.
     token_names: what chat templates call special tokens: {"bos_token": "<s>", ...}; those of ours where it is empty.
     to_special_ids: text -> Int[n], where special tokens by their names become those tokens.
+    to_offsets: text -> (Int[n], Int[n, 2]), see `encode_with_offsets`.
   """
 
   name: str
@@ -90,10 +93,12 @@ class Tokenizer:
   names: Mapping[int, str] = dataclasses.field(default_factory=dict)
   continuing: frozenset[int] = frozenset()
   around: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+  around_pair: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None = None
   to_text: Callable[[list[int]], str] | None = None
   chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
   token_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
   to_special_ids: Callable[[str], Any] | None = None
+  to_offsets: Callable[[str], tuple[Any, Any]] | None = None
 
   @property
   def vocab_size(self) -> int:
@@ -109,6 +114,23 @@ class Tokenizer:
     """Int32[n], without special tokens; what looks like one in the text stays text."""
     return _int32(self.to_ids(text))
 
+  def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(Int32[n], Int32[n, 2]): the ids of `encode`, and the characters [start, stop) of the text that each stands for.
+
+    Tokens that share a character, such as its bytes, all have it. One that stands for none, such as the space that some
+    vocabularies put before a text, has the next token's. Some kinds leave out the spaces before a word, others do not.
+
+    Raises:
+      ConfigError: the kind of tokenizer cannot tell.
+    """
+    if self.to_offsets is None:
+      raise ConfigError(
+        f"a tokenizer of kind {self.name!r} does not say where its tokens stand in a text; give it `to_offsets`, or "
+        f"set data.tokenizer.name to one of {', '.join(TOKENIZERS)}"
+      )
+    ids, offsets = self.to_offsets(text)
+    return _int32(ids), _int32(offsets).reshape(-1, 2)
+
   def document(self, text: str) -> np.ndarray:
     """Int32[n]: the text between bos and eos, where the vocabulary has them."""
     return self.frame(self.encode(text))
@@ -116,9 +138,46 @@ class Tokenizer:
   @property
   def single(self) -> tuple[np.ndarray, np.ndarray]:
     """(Int32[before], Int32[behind]): what stands around a single text."""
-    bos = () if self.bos_id is None else (self.bos_id,)
-    before, behind = (bos, ()) if self.around is None else self.around
+    bos: tuple[int, ...] = () if self.bos_id is None else (self.bos_id,)
+    before, behind = self.around or (bos, ())
     return np.array(before, np.int32), np.array(behind, np.int32)
+
+  def assemble(
+    self, first: np.ndarray, second: np.ndarray | None, length: int
+  ) -> tuple[np.ndarray, np.ndarray, tuple[int, int | None]]:
+    """One text or two, for a model that reads them to say something about them.
+
+    Args:
+      first, second: ids as `encode` gives them; the longer of the two loses its end until all fits.
+      length: tokens in all, at most.
+    Returns:
+      ids Int32[n], token types Int32[n], and where the first and the second text begin.
+    Raises:
+      ConfigError: `length` leaves no room for text.
+    """
+    bos: tuple[int, ...] = () if self.bos_id is None else (self.bos_id,)
+    eos: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
+    kind = 0
+    if second is None:
+      before, behind = (bos, eos) if self.around is None else self.around
+      between: tuple[int, ...] = ()
+    else:
+      line_end = tuple(self.encode("\n").tolist())
+      before, between, behind, kind = self.around_pair or (bos, eos or line_end, eos, 1)
+    room = length - len(before) - len(between) - len(behind)
+    if room < 1 + (second is not None):
+      raise ConfigError(f"seq_len={length} leaves no room for text between special tokens; raise it")
+    if second is None:
+      first, second = first[:room], first[:0]
+      start = None
+    else:
+      keep = min(len(first), max(room - len(second), room - room // 2))
+      first, second = first[:keep], second[: room - keep]
+      start = len(before) + len(first) + len(between)
+    parts = [np.array(before), first, np.array(between), second, np.array(behind)]
+    ids = np.concatenate(parts).astype(np.int32)
+    types = (np.arange(len(ids)) >= len(ids) - len(second) - len(behind)) * kind
+    return ids, types.astype(np.int32), (len(before), start)
 
   def prompt(self, text: str) -> np.ndarray:
     """Int32[n]: the beginning of a text, to be continued."""
@@ -138,15 +197,13 @@ class Tokenizer:
     Special tokens that the template writes become those tokens. So do those that a message spells out, as in
     Transformers: who passes on messages of strangers must keep the names of special tokens (`names`) out of them.
     """
-    roles = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "mask": self.mask_id}
-    ours = {f"{role}_token": self.names[i] for role, i in roles.items() if i is not None and i in self.names}
     text = chat.render(
       self.chat_templates,
       messages,
       template=template,
       add_generation_prompt=add_generation_prompt,
       tools=tools,
-      **{**(self.token_names or ours), **variables},
+      **{**chat.token_names(self), **variables},
     )
     return self._with_named(text, self.names) if self.to_special_ids is None else _int32(self.to_special_ids(text))
 
@@ -355,8 +412,7 @@ def extend(tokenizer: Tokenizer, mask: bool = False, sentinels: int = 0) -> Toke
 
 def sample(source: Source, max_bytes: int = TRAINING_BYTES) -> Iterator[str]:
   """Texts of evenly spaced records, about `max_bytes` together; all of them where the source is not larger."""
-  for record in thin(source, max_bytes):
-    yield record["text"]
+  return map(text_of, thin(source, max_bytes))
 
 
 def training_text(source: Source | None, kind: str) -> Source:
