@@ -14,6 +14,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.accum = 1  # microbatches per update, computed one after the other
   config.seq_len = 256  # tokens per sequence
   config.init_from = optional(None, str)  # start from the parameters of this PATH
+  # Regex of our parameters -> what they are called there, as in re.sub, or None: they start afresh. First match wins.
+  config.init_map = ()
+  config.trainable = ((r".*", True),)  # regex -> whether parameters learn; first match wins
+  config.auxiliary = ConfigDict()  # {NAME: {"init_from": PATH, or None for what this run starts from}}: frozen models
   config.profile = optional(None, str)  # "10:15": write a trace of these steps
 
   # What each key means: llmjax.models.config.TransformerConfig.
@@ -64,14 +68,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.shared_expert_d_ff = optional(None, int)
   config.model.tie_embeddings = True
   config.model.scale_tied_logits = False
-  config.model.head = "lm"
-  config.model.num_classes = 0
   config.model.pooling = "first"
   config.model.head_transform = False
   config.model.head_bias = False
   config.model.pooler = False
   config.model.pooler_activation = "tanh"
   config.model.sentence_classes = 0
+  config.model.lora_rank = 0
+  config.model.lora_alpha = optional(None, float)
+  config.model.lora_dropout = 0.0
+  config.model.lora_targets = r".*attention/(query|value)"
   config.model.bidirectional_prompt = False
   config.model.dropout = 0.0
   config.model.attention_dropout = 0.0
@@ -102,6 +108,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optim.lr = 1e-3  # peak
   config.optim.weight_decay = 0.1
   config.optim.decay_mask = ((r".*(norm|bias|positions).*", False), (r".*", True))  # first match wins
+  config.optim.lr_scale = ((r".*", 1.0),)  # regex -> what multiplies the rate of parameters; first match wins
+  config.optim.layer_decay = optional(None, float)  # and once more for each layer above them
   config.optim.clip_norm = optional(1.0, float)
   config.optim.ema_decay = optional(None, float)  # keep and evaluate an average of the parameters
 
@@ -122,6 +130,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.rules.norm = optional(None)
   config.rules.head = optional(None)
   config.rules.classes = optional(None)
+  config.rules.lora = optional(None)
   config.rules.token_types = optional(None)
   config.rules.buckets = optional(None)
   config.rules.act_batch = optional(("data", "fsdp"))
@@ -139,7 +148,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.checkpoint.every = optional("20%")
   config.checkpoint.keep = 2  # the latest ones
   config.checkpoint.keep_every = optional(None)  # also keep those at multiples of this duration
-  config.checkpoint.best = optional(None, str)  # also keep the one with the least of this, e.g. "eval/heldout/loss"
+  config.checkpoint.best = optional(None, str)  # also keep the one that is best in this, e.g. "eval/heldout/loss"
+  config.checkpoint.best_is = "least"  # or "most"
+
+  # Stop when `metric` has not been better than before for `patience` of its evaluations in a row.
+  config.early_stopping = ConfigDict({"metric": optional(None, str), "best_is": "least", "patience": 3})
 
   config.log = ConfigDict({"every": optional(10), "tensorboard": True})
   return config
@@ -181,6 +194,21 @@ def retrieval_evals(config: ConfigDict, bm25: bool = False) -> None:
       "batch_tokens": 16384,
       "limit": optional(None, int),
       "bm25": bm25,
+    }
+  )
+
+
+def task_evals(config: ConfigDict) -> None:
+  """Held-out loss, and what the task measures of its answers to the same records."""
+  _heldout(config)
+  config.evals.answers = ConfigDict(
+    {
+      "name": "answers",
+      "every": optional("20%"),
+      "at": (),
+      "split": optional(None, str),
+      "limit": optional(None, int),
+      "batch_tokens": 16384,
     }
   )
 

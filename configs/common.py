@@ -25,6 +25,12 @@ PRETRAINED: dict[str, Any] = {
   **{key: optional(None, float) for key in ("dropout", "attention_dropout", "mlp_dropout")},
   "scan": optional(None, bool),
   "max_len": optional(None, int),
+  "pooling": optional(None, str),
+  "pooler": optional(None, bool),
+  "lora_rank": optional(None, int),
+  "lora_alpha": optional(None, float),
+  "lora_dropout": optional(None, float),
+  "lora_targets": optional(None, str),
 }
 FURTHER: dict[str, Any] = {"lr": 5e-5, "optim": {"name": "adamw", "weight_decay": 0.01}}
 

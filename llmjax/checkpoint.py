@@ -21,10 +21,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from llmjax.config import ConfigError
+from llmjax.config import ConfigError, default_config
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
+SECTIONS = (
+  "model",
+  "data",
+  "optim",
+  "checkpoint",
+  "log",
+  "rules",
+  "early_stopping",
+)  # of a config, whose keys are fixed
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -60,6 +69,18 @@ def tokenizer_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
   return {name: base64.b64decode(data) for name, data in manifest["tokenizer"]["files"].items()}
 
 
+def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
+  """A manifest with the default of every config key that there was not yet when it was written."""
+  config = manifest["config"]
+  for key, default in default_config().items():
+    value = config.setdefault(key, default)
+    if key in SECTIONS and (key != "model" or value.get("name") == default["name"]):
+      config[key] = {**default, **value}
+  if manifest["model"].get("name") == config["model"].get("name"):
+    manifest["model"] = {**config["model"], **manifest["model"]}
+  return manifest
+
+
 class Damaged(ConfigError):
   """A checkpoint whose files cannot be read."""
 
@@ -75,9 +96,10 @@ class Checkpoints:
     keep: int | None = None,
     keep_every: int | None = None,
     best: str | None = None,
+    best_is: str = "least",
   ):
     """Opens them to read, or to write: then tells how many of the latest to keep (None: all; the newest is always
-    kept), a period to keep for ever, and a metric whose least to keep."""
+    kept), a period to keep for ever, and a metric whose least (or "most") to keep."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
     keepers: list[Any] = [policies.LatestN(max(keep or 1, 1))]
     if keep_every:
@@ -86,8 +108,10 @@ class Checkpoints:
     if best:
       # `max_to_keep` with `best_fn` would delete the newest; these policies do not.
 
+      sign = 1 if best_is == "least" else -1
+
       def measure(metrics: Any) -> float:
-        return metrics[best] if metrics and best in metrics else float("inf")
+        return sign * metrics[best] if metrics and best in metrics else float("inf")
 
       keepers.append(policies.BestN(get_metric_fn=measure, reverse=True, n=1))
       options = {"best_fn": measure, "best_mode": "min"}
@@ -147,7 +171,8 @@ class Checkpoints:
 
   def read(self, step: int, item: str) -> Any:
     """`manifest` or `data` of a checkpoint."""
-    return self._load(step, **{item: ocp.args.JsonRestore()})[item]
+    found = self._load(step, **{item: ocp.args.JsonRestore()})[item]
+    return upgraded(found) if item == "manifest" else found
 
   def _load(self, step: int, **items: Any) -> Any:
     with self._readable(step):
@@ -171,12 +196,11 @@ class Checkpoints:
     args = ocp.args.PyTreeRestore(abstract_state, ocp.checkpoint_utils.construct_restore_args(abstract_state))
     return self._load(step, state=args)["state"]
 
-  def restore_part(self, step: int, part: str, abstract: Any) -> Any:
-    """Only `params` or `ema` of a state."""
-    self._compare(step, {part: abstract})
-    wanted = {part: abstract}
+  def restore_parts(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Only some of a state: {"params", "ema" or "frozen": what of it}, as `restore`."""
+    self._compare(step, wanted)
     args = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True)
-    return self._load(step, state=args)["state"][part]
+    return self._load(step, state=args)["state"]
 
   def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
     """{path: shape} of every array in a checkpoint's state."""

@@ -22,12 +22,13 @@ begin here:
   llmjax train --config=gpt:size=nano,text=my.txt       on your text
   llmjax generate --model=runs/gpt-size=nano --prompt="def main("
   llmjax report --workdir=runs/gpt-size=nano            curves and samples as one page
+  llmjax train --config=classify:init_from=PATH,train=my.csv,text=review,label=stars
 
 `llmjax COMMAND --help` says more about each.
 """
 
 
-PATH_HELP = "a workdir, one of its checkpoints, a Hugging Face folder, or a hub name such as gpt2"
+PATH_HELP = "a workdir, WORKDIR/checkpoints/STEP or /best, a Hugging Face folder, or a hub name such as gpt2"
 
 GENERATE_NOTES = """\
 Without --prompt, it is read from standard input. What is not given is as the model's generation config says.
@@ -43,6 +44,16 @@ checkpoint of ours.
   llmjax import --hf=gpt2 --output=runs/gpt2
   llmjax export --model=runs/gpt2 --output=gpt2-again
 """
+
+PREDICT_NOTES = """\
+Reads what the model was trained to read (text; tokens; question and context; source; messages) and writes labels with
+their probabilities, tags with spans, answers with their places, or texts; a record's field `id` is kept. A line that
+cannot be read becomes {"line": its number, "error": why}, and the exit code 2.
+
+  llmjax predict --model=runs/classify --input=reviews.jsonl --output=labels.jsonl
+  llmjax predict --model=runs/classify --input=more.jsonl --output=sure.jsonl --min_confidence=0.95
+"""
+SHOWN = 10  # bad lines
 
 EMBED_NOTES = """\
 The array is float32 [texts, width] in the order of the input; each row has length 1, so that a product of rows is a
@@ -137,6 +148,22 @@ def parser() -> argparse.ArgumentParser:
   embed.add_argument("--batch_tokens", type=int, help="rows times length of a batch (default: 16384)")
   embed.add_argument("--mesh", default="data=-1", help="devices, such as data=-1,tensor=2 (default: %(default)s)")
   embed.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
+
+  predict = add("predict", "answers of a fine-tuned model to the records of a JSONL file", run_predict, PREDICT_NOTES)
+  predict.add_argument("--model", required=True, help=PATH_HELP)
+  predict.add_argument("--input", required=True, help="FILE.jsonl, with the fields that the model was trained on")
+  predict.add_argument("--output", required=True, help="FILE.jsonl, a line for every line of the input")
+  predict.add_argument(
+    "--min_confidence", type=float, help="write only what is this sure, with its input: data to train on"
+  )
+  predict.add_argument("--max_new_tokens", type=int, help="of a text that is written (default: as in training)")
+  predict.add_argument("--num_beams", type=int, help="search for likely texts with so many beams")
+  predict.add_argument(
+    "--length_penalty", type=float, help="of beam search: scores are divided by length to this power"
+  )
+  predict.add_argument("--batch_tokens", type=int, help="rows times length of a batch (default: 16384)")
+  predict.add_argument("--mesh", default="data=-1", help="devices, such as data=-1,tensor=2 (default: %(default)s)")
+  predict.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   import_ = add("import", "a Hugging Face folder to a checkpoint of ours", run_import, IMPORT_NOTES)
   import_.add_argument("--hf", required=True, help="a folder, or a hub name such as gpt2 or org/name@revision")
@@ -257,7 +284,9 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
   if arguments.system is not None and not arguments.chat:
     raise ConfigError("--system is for --chat; add that, or leave it out")
   start_jax()
+  from llmjax.data import chat
   from llmjax.generation import encode_prompt, until
+  from llmjax.objectives.sft import end_tokens
   from llmjax.pretrained import open_path
 
   with open_path(arguments.model) as source:
@@ -270,7 +299,9 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
   if arguments.chat:
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     messages = [*system, {"role": "user", "content": prompt}]
-    ids = tokenizer.chat(messages, add_generation_prompt=True)
+    template = chat.or_default(tokenizer.chat_templates, (source.config["objective"] or {}).get("template"))
+    ids = tokenizer.chat(messages, add_generation_prompt=True, template=template)
+    settings.setdefault("eos_id", end_tokens(tokenizer, template))
   else:
     ids = encode_prompt(pretrained.model, tokenizer, prompt)
   ids, count = fit(ids, config.max_len, arguments.max_new_tokens, separate, settings.pop("max_new_tokens", 200))
@@ -386,6 +417,31 @@ def run_embed(arguments: argparse.Namespace, rest: list[str]) -> None:
     trust=arguments.trust,
   )
   print(f"wrote {arguments.output}: {count:,} vectors of {width}, their ids to {ids}")
+
+
+def run_predict(arguments: argparse.Namespace, rest: list[str]) -> None:
+  start_jax()
+  from llmjax.embeddings import BATCH_TOKENS
+  from llmjax.predict import predict_file
+  from llmjax.sharding import parse_mesh
+
+  names = ("max_new_tokens", "num_beams", "length_penalty")
+  written, bad = predict_file(
+    arguments.model,
+    arguments.input,
+    arguments.output,
+    min_confidence=arguments.min_confidence,
+    batch_tokens=BATCH_TOKENS if arguments.batch_tokens is None else arguments.batch_tokens,
+    mesh=parse_mesh(arguments.mesh),
+    generation={name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None},
+    trust=arguments.trust,
+  )
+  print(f"wrote {arguments.output}: {written:,} lines")
+  for error in bad[:SHOWN]:
+    print(f"llmjax: {error}", file=sys.stderr)
+  if bad:
+    more = f" ({len(bad) - SHOWN} more are not shown)" if len(bad) > SHOWN else ""
+    raise ConfigError(f"{len(bad)} lines of {arguments.input} could not be read{more}; all others were answered")
 
 
 def run_import(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -178,7 +178,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   """
   out = ConfigDict(defaults)
   with out.unlocked():
-    for item in re.findall(r"""(?:(?<==)"[^"]*"|(?<==)'[^']*'|,(?=[^(\[{]*[)\]}])|[^,])+""", arg or ""):
+    for item in _items(arg):
       key, given, text = item.partition("=")
       if key not in defaults:
         raise ConfigError(f"config argument `{key}` is unknown; {nearest(key, defaults)}")
@@ -203,6 +203,17 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   return out
 
 
+def _items(arg: str | None) -> list[str]:
+  return re.findall(r"""(?:(?<==)"[^"]*"|(?<==)'[^']*'|,(?=[^(\[{]*[)\]}])|[^,])+""", arg or "")
+
+
+def split_arg(arg: str | None, **defaults: Any) -> tuple[ConfigDict, str]:
+  """`parse_arg` of those items that are in `defaults`, and all others as an argument for another config."""
+  own = [item for item in _items(arg) if item.partition("=")[0] in defaults]
+  rest = [item for item in _items(arg) if item.partition("=")[0] not in defaults]
+  return parse_arg(",".join(own), **defaults), ",".join(rest)
+
+
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -214,6 +225,7 @@ def duration(
   seq_len: int,
   total_steps: int | None = None,
   epoch_tokens: int | None = None,
+  epoch_examples: Callable[[], int | None] = lambda: None,
 ) -> int | None:
   """A duration in optimizer steps, rounded up; None stays None.
 
@@ -224,6 +236,7 @@ def duration(
     seq_len: tokens a sequence.
     total_steps: what percents refer to.
     epoch_tokens: tokens in the training data; an epoch of packed data has no other length.
+    epoch_examples: how many sequences an epoch is where none share a row, else None.
   Raises:
     ConfigError: not a duration, or a unit that cannot be turned into steps here.
   """
@@ -246,12 +259,16 @@ def duration(
   elif unit == "example":
     steps = number / batch_size
   elif unit == "epoch":
-    if epoch_tokens is None:
+    count = epoch_examples() if epoch_tokens is None else None
+    if count is not None:
+      steps = number * count / batch_size
+    elif epoch_tokens is None:
       raise ConfigError(
         f"{key}={value!r}: an epoch of packed data has no known number of steps; "
-        "set data.epoch_tokens (tokens in the training data), or give the duration in steps or tokens"
+        "set data.epoch_tokens (tokens in the training data) or data.pack=False, or say it in steps or tokens"
       )
-    steps = number * epoch_tokens / (batch_size * seq_len)
+    else:
+      steps = number * epoch_tokens / (batch_size * seq_len)
   else:
     steps = number
   return math.ceil(steps)

@@ -7,6 +7,8 @@ returns {name: number}, or {name: text to show}, see `record`. A new one is a fu
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +23,10 @@ from llmjax.data.records import fields
 from llmjax.data.source import thin
 from llmjax.embeddings import BATCH_TOKENS, contrastive_part
 from llmjax.models.transformer import MODELS
+from llmjax.objectives.seq2seq import Seq2Seq
+from llmjax.objectives.task import Task
 from llmjax.objectives.weighted_sum import WeightedSum
+from llmjax.predict import Settings, check_task, predict
 from llmjax.pretrained import open_path
 from llmjax.program import Program, make_program, open_source
 from llmjax.types import Batch, Objective
@@ -30,6 +35,8 @@ Evaluator = Callable[[Any], dict[str, Any]]
 
 EVALUATORS = {
   "loss": "llmjax.evaluate:loss",
+  "answers": "llmjax.evaluate:answers",
+  "lead": "llmjax.evaluate:lead",
   "sample": "llmjax.evaluate:sample",
   "yardsticks": "llmjax.evaluate:yardsticks",
   "unigram": "llmjax.evaluate:unigram",
@@ -72,7 +79,8 @@ def loss(
     if not batches:
       batches.extend(held_out_batches(program, source, size, max_batches))
     with sharding.use(program.mesh, program.rules):
-      each = jax.device_get([program.eval_step(params, program.put(batch, size)) for batch in batches])
+      others = program.auxiliary_params
+      each = jax.device_get([program.eval_step(params, program.put(batch, size), others) for batch in batches])
     total: Any = {}  # added in float64: float32 counts tokens exactly only up to 2^24
     for metrics in each:
       total = metriclib.add(total, jax.tree.map(np.float64, metrics))
@@ -150,6 +158,73 @@ def sample(
     return {"text": f"{prompt} → {tokenizer.show(new)}" if separate else prompt + tokenizer.decode(new)}
 
   return evaluate
+
+
+def answers(
+  program: Program,
+  split: str | None = None,
+  limit: int | None = None,
+  batch_tokens: int = BATCH_TOKENS,
+  **generation: Any,
+) -> Evaluator:
+  """What the objective's task measures of its answers to a split; see `Task.measure`.
+
+  All records are looked at before anything compiles.
+
+  Args:
+    split: of config.data.corpus; None is config.data.eval.
+    limit: only so many records, evenly spaced.
+    batch_tokens: rows times length of a batch.
+    generation: keywords of `llmjax.generate`, where the task writes texts.
+  """
+  task = check_task(program.objective)
+  records = answered(program, task, split, limit)
+  settings = Settings(batch_tokens, program.mesh, program.rules, generation)
+
+  def evaluate(params: Any) -> dict[str, float]:
+    return task.measure(records(), predict(program.model, params, task, records(), settings))
+
+  return evaluate
+
+
+def answered(program: Program, task: Task, split: str | None, limit: int | None) -> Callable[[], list[Any]]:
+  """Checks the records of a split now, and gives those that have an answer when it is called; see `answers`."""
+  split = split or program.config["data"]["eval"]
+  source = open_source(program.config, split)
+  count = len(source) if limit is None else min(limit, len(source))
+  which = np.linspace(0, len(source) - 1, count).astype(np.int64)
+  for index in which:
+    try:
+      task.check(source[int(index)], labelled=True)
+    except ConfigError as error:
+      raise ConfigError(f"record {index} (from 0) of split {split!r}: {error}") from error
+
+  @functools.cache
+  def records() -> list[Any]:
+    found = [record for record in (source[int(i)] for i in which) if task.encode(record, labelled=True)]
+    if not found:
+      raise ConfigError(f"split {split!r}: no record has both something to read and an answer; set another data.eval")
+    return found
+
+  return records
+
+
+def lead(program: Program, split: str | None = None, limit: int | None = None) -> Evaluator:
+  """What is reached by giving the first sentence of each text for its summary; it does not depend on the model.
+
+  A sentence ends with a stop, a line, or a full-width stop; arguments are those of `answers`.
+  """
+  task = check_task(program.objective)
+  if not isinstance(task, Seq2Seq):
+    raise ConfigError("evals.*.name='lead' needs objective.name='seq2seq'; take the entry away")
+  records = answered(program, task, split, limit)
+
+  @functools.cache
+  def measured() -> dict[str, float]:
+    first = [{task.target: re.split(r"(?<=[.!?])\s|(?<=[。！？])|\n", r[task.source].strip())[0]} for r in records()]
+    return {f"yardstick/lead_{name}": value for name, value in task.measure(records(), first).items()}
+
+  return lambda params: measured()
 
 
 def yardsticks(program: Program, split: str | None = None) -> Evaluator:
@@ -241,7 +316,7 @@ def evaluate_checkpoint(
       config["schedule"] = {"name": "constant", "warmup": None}
       config["mesh"] = {"data": -1}
     program = make_program(config, tokenizer=source.tokenizer(trust))
-    params = source.read_params(program.model, program.abstract_state.params, False)
+    params = source.read_params(program.model, program.abstract_params, None)
   results = {}
   for name, entry in program.config["evals"].items():
     spec = {k: v for k, v in entry.items() if k not in WHEN}
@@ -253,11 +328,16 @@ def evaluate_checkpoint(
 def data_evals(data: str, objective: Objective, column: str = "text") -> tuple[dict[str, Any], dict[str, Any]]:
   """How a file is read, as a corpus, and what is measured on it, as evals.
 
-  The loss; where an objective learns from pairs, retrieval of the file's; where the file has the fields text_a, text_b
-  and score, the correlation of an embedding's cosines with it. `column` is what the text was called in training.
+  The loss; of a task what its answers are worth; where an objective learns from pairs, retrieval of the file's; where
+  the file has the fields text_a, text_b and score, the correlation of an embedding's cosines with it. `column` is what
+  the text was called in training.
   """
   corpus: dict[str, Any] = {"name": "files", "files": data}
   evals: dict[str, dict[str, Any]] = {"data": {"name": "loss"}}
+  if objective.fields != ("text",):
+    corpus |= {"column": None, "columns": tuple(field for field in objective.fields if field in fields(data))}
+    if isinstance(objective, Task):
+      evals["answers"] = {"name": "answers"}
   part = contrastive_part(objective)
   if part is not None:
     known = fields(data)

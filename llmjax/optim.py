@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llmjax import finetune
 from llmjax.config import ConfigError, build, to_dict
 
 Number = int | float
@@ -43,7 +44,7 @@ SCHEDULES = {
 }
 
 # Keys of config.optim that belong to no optimizer; the rate and the average are read by the train step's caller.
-COMMON = ("lr", "ema_decay", "weight_decay", "decay_mask", "clip_norm")
+COMMON = ("lr", "ema_decay", "weight_decay", "decay_mask", "clip_norm", "lr_scale", "layer_decay")
 
 
 def paths(tree: Any) -> Any:
@@ -83,19 +84,23 @@ def match_rules(rules: Any, tree: Any, key: str) -> Any:
   return jax.tree.map(lambda name: next(value for regex, value in compiled if regex.fullmatch(name)), names)
 
 
-def make_optimizer(spec: Any, params: Any, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(
+  spec: Any, params: Any, axes: Any, trainable: Any = None, scales: Any = None
+) -> optax.GradientTransformation:
   """The optimizer that config.optim asks for. Its `update` needs params and returns a direction, not a step.
 
   The direction is optimizer(clip(gradient)) + weight_decay * parameter, the decay where `decay_mask` says so
-  (decoupled: Loshchilov & Hutter 2019). State and direction are float32 where parameters are narrower, since a
-  bfloat16 second moment stands still: its increments are below half a unit in its last place. The state is the tree
-  of parameters with an optimizer state at every leaf.
+  (decoupled: Loshchilov & Hutter 2019), all of it times what `lr_scale` and `scales` say. State and direction are
+  float32 where parameters are narrower, since a bfloat16 second moment stands still: its increments are below half a
+  unit in its last place. The state is the tree of parameters with an optimizer state at every leaf.
 
   Args:
     spec: {"name", *COMMON, **keys of the optimizer}. "name" is in OPTIMIZERS, or "module:function" of a function
       that returns a transformation of a single parameter, to a direction; it may ask for that parameter's `axes`.
     params: tree of parameters, or of their shapes.
     axes: the same tree of tuples of logical names; those of STACKED in front mark a stacked parameter.
+    trainable: the same tree, True where a parameter learns; the optimizer is of those alone. None is everywhere.
+    scales: the same tree of what multiplies the directions, numbers or arrays that broadcast; None is 1.
   Raises:
     ConfigError: an unknown or missing key, a value out of range, a rule that does not fit the parameters.
   """
@@ -113,20 +118,30 @@ def make_optimizer(spec: Any, params: Any, axes: Any) -> optax.GradientTransform
       raise ConfigError(f"optim.decay_mask: {decayed!r} must be True or False")
     return weight_decay if decayed else 0
 
+  def scale_of(_: Any, own: Any, other: Any) -> Any:
+    if isinstance(own, bool) or not isinstance(own, (int, float)) or not own >= 0:
+      raise ConfigError(f"optim.lr_scale: {own!r} must be a number, 0 or more")
+    return own * other
+
   rates = jax.tree.map(rate_of, params, match_rules(common["decay_mask"], params, "optim.decay_mask"))
+  own = match_rules(common["lr_scale"], params, "optim.lr_scale")
+  scales = jax.tree.map(scale_of, params, own, jax.tree.map(lambda _: 1.0, params) if scales is None else scales)
   each = jax.tree.map(lambda _, names: _one(spec, names), params, axes)
+  if trainable is not None:
+    rates, scales, each = (finetune.split(tree, trainable)[0] for tree in (rates, scales, each))
   clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
 
   def init(params: Any) -> Any:
     return jax.tree.map(lambda param, tx: tx.init(param), _widen(params), each)
 
   def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    def one(param: Any, grad: Any, part: Any, tx: Any, rate: Number) -> tuple[Any, Any]:
+    def one(param: Any, grad: Any, part: Any, tx: Any, rate: Number, scale: Any) -> tuple[Any, Any]:
       direction, part = tx.update(grad, part, param)
-      return direction + rate * param if rate else direction, part
+      direction = direction + rate * param if rate else direction
+      return direction if isinstance(scale, float) and scale == 1 else direction * scale, part
 
     grads, _ = clip.update(_widen(grads), optax.EmptyState())
-    pairs = jax.tree.map(one, _widen(params), grads, state, each, rates)
+    pairs = jax.tree.map(one, _widen(params), grads, state, each, rates, scales)
     return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))
 
   return optax.GradientTransformation(init, update)

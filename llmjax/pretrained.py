@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from llmjax.config import ConfigError, build, default_config, resolve
 from llmjax.data import hf_tokenizer
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.hf_formats import VOCABULARIES
+from llmjax.finetune import flatten, is_adapter, unflatten
 from llmjax.interop import family, hub, huggingface
+from llmjax.interop.families import FAMILIES
 from llmjax.models.config import TransformerConfig
 from llmjax.models.layout import HEADS
 from llmjax.models.transformer import MODELS
@@ -26,8 +29,10 @@ from llmjax.types import Objective
 
 HEAD_FIELDS = (  # of a config: what is behind the last layer
   *("head", "num_classes", "pooling", "head_transform", "head_bias"),
-  *("pooler", "pooler_activation", "sentence_classes"),
+  *("pooler", "pooler_activation", "sentence_classes", "crf"),
 )
+OUTPUTS = ("head/", "head_bias/", "head_transform/", "head_norm/", "crf/")  # parameters of one kind of head alone
+Rules = Sequence[tuple[str, str | None]]
 INHERITED = ("family", "generation")
 LENGTH = 1024  # tokens that a Hugging Face model is evaluated on at a time, where its folder does not say
 SAME = "pretrained"  # config.model.name: the model of init_from
@@ -48,14 +53,15 @@ class Source:
   Attributes:
     path: as the user gave it; `place`: the folder that this is.
     manifest: what a checkpoint says about itself, see `checkpoint.make_manifest`.
-    read_params: (model, shapes with shardings, whether a head may be left behind) -> parameters.
+    read_params: (model, shapes with shardings, rules) -> parameters. With rules (see `load_params`) it gives what it
+      has for the model, without them all or a ConfigError.
     read_tokenizer: trust -> the tokenizer, or None.
   """
 
   path: str
   place: Path
   manifest: dict[str, Any]
-  read_params: Callable[[Any, Any, bool], Any]
+  read_params: Callable[[Any, Any, Rules | None], Any]
   read_tokenizer: Callable[[bool], Any]
 
   @property
@@ -73,7 +79,7 @@ class Source:
     """See `llmjax.pretrained.load`."""
     tokenizer = self.read_tokenizer(trust)
     model = self.make_model(trust, **changes)
-    return Pretrained(model, self.read_params(model, abstract_params(model, mesh, rules), False), tokenizer)
+    return Pretrained(model, self.read_params(model, abstract_params(model, mesh, rules), None), tokenizer)
 
   def tokenizer(self, trust: bool = False) -> Any:
     """Raises ConfigError where there is none."""
@@ -90,7 +96,7 @@ class Source:
       raise ConfigError(f"{self.path} has a head on a {head} and no objective that says how well it does")
     if not trust:
       check_trusted(spec)
-    return build(spec, OBJECTIVES, "objective", tokenizer=self.tokenizer(trust), seq_len=self.config["seq_len"])
+    return make_objective(spec, self.tokenizer(trust), self.config["seq_len"], self.manifest["model"])
 
 
 @contextlib.contextmanager
@@ -98,8 +104,9 @@ def open_path(path: str | Path) -> Iterator[Source]:
   """What PATH means, until the block ends.
 
   Args:
-    path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP, a Hugging Face folder, or a hub name such as
-      gpt2 or org/name@revision: looked for among local folders, then in the Hugging Face cache, then downloaded.
+    path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP or /best, a Hugging Face folder, or a hub name
+      such as gpt2 or org/name@revision: looked for among local folders, then in the Hugging Face cache, then
+      downloaded.
   Raises:
     ConfigError: nothing is there, or it is damaged, or from a newer format.
   """
@@ -177,10 +184,42 @@ def load_tokenizer(path: str | Path, *, trust: bool = False) -> Any:
     return source.tokenizer(trust)
 
 
-def load_params(path: str | Path, model: nn.Module, abstract: Any) -> Any:
-  """Only the parameters, for a model of the same shape, but for what is behind its last layer."""
+def load_params(path: str | Path, model: nn.Module, abstract: Any, rules: Rules = ()) -> tuple[Any, list[str]]:
+  """Parameters for a model of the same shape, but for what is behind its last layer and its adapters.
+
+  Args:
+    abstract: the model's parameters as ShapeDtypeStructs with shardings.
+    rules: ((regex, replacement or None), ...) over the paths of the model's parameters: what they are called there, as
+      in `re.sub`, or None for those that shall not be read; the first that matches a whole path counts.
+  Returns:
+    those that are there, and the paths of the others, which start afresh.
+  Raises:
+    ConfigError: a parameter of another shape or in the body of the model is missing; a rule that matches nothing.
+  """
+  for rule in rules:
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+      raise ConfigError(f"init_map: {rule!r} is not a rule; a rule is (regex, name there or None)")
+    if not any(re.fullmatch(rule[0], name) for name in flatten(abstract)):
+      raise ConfigError(
+        f"init_map: {rule[0]!r} matches no parameter (a regex must match a whole path, such as "
+        f"{next(iter(flatten(abstract)))!r}); mend or remove it"
+      )
   with open_path(path) as source:
-    return source.read_params(model, abstract, True)
+    params = source.read_params(model, abstract, rules)
+  return params, sorted(set(flatten(abstract)) - set(flatten(params)))
+
+
+def name_there(rules: Rules, name: str) -> str | None:
+  """What a parameter is called where it is read from; None where it is not read."""
+  for regex, replacement in rules:
+    if re.fullmatch(regex, name):
+      return None if replacement is None else re.sub(regex, replacement, name)
+  return name
+
+
+def may_be_fresh(name: str) -> bool:
+  """Whether a parameter may start afresh where there is none to read: a head, an adapter."""
+  return name.startswith(HEADS) or is_adapter(name)
 
 
 def inherited(path: str | Path | None) -> dict[str, Any]:
@@ -191,15 +230,57 @@ def inherited(path: str | Path | None) -> dict[str, Any]:
     return {key: source.manifest[key] for key in INHERITED if key in source.manifest}
 
 
-def same_model(config: Mapping[str, Any]) -> dict[str, Any]:
-  """config.model where its name is "pretrained": that of `init_from`, with the fields that are not None changed."""
+def make_objective(spec: Any, tokenizer: Any, seq_len: int, model: Mapping[str, Any], records: Any = None) -> Objective:
+  """The objective of a config.
+
+  Args:
+    model: config.model, of which the kind of stacks is looked at.
+    records: opens the training split, for what the config leaves open.
+  """
+  encoder, decoder = model.get("encoder_layers"), model.get("decoder_layers")
+  stacks = "both" if encoder and decoder else "encoder" if encoder else "decoder"
+  return build(spec, OBJECTIVES, "objective", tokenizer=tokenizer, seq_len=seq_len, stacks=stacks, records=records)
+
+
+def with_head(
+  spec: Mapping[str, Any], head: Mapping[str, Any], model_type: str | None, asked: Mapping[str, Any]
+) -> dict[str, Any]:
+  """A model's config with the head that an objective needs.
+
+  Where that is of another kind than the model's own, what stands before it is as the family has it, else plain.
+
+  Args:
+    spec: the model's.
+    head: `Objective.head`.
+    model_type: the family that the model is of, where one is known.
+    asked: config.model; what it says of the fields of HEAD_FIELDS goes before what families have.
+  """
+  if spec.get("head", head["head"]) == head["head"]:
+    return {**spec, **head}
+  known = FAMILIES[model_type].heads.values() if model_type is not None and model_type in FAMILIES else ()
+  fields = next((h.fields for h in known if h.fields.get("head", "lm") == head["head"]), {})
+  encoder = bool(spec.get("encoder_layers")) and not spec.get("decoder_layers")
+  plain = {
+    "head_transform": False,
+    "head_bias": head["head"] != "lm",
+    "pooler": False,
+    "sentence_classes": 0,
+    "pooling": "first" if encoder else "last",
+  }
+  own = {k: v for k, v in asked.items() if k in HEAD_FIELDS and v is not None and asked["name"] == SAME}
+  return {**spec, **plain, **fields, **own, **head}
+
+
+def same_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+  """config.model where its name is "pretrained": that of `init_from`, with the fields that are not None changed; and
+  the family that it is of, where one is known."""
   changes = {key: value for key, value in config["model"].items() if key != "name" and value is not None}
   if config["init_from"] is None:
     raise ConfigError(f"model.name={SAME!r} is the model of init_from, which is not set; set it, or another model.name")
   with open_path(config["init_from"]) as source:
     spec = source.manifest["model"]
     resolve(spec["name"], MODELS, "model", trust=False)
-    return {**spec, **changes}
+    return {**spec, **changes}, source.manifest.get("family")
 
 
 # Own checkpoints.
@@ -210,6 +291,8 @@ def locate(path: str | Path) -> tuple[Path, int | None]:
   path = Path(path)
   if (path / checkpoint.FOLDER).is_dir():
     return path, None
+  if path.name == "best" and path.parent.name == checkpoint.FOLDER and path.parent.is_dir():
+    return path.parent.parent, best_step(path.parent.parent)
   if path.name.isdigit() and path.parent.name == checkpoint.FOLDER and path.is_dir():
     return path.parent.parent, int(path.name)
   if not path.exists():
@@ -218,6 +301,20 @@ def locate(path: str | Path) -> tuple[Path, int | None]:
     f"{path} holds no checkpoint; give a workdir of `llmjax train`, WORKDIR/{checkpoint.FOLDER}/STEP, or a Hugging "
     f"Face folder with {huggingface.CONFIG} and safetensors"
   )
+
+
+def best_step(workdir: Path) -> int:
+  """The checkpoint of a workdir that is best in its config.checkpoint.best."""
+  checkpoints = checkpoint.Checkpoints(workdir)
+  manifests = {step: checkpoints.read(step, "manifest") for step in checkpoints.steps()}
+  checkpoints.close()
+  said = manifests[max(manifests)]["config"]["checkpoint"] if manifests else {"best": None}
+  measured = {step: m["metrics"][said["best"]] for step, m in manifests.items() if said["best"] in m["metrics"]}
+  if not measured:
+    raise ConfigError(
+      f"{workdir}/{checkpoint.FOLDER}/best: no checkpoint has a number of checkpoint.best={said['best']!r}; give STEP"
+    )
+  return (max if said["best_is"] == "most" else min)(measured, key=lambda step: measured[step])
 
 
 def open_checkpoint(path: str | Path) -> tuple[checkpoint.Checkpoints, int, dict[str, Any]]:
@@ -243,22 +340,46 @@ def checkpoint_tokenizer(manifest: dict[str, Any], *, trust: bool = False) -> An
 
 
 def _open_own(path: str, checkpoints: checkpoint.Checkpoints, step: int, manifest: dict[str, Any]) -> Source:
-  part = "ema" if manifest["ema"] else "params"
+  learned = "ema" if manifest["ema"] else "params"
 
-  def read_params(model: Any, abstract: Any, headless: bool) -> Any:
-    if headless:
-      saved = {name.removeprefix(f"{part}/") for name in checkpoints.shapes(step) if name.startswith(f"{part}/")}
-      leaves = jax.tree_util.tree_leaves_with_path(abstract)
-      left = sorted(saved - {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves})
-      lost = [name for name in left if not name.startswith(HEADS)]
+  def read_params(model: Any, abstract: Any, rules: Rules | None) -> Any:
+    saved = checkpoints.shapes(step)
+    split = (name.partition("/") for name in saved)
+    parts = {name: part for part, _, name in split if part in (learned, "frozen")}
+    wanted: dict[str, tuple[str, Any]] = {}  # {path here: (path there, leaf)}
+    for name, leaf in flatten(abstract).items():
+      there = name_there(rules or (), name)
+      if there is None or (rules is not None and there not in parts and may_be_fresh(there)):
+        continue
+      shape = saved.get(f"{parts.get(there)}/{there}")
+      if rules is not None and shape not in (None, tuple(leaf.shape)) and name.startswith(OUTPUTS):
+        if model.cfg.head != manifest["model"].get("head", "lm"):
+          continue
+        raise _other_head(path, name, leaf.shape, shape)
+      wanted[name] = there, leaf
+    if rules is not None:
+      left = set(parts) - {there for there, _ in wanted.values()}
+      lost = sorted(n for n in left if not n.startswith(HEADS) and name_there(rules, n) is not None)
       if lost:
         raise ConfigError(
           f"init_from={path}: its {lost[0]} has no place in this model, which would compute something else without "
           "it; set model.* as it was there"
         )
-    return checkpoints.restore_part(step, part, abstract)
+    tree: dict[str, dict[str, Any]] = {}
+    for there, leaf in wanted.values():
+      tree.setdefault(parts.get(there, learned), {})[there] = leaf
+    restored = checkpoints.restore_parts(step, {part: unflatten(leaves) for part, leaves in tree.items()})
+    found = {name: leaf for part in restored.values() for name, leaf in flatten(part).items()}
+    return unflatten({name: found[there] for name, (there, _) in wanted.items()})
 
   return Source(path, Path(path), manifest, read_params, lambda trust: checkpoint_tokenizer(manifest, trust=trust))
+
+
+def _other_head(path: str, name: str, ours: Any, theirs: Any) -> ConfigError:
+  return ConfigError(
+    f"init_from={path}: {name} is of size {list(theirs)} there and {list(ours)} here, a head for other classes; to "
+    """start it afresh, --config.init_map='((".*head.*|crf/.*", None),)'"""
+  )
 
 
 # Hugging Face folders.
@@ -268,12 +389,28 @@ def _open_folder(path: str, place: Path) -> Source:
   folder = huggingface.open_folder(place)
   has_tokenizer = any((place / name).is_file() for names in VOCABULARIES for name in names)
 
-  def read_params(model: Any, abstract: Any, headless: bool) -> Any:
+  def read_params(model: Any, abstract: Any, rules: Rules | None) -> Any:
     different = family.differences(model.cfg, folder.cfg)
-    for field in sorted(set(different) - {"max_len"} - set(HEAD_FIELDS if headless else ())):
+    for field in sorted(set(different) - {"max_len"} - set(() if rules is None else HEAD_FIELDS)):
       ours, theirs = different[field]
       raise ConfigError(f"init_from={path}: model.{field}={ours!r}, and there it is {theirs!r}; set it as it is there")
-    return huggingface.read_params(folder, model.cfg, abstract)
+    if rules is None:
+      return huggingface.read_params(folder, model.cfg, abstract)
+    if any(replacement is not None for _, replacement in rules):
+      raise ConfigError(
+        f"init_map: {path} is a Hugging Face folder, of which names are known; only None is of use here"
+      )
+    cfg = model.cfg
+    if cfg.head == folder.cfg.head and cfg.num_classes != folder.cfg.num_classes:
+      fresh = [name for name in flatten(abstract) if name.startswith(OUTPUTS) and name_there(rules, name) is not None]
+      if fresh:
+        raise _other_head(path, fresh[0], (cfg.num_classes,), (folder.cfg.num_classes,))
+
+    def skip(name: str) -> bool:
+      other = cfg.head != folder.cfg.head and name.startswith(OUTPUTS)
+      return other or name_there(rules, name) is None
+
+    return huggingface.read_params(folder, cfg, abstract, skip, may_be_fresh)
 
   def read_tokenizer(trust: bool) -> Any:
     return hf_tokenizer.from_folder(place) if has_tokenizer else None

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax import sharding
-from llmjax.program import Program, flat_paths, make_program, open_source
+from llmjax.finetune import flatten
+from llmjax.pretrained import abstract_params
+from llmjax.program import Program, make_program, open_source
 from llmjax.train import make_evals, make_stream, period
 from llmjax.types import Batch
 
@@ -34,7 +36,7 @@ def preview(config: Any) -> str:
 def parameters(program: Program, batch: Batch) -> str:
   """A table of parameters by group, and what a step costs."""
   groups: dict[str, int] = defaultdict(int)
-  for path, leaf in flat_paths(program.state_shapes.params).items():
+  for path, leaf in flatten(program.abstract_params).items():
     parts = path.split("/")
     depth = 3 if parts[0] in ("encoder", "decoder") else 1
     groups["/".join(parts[:depth][: len(parts) - 1])] += leaf.size
@@ -46,6 +48,7 @@ def parameters(program: Program, batch: Batch) -> str:
       "Parameters",
       *lines,
       f"  {'total':<32} {program.num_params:>16,}",
+      *([f"  {'of these learn':<32} {program.num_trainable:>16,}"] if program.state_shapes.frozen else []),
       f"Mesh: {mesh} on {program.mesh.size} x {jax.devices()[0].device_kind}",
       f"Step: {per_step:,} input tokens, {program.step_flops(batch):.3g} model FLOPs; "
       f"{program.total_steps:,} steps are {program.total_steps * per_step:,} tokens",
@@ -70,7 +73,8 @@ def memory(program: Program, batch: Batch) -> str:
   key = jax.eval_shape(jax.random.key, 0)
   rate = jax.ShapeDtypeStruct((), jnp.float32)
   with sharding.use(program.mesh, program.rules):
-    compiled = program.train_step.lower(program.state_shapes, shapes, key, rate).compile()
+    others = {name: abstract_params(model) for name, model in program.auxiliary.items()}
+    compiled = program.train_step.lower(program.state_shapes, shapes, key, rate, others).compile()
   used = compiled.memory_analysis()
   state = used.argument_size_in_bytes
   work = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes

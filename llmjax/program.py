@@ -13,17 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax import config as cfglib
+from llmjax import finetune, optim, sharding, step
 from llmjax import metrics as metriclib
-from llmjax import optim, sharding, step
 from llmjax.config import ConfigError, build
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.source import SOURCES
 from llmjax.models.transformer import MODELS
-from llmjax.objectives import OBJECTIVES
-from llmjax.pretrained import SAME, same_model
+from llmjax.pretrained import SAME, abstract_params, load_params, make_objective, open_path, same_model, with_head
 from llmjax.types import Batch, Objective, probe
 
 
@@ -42,8 +42,10 @@ class Program:
   learning_rate: Callable[[int], float]  # step -> rate
   state_shapes: step.TrainState  # of ShapeDtypeStruct
   state_shardings: step.TrainState  # of NamedSharding
-  train_step: Any  # jitted (state, batch, key, learning_rate) -> (state, metrics); donates the state
-  eval_step: Any  # jitted (params, batch) -> metrics
+  trainable: Any  # the tree of parameters, True where they learn
+  auxiliary: Mapping[str, Any]  # {name of config.auxiliary: a frozen model}
+  train_step: Any  # jitted (state, batch, key, learning_rate, auxiliary_params) -> (state, metrics); donates the state
+  eval_step: Any  # jitted (params, batch, auxiliary_params) -> metrics
 
   @property
   def replicated(self) -> NamedSharding:
@@ -66,19 +68,51 @@ class Program:
     """A duration of this config in steps."""
     return to_steps(self.config, self.total_steps)(value, key)
 
-  def init(self, params: Any = None) -> step.TrainState:
-    """A fresh state, sharded as it is made; from `params` (host or device arrays) where given."""
+  @property
+  def abstract_params(self) -> Any:
+    """Those of all parameters, whether they learn or not."""
+    return finetune.join(self.abstract_state.params, self.abstract_state.frozen)
+
+  def init(self, params: Mapping[str, Any] | None = None) -> step.TrainState:
+    """A fresh state, sharded as it is made; with those of `params` that are given (host or device arrays)."""
     ema = self.config["optim"]["ema_decay"] is not None
+
+    def make(params: Any) -> step.TrainState:
+      return step.start(params, self.tx, ema, self.trainable)
+
+    return self._start(make, self.state_shardings, params)
+
+  def _start(self, make: Callable[[Any], Any], where: Any, params: Mapping[str, Any] | None) -> Any:
+    """`make` of all parameters, fresh ones where they are not given."""
+
+    def run(key: Any, given: Any) -> Any:
+      fresh = finetune.flatten(nn.unbox(step.init_params(key, self.model, probe())))
+      return make(finetune.unflatten({**fresh, **given}))
+
+    places = finetune.flatten(finetune.join(self.state_shardings.params, self.state_shardings.frozen))
+    given = {path: jax.device_put(leaf, places[path]) for path, leaf in finetune.flatten(params or {}).items()}
     with sharding.use(self.mesh, self.rules):
-      if params is not None:
-        params = jax.device_put(params, self.state_shardings.params)
-        make = jax.jit(lambda p: step.start(p, self.tx, ema), out_shardings=self.state_shardings)
-        return make(params)
-      key = jax.random.key(self.config["seed"])
-      make = jax.jit(
-        lambda k: step.init_state(k, self.model, self.tx, probe(), ema), out_shardings=self.state_shardings
-      )
-      return make(key)
+      return jax.jit(run, out_shardings=where)(jax.random.key(self.config["seed"]), given)
+
+  @functools.cached_property
+  def auxiliary_params(self) -> dict[str, Any]:
+    """Those of config.auxiliary, read at the first use; where it names no PATH, what this run starts from."""
+    return {name: self._read_auxiliary(name, model) for name, model in self.auxiliary.items()}
+
+  def _read_auxiliary(self, name: str, model: Any) -> Any:
+    path = self.config["auxiliary"][name]["init_from"]
+    abstract = abstract_params(model, self.mesh, self.rules)
+    if path is not None:
+      return load_params(path, model, abstract)[0]
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    return self._start(lambda params: finetune.select(params, where), where, self.starting_params()[0])
+
+  def starting_params(self) -> tuple[Any, list[str]]:
+    """Parameters from config.init_from, and the names of those that it does not have; none and all without."""
+    path = self.config["init_from"]
+    if path is None:
+      return {}, []
+    return load_params(path, self.model, self.abstract_params, self.config["init_map"])
 
   def put(self, batch: Batch, batch_size: int) -> Batch:
     """This host's rows of a batch (NumPy) as global arrays of `batch_size` rows."""
@@ -94,27 +128,28 @@ class Program:
     return sorted({row for piece in pieces if piece for row in range(*piece[0].indices(batch_size))})
 
   def eval_params(self, state: step.TrainState) -> Any:
-    """Which parameters are evaluated: the average where one is kept."""
-    return state.params if self.config["optim"]["ema_decay"] is None else state.ema
+    """All parameters as they are evaluated: the average where one is kept, and what is frozen."""
+    return finetune.join(state.params if self.config["optim"]["ema_decay"] is None else state.ema, state.frozen)
 
   @property
   def num_params(self) -> int:
+    return self.num_trainable + sum(x.size for x in jax.tree.leaves(self.state_shapes.frozen))
+
+  @property
+  def num_trainable(self) -> int:
     return sum(x.size for x in jax.tree.leaves(self.state_shapes.params))
 
   def step_flops(self, batch: Batch) -> float:
     """Model FLOPs of a train step, forward and backward; see `metrics.forward_flops`."""
 
+    others = {name: abstract_params(model) for name, model in self.auxiliary.items()}
+
     def loss(params: Any, batch: Batch) -> Any:
-      return step.objective_sums(params, batch, model=self.model, objective=self.objective)
+      settings = {"model": self.model, "objective": self.objective, "auxiliary": self.auxiliary}
+      return step.objective_sums(params, batch, others, **settings)
 
     with sharding.use(self.mesh, self.rules):
-      return 3 * metriclib.forward_flops(loss, self.state_shapes.params, batch)
-
-
-def flat_paths(tree: Any) -> dict[str, Any]:
-  """{"a/b/c": leaf}."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+      return 3 * metriclib.forward_flops(loss, self.abstract_params, batch)
 
 
 def to_steps(config: Mapping[str, Any], total_steps: int | None) -> Callable[[Any, str], int | None]:
@@ -126,6 +161,7 @@ def to_steps(config: Mapping[str, Any], total_steps: int | None) -> Callable[[An
     seq_len=config["seq_len"],
     total_steps=total_steps,
     epoch_tokens=config["data"]["epoch_tokens"],
+    epoch_examples=lambda: None if config["data"]["pack"] else len(open_source(config, config["data"]["train"])),
   )
 
 
@@ -203,6 +239,27 @@ def make_model(spec: Mapping[str, Any], vocab_size: int, seq_len: int, *, trust:
   return build(spec, MODELS, "model", trust=trust), spec
 
 
+def make_auxiliary(config: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
+  """{name: model} of config.auxiliary: that of its PATH, and without one the run's own, but for its adapters."""
+  asked = config["auxiliary"]
+  for name in {*objective.auxiliary, *asked}:
+    if name not in asked or name not in objective.auxiliary:
+      known = ", ".join(objective.auxiliary) or "none"
+      raise ConfigError(
+        f"auxiliary.{name}: objective.name={config['objective']['name']!r} needs {known}; mend auxiliary"
+      )
+  models = {}
+  for name, entry in asked.items():
+    if set(entry) != {"init_from"}:
+      raise ConfigError(f"auxiliary.{name}={entry!r} must be {{'init_from': a PATH, or None}}")
+    if entry["init_from"] is None:
+      models[name] = build({**config["model"], "lora_rank": 0}, MODELS, "model")
+      continue
+    with open_path(entry["init_from"]) as source:
+      models[name] = source.make_model(dtype=config["model"]["dtype"])
+  return models
+
+
 def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | None = None) -> Program:
   """Builds everything; compiles nothing, and allocates nothing on a device.
 
@@ -216,11 +273,21 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
   config = cfglib.to_dict(config)
   check(config)
   tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
-  if config["model"]["name"] == SAME:
-    config["model"] = same_model(config)
-  model, config["model"] = make_model(config["model"], tokenizer.vocab_size, config["seq_len"])
-  objective = build(config["objective"], OBJECTIVES, "objective", tokenizer=tokenizer, seq_len=config["seq_len"])
+  spec, family = config["model"], None
+  if spec["name"] == SAME:
+    spec, family = same_model(config)
+  objective = make_objective(
+    config["objective"],
+    tokenizer,
+    config["seq_len"],
+    spec,
+    records=lambda: open_source(config, config["data"]["train"]),
+  )
+  config["objective"] |= objective.decided
+  spec = with_head(spec, objective.head, family, config["model"])
+  model, config["model"] = make_model(spec, tokenizer.vocab_size, config["seq_len"])
   check_fit(objective, model.cfg, config["objective"]["name"], config["seq_len"])
+  auxiliary = make_auxiliary(config, objective)
 
   mesh = sharding.make_mesh(config["mesh"], devices)
   rules = {**sharding.RULES, **config["rules"]}
@@ -239,17 +306,24 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
 
   with sharding.use(mesh, rules):
     params, axes = sharding.parameters(model)
-    tx = optim.make_optimizer(config["optim"], params, axes)
+    finetune.check_targets(params, model.cfg)
+    trainable = finetune.trainable(params, config["trainable"], optim.match_rules)
+    decay = config["optim"]["layer_decay"]
+    scales = None if decay is None else finetune.layer_scales(params, model.cfg, decay)
+    tx = optim.make_optimizer(config["optim"], params, axes, trainable, scales)
     ema = config["optim"]["ema_decay"] is not None
-    state_shapes = jax.eval_shape(functools.partial(step.start, tx=tx, ema=ema), params)
+    state_shapes = jax.eval_shape(lambda p: step.start(p, tx, ema, trainable), params)
   where = sharding.param_shardings(params, axes, mesh, rules)
   replicated = NamedSharding(mesh, PartitionSpec())
+  learned, frozen = finetune.split(where, trainable)
   state_shardings = step.TrainState(
     step=replicated,
-    params=where,
-    opt_state=optim.state_shardings(tx, params, where, mesh),
-    ema=where if ema else None,
+    params=learned,
+    opt_state=optim.state_shardings(tx, state_shapes.params, learned, mesh),
+    ema=learned if ema else None,
+    frozen=frozen,
   )
+  others = {name: jax.tree.map(lambda x: x.sharding, abstract_params(m, mesh, rules)) for name, m in auxiliary.items()}
   batches = sharding.named(mesh, "act_batch", rules=rules)
   train = functools.partial(
     step.train_step,
@@ -258,6 +332,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
     tx=tx,
     accum=config["accum"],
     ema_decay=config["optim"]["ema_decay"],
+    auxiliary=auxiliary,
   )
   return Program(
     config=config,
@@ -271,15 +346,17 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
     learning_rate=lambda s: peak * schedule(s),
     state_shapes=state_shapes,
     state_shardings=state_shardings,
+    trainable=trainable,
+    auxiliary=auxiliary,
     train_step=jax.jit(
       train,
       donate_argnums=0,
-      in_shardings=(state_shardings, batches, replicated, replicated),
+      in_shardings=(state_shardings, batches, replicated, replicated, others),
       out_shardings=(state_shardings, replicated),
     ),
     eval_step=jax.jit(
-      functools.partial(step.eval_step, model=model, objective=objective),
-      in_shardings=(where, batches),
+      functools.partial(step.eval_step, model=model, objective=objective, auxiliary=auxiliary),
+      in_shardings=(where, batches, others),
       out_shardings=replicated,
     ),
   )

@@ -8,7 +8,7 @@ from typing import Any
 from llmjax.checkpoint import FOLDER, Checkpoints, Damaged
 from llmjax.config import ConfigError, differences
 from llmjax.data import tokenizer as tokenizers
-from llmjax.pretrained import checkpoint_tokenizer, load_params, load_tokenizer
+from llmjax.pretrained import checkpoint_tokenizer, load_tokenizer
 from llmjax.program import Program
 from llmjax.step import TrainState
 
@@ -38,10 +38,10 @@ def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int
     return state, step, cursor
   if failures:
     raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")
-  source = program.config["init_from"]
-  if source is not None:
-    return program.init(load_params(source, program.model, program.abstract_state.params)), 0, None
-  return program.init(), 0, None
+  params, fresh = program.starting_params()
+  if fresh:
+    print(f"not in {program.config['init_from']}, and so started afresh: {', '.join(fresh)}")
+  return program.init(params), 0, None
 
 
 def read_earlier(workdir: Path) -> dict[str, Any] | None:

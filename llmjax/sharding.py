@@ -40,6 +40,7 @@ RULES: Rules = {
   "classes": None,
   "token_types": None,
   "buckets": None,
+  "lora": None,
   # activations
   "act_batch": ("data", "fsdp"),
   "act_len": None,

@@ -15,6 +15,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from llmjax.finetune import join, split
 from llmjax.types import Array, Batch, Forward, Metrics, Objective, Outputs, Sums
 
 
@@ -23,9 +24,10 @@ class TrainState:
   """All that a run changes. The optimizer itself and the model are not in it."""
 
   step: Any  # Int[]
-  params: Any
+  params: Any  # those that learn
   opt_state: Any
   ema: Any  # an exponential moving average of params, or None
+  frozen: Any = None  # all other parameters, which have neither gradients nor moments, or None
 
 
 def init_params(key: Array, model: nn.Module, batch: Batch) -> Any:
@@ -33,22 +35,34 @@ def init_params(key: Array, model: nn.Module, batch: Batch) -> Any:
   return model.init(key, batch)["params"]
 
 
-def init_state(key: Array, model: nn.Module, tx: optax.GradientTransformation, batch: Batch, ema: bool) -> TrainState:
-  """The state before the first step. `ema`: whether an average of the parameters is kept."""
-  return start(nn.unbox(init_params(key, model, batch)), tx, ema)
+def init_state(
+  key: Array, model: nn.Module, tx: optax.GradientTransformation, batch: Batch, ema: bool, trainable: Any = None
+) -> TrainState:
+  """The state before the first step, see `start`."""
+  return start(nn.unbox(init_params(key, model, batch)), tx, ema, trainable)
 
 
-def start(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
-  """The state before the first step from given parameters."""
-  average = jax.tree.map(jnp.copy, params) if ema else None
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
+def start(params: Any, tx: optax.GradientTransformation, ema: bool, trainable: Any = None) -> TrainState:
+  """The state before the first step from given parameters.
+
+  Args:
+    ema: whether an average of the parameters is kept.
+    trainable: the tree of parameters, True where they learn; None is everywhere.
+  """
+  learned, frozen = (params, None) if trainable is None else split(params, trainable)
+  average = jax.tree.map(jnp.copy, learned) if ema else None
+  return TrainState(jnp.zeros((), jnp.int32), learned, tx.init(learned), average, frozen)
+
+
+Auxiliary = Mapping[str, tuple[nn.Module, Any]]  # {name: a frozen model with its parameters}
 
 
 class ModelForward(Forward):
-  """A Linen module with its parameters."""
+  """A Linen module with its parameters, and frozen ones beside it."""
 
-  def __init__(self, model: nn.Module, params: Any, chunks: int = 1):
+  def __init__(self, model: nn.Module, params: Any, chunks: int = 1, auxiliary: Auxiliary | None = None):
     self.model, self.params, self.chunks = model, params, chunks
+    self.auxiliary = {name: ModelForward(*each, chunks) for name, each in (auxiliary or {}).items()}
 
   def __call__(self, batch: Batch, rngs: Mapping[str, Array], **kwargs: Any) -> Outputs:
     return cast(Outputs, self.model.apply({"params": self.params}, batch, rngs=dict(rngs), **kwargs))
@@ -80,14 +94,23 @@ def objective_value(sums: Sums, weights: Sums, objective: Objective) -> Array:
 
 
 def gradients(
-  params: Any, batch: Batch, key: Array, *, model: nn.Module, objective: Objective, accum: int
+  params: Any,
+  batch: Batch,
+  key: Array,
+  *,
+  model: nn.Module,
+  objective: Objective,
+  accum: int,
+  frozen: Any = None,
+  auxiliary: Auxiliary | None = None,
 ) -> tuple[Any, Metrics]:
-  """The gradient of the objective on the whole global batch, and its metrics."""
+  """The gradient of the objective on the whole global batch by `params`, and its metrics."""
   weights = objective.weights(batch)
   chunks, accum = (accum, 1) if objective.whole_batch else (1, accum)
 
   def loss(params: Any, micro: Batch) -> tuple[Array, Metrics]:
-    sums, metrics = objective.loss(ModelForward(model, params, chunks), micro, {"dropout": key})
+    forward = ModelForward(model, join(params, frozen), chunks, auxiliary)
+    sums, metrics = objective.loss(forward, micro, {"dropout": key})
     value = objective_value(sums, weights, objective)
     return value, metrics | ({"objective": (value, jnp.zeros(()))} if len(sums) > 1 or "loss" not in metrics else {})
 
@@ -113,12 +136,14 @@ def train_step(
   batch: Batch,
   key: Array,
   learning_rate: Array,
+  auxiliary_params: Mapping[str, Any] | None = None,
   *,
   model: nn.Module,
   objective: Objective,
   tx: optax.GradientTransformation,
   accum: int,
   ema_decay: float | None,
+  auxiliary: Mapping[str, nn.Module] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer update.
 
@@ -126,12 +151,23 @@ def train_step(
     batch: the global batch; its size is a multiple of `accum`.
     key: the run's key; randomness is this key folded with the step, then with global row and layer.
     learning_rate: Float[], an argument so that trials which differ in it share one program.
+    auxiliary_params, auxiliary: of the objective's frozen models, by their names.
     tx: gives a direction; parameters move by -learning_rate times it.
     accum: microbatches, computed one after the other.
     ema_decay: of the average of parameters, None for none.
   """
   key = jax.random.fold_in(key, state.step)
-  grads, metrics = gradients(state.params, batch, key, model=model, objective=objective, accum=accum)
+  others = {name: (other, (auxiliary_params or {})[name]) for name, other in (auxiliary or {}).items()}
+  grads, metrics = gradients(
+    state.params,
+    batch,
+    key,
+    model=model,
+    objective=objective,
+    accum=accum,
+    frozen=state.frozen,
+    auxiliary=others,
+  )
   direction, opt_state = tx.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda d: -learning_rate * d, direction)
   params = optax.apply_updates(state.params, updates)
@@ -144,14 +180,28 @@ def train_step(
     "update_norm": (optax.global_norm(updates), one),
     "param_norm": (optax.global_norm(params), one),
   }
-  return TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), metrics
+  return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
 
-def objective_sums(params: Any, batch: Batch, *, model: nn.Module, objective: Objective) -> Sums:
-  """The objective's sums of a batch without dropout."""
-  return objective.loss(ModelForward(model, params), batch, {})[0]
+def evaluate(
+  params: Any,
+  batch: Batch,
+  auxiliary_params: Mapping[str, Any] | None = None,
+  *,
+  model: nn.Module,
+  objective: Objective,
+  auxiliary: Mapping[str, nn.Module] | None = None,
+) -> tuple[Sums, Metrics]:
+  """The objective's sums, and its metrics as (sum, weight), of a batch without dropout."""
+  others = {name: (other, (auxiliary_params or {})[name]) for name, other in (auxiliary or {}).items()}
+  return objective.loss(ModelForward(model, params, auxiliary=others), batch, {})
 
 
-def eval_step(params: Any, batch: Batch, *, model: nn.Module, objective: Objective) -> Metrics:
-  """Metrics of a batch without dropout, as (sum, weight)."""
-  return objective.loss(ModelForward(model, params), batch, {})[1]
+def objective_sums(*arguments: Any, **settings: Any) -> Sums:
+  """The sums of `evaluate`."""
+  return evaluate(*arguments, **settings)[0]
+
+
+def eval_step(*arguments: Any, **settings: Any) -> Metrics:
+  """The metrics of `evaluate`."""
+  return evaluate(*arguments, **settings)[1]

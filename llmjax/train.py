@@ -20,6 +20,7 @@ from llmjax import sharding
 from llmjax.checkpoint import Checkpoints, make_manifest
 from llmjax.config import ConfigError, build, to_dict
 from llmjax.data.pipeline import TrainStream, merge_cursors
+from llmjax.early_stopping import EarlyStopping, check_metric
 from llmjax.evaluate import EVALUATORS, WHEN, record
 from llmjax.pretrained import INHERITED, inherited
 from llmjax.program import Program, make_program, open_source
@@ -54,10 +55,10 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   changed = check_same(earlier, manifest, workdir) if earlier else {}
   evals, save_every, log_every = make_evals(program), period(program, "checkpoint"), period(program, "log")
   profile = profiler(config["profile"], workdir)
-  best = config["checkpoint"]["best"]
-  if best is not None and best.split("/")[:2] not in [["eval", name] for name in evals]:
-    known = ", ".join(f"eval/{name}/..." for name in evals)
-    raise ConfigError(f"checkpoint.best={best!r} is none of the run's measurements: {known or 'there are no evals'}")
+  best, best_is = config["checkpoint"]["best"], config["checkpoint"]["best_is"]
+  check_metric(best, best_is, evals, "checkpoint.best")
+  stopper = EarlyStopping(**config["early_stopping"])
+  check_metric(stopper.metric, stopper.best_is, evals, "early_stopping.metric")
   if fresh and leader:
     set_aside(workdir)
   checkpoints = Checkpoints(
@@ -66,15 +67,21 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     write=True,
     keep_every=steps(config["checkpoint"]["keep_every"], "checkpoint.keep_every"),
     best=best,
+    best_is=best_is,
   )
   stream = make_stream(program, source, prefetch=config["data"]["prefetch"])
 
   state, first, cursor = restore(program, checkpoints)
   if cursor is not None:
     stream.restore(cursor)
+  stopped_early = False
+  if first:
+    found = checkpoints.read(first, "manifest").get("early_stopping")
+    stopper.restore(found)
+    stopped_early = stopper.metric is not None and stopper.failures >= stopper.patience
   total, tokens_per_step = program.total_steps, config["batch_size"] * config["seq_len"]
   say = print if leader else (lambda *_: None)
-  if first >= total:
+  if first >= total or stopped_early:
     stream.close()
     checkpoints.close()
     say(finished(workdir, earlier or manifest, first))
@@ -84,7 +91,9 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     say(f"resuming {workdir} at {first:,}/{total:,}{news}")
   else:
     corpus = f"{config['data']['corpus']['name']} (fingerprint {source.fingerprint}, {len(source):,} records)"
-    say(f"training {program.num_params:,} parameters for {total:,} steps of {tokens_per_step:,} tokens on {corpus}")
+    part = "" if program.num_trainable == program.num_params else f"{program.num_trainable:,} of "
+    count = f"{part}{program.num_params:,} parameters"
+    say(f"training {count} for {total:,} steps of {tokens_per_step:,} tokens on {corpus}")
     say(f"in {workdir}; interrupted, the same command goes on where it was")
   if leader:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -94,14 +103,16 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   progress = metriclib.Progress(total, first, tokens_per_step) if leader else None
   meter = Meter(program, writer, progress, tokens_per_step)
   key = jax.device_put(jax.random.key(config["seed"]), program.replicated)
+  auxiliary = program.auxiliary_params
   results: dict[str, float] = {}  # the last of every evaluation
   measured: tuple[int, dict[str, float]] = (-1, {})  # at which step, and what
 
-  def evaluate(step: int) -> None:
+  def evaluate(step: int, which: Any = lambda when, step: when(step)) -> None:
     nonlocal measured
-    measured = (step, {})
+    if measured[0] != step:
+      measured = (step, {})
     for name, (evaluator, when) in evals.items():
-      if not when(step):
+      if not which(when, step):
         continue
       for what, value in evaluator(program.eval_params(state)).items():
         if isinstance(value, str):
@@ -119,7 +130,8 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
 
   def save(step: int) -> None:
     cursors = merge_cursors(gather(stream.cursor))
-    checkpoints.save(step, state, cursors, manifest, measured[1] if measured[0] == step else {})
+    said = manifest | {"early_stopping": stopper.state}
+    checkpoints.save(step, state, cursors, said, measured[1] if measured[0] == step else {})
 
   try:
     if first == 0:
@@ -132,10 +144,10 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
         if step == first:
           meter.step_flops = program.step_flops(batch)
         with jax.transfer_guard("disallow"):
-          state, new = program.train_step(state, batch, key, rate)
+          state, new = program.train_step(state, batch, key, rate, auxiliary)
         done = step + 1
         meter.add(done, new, done % log_every == 0 or step == first or done == total)
-        stopping = interrupted() and done < total
+        stopping, enough = interrupted() and done < total, False
         if not stopping and any(when(done) for _, when in evals.values()):
           with meter.paused(done):
             try:
@@ -144,12 +156,17 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
               save(done)
               checkpoints.wait()
               raise
-        if stopping or done == total or done % save_every == 0:
+            enough = stopper.update(measured[1]) and done < total
+            if enough:
+              evaluate(done, lambda when, step: not when(step))
+        if stopping or enough or done == total or done % save_every == 0:
           with meter.paused(done):
             save(done)
         if stopping:
           checkpoints.wait()
           raise KeyboardInterrupt(f"interrupted at {done:,}/{total:,}; saved: the same command resumes there")
+        if enough:
+          break
     meter.flush()
     checkpoints.wait()
   finally:
@@ -159,7 +176,9 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     if progress:
       progress.close()
     checkpoints.close()
-  say(finished(workdir, manifest | {"metrics": results}, total))
+  if enough:
+    say(f"{stopper.metric} has not been better than {stopper.best:.4f} for {stopper.patience} evaluations")
+  say(finished(workdir, manifest | {"metrics": results}, done))
   return results
 
 

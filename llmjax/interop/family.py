@@ -116,6 +116,7 @@ class Family:
 TRAINING_ONLY = (
   *("dropout", "attention_dropout", "mlp_dropout", "init_stddev", "embedding_stddev", "residual_init"),
   *("dtype", "param_dtype", "scan", "remat", "bidirectional_prompt"),
+  *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
 )
 
 

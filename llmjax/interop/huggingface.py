@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from llmjax.config import ConfigError, nearest
+from llmjax.finetune import flatten, unflatten
 from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES, find
 from llmjax.interop.family import Family, Names, differences, read_config, write_config
@@ -198,11 +199,19 @@ def _expand(names: Names, cfg: TransformerConfig) -> Iterator[tuple[str, Sequenc
         yield name.replace("{i}", str(i)).replace("{e}", str(e)), here, e
 
 
-def read_params(folder: Folder, cfg: TransformerConfig, abstract: Any) -> Any:
+def read_params(
+  folder: Folder,
+  cfg: TransformerConfig,
+  abstract: Any,
+  skip: Callable[[str], bool] = lambda name: False,
+  optional: Callable[[str], bool] = lambda name: False,
+) -> Any:
   """The parameters of a folder, laid out as `abstract` says (ShapeDtypeStructs with shardings).
 
   Args:
-    cfg: the folder's config, or one that differs in what changes no parameter, as `scan`.
+    cfg: the folder's config, or one that differs in what changes no parameter, as `scan`, or in its head.
+    skip: which of our parameters are not read; the result lacks them.
+    optional: which may be missing; the result then lacks them, too.
   Raises:
     ConfigError: a tensor that is missing, too many, or of another shape.
   """
@@ -211,6 +220,10 @@ def read_params(folder: Folder, cfg: TransformerConfig, abstract: Any) -> Any:
   used = set()
   for entry in entries(folder.family, folder.architecture, cfg, ours):
     name, tensor = _look_up(folder, entry.name)
+    held = [ours[path].leaf for path in entry.paths]
+    if all(map(skip, held)) or (tensor is None and all(map(optional, held))):
+      used.add(name)
+      continue
     shapes = [_one(ours[path].shape, entry.expert) for path in entry.paths]
     wanted = tensorlib.tensor_shape(entry.layouts, shapes)
     if tensor is None:
@@ -227,12 +240,10 @@ def read_params(folder: Folder, cfg: TransformerConfig, abstract: Any) -> Any:
     for which, path in enumerate(entry.paths):
       one = tensorlib.view(tensor, entry.layouts, shapes, which)
       sources.setdefault(ours[path].leaf, {}).setdefault(ours[path].layer, []).append(one)
-  _check_all(folder, cfg, used, {p.leaf for p in ours.values()} - set(sources))
-
-  def place(path: Any, leaf: Any) -> jax.Array:
-    return _place(sources[jax.tree_util.keystr(path, simple=True, separator="/")], leaf)
-
-  return jax.tree_util.tree_map_with_path(place, abstract)
+  unfilled = {p.leaf for p in ours.values()} - set(sources)
+  _check_all(folder, cfg, used, {name for name in unfilled if not (skip(name) or optional(name))})
+  leaves = flatten(abstract)
+  return unflatten({path: _place(sources[path], leaf) for path, leaf in leaves.items() if path not in unfilled})
 
 
 def _look_up(folder: Folder, name: str) -> tuple[str, np.ndarray | None]:

@@ -139,7 +139,8 @@ class Attention(nn.Module):
 
     def project(name, source, heads, axis, scale=1.0):
       dense = layers.projection(c, name, (heads, c.head_width), ("embed", axis, "head_dim"), c.qkv_bias, scale=scale)
-      y = constrain(dense(source), "act_batch", "act_len", f"act_{axis}", "act_head_dim")
+      y = dense(source, layers.fold(keys, 1 + ("query", *KV).index(name)))
+      y = constrain(y, "act_batch", "act_len", f"act_{axis}", "act_head_dim")
       if c.qk_norm and name != "value":
         y = layers.norm(c, f"{name}_norm", axis="head_dim")(y)
       return y
@@ -170,7 +171,7 @@ class Attention(nn.Module):
     )
     axes = ("heads", "head_dim", "embed")
     dense = layers.projection(c, "out", (c.d_model,), axes, c.attention_out_bias, scale=c.residual_scale, contracted=2)
-    return dense(out)
+    return dense(out, layers.fold(keys, 4))
 
   def bias(self, ctx: Context) -> Float[Array, "B H L S"] | None:
     """The relative bias of every head, made from the table in each layer rather than kept for all of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from llmjax.config import ConfigError, nearest
 from llmjax.models import layers
@@ -75,6 +76,10 @@ class TransformerConfig:
     head_transform: a projection, the activation and a norm before the output projection; `head_bias`: a bias after it.
     pooler: an activation (`pooler_activation`) of a projection of the first token (Devlin et al. 2019), which a head on
       sequences then reads; `sentence_classes`: C of a second head on it, beside "lm".
+    crf: a head on tokens has scores of one tag after another besides (Lafferty et al. 2001).
+    lora_rank: of low-rank adapters of projections (Hu et al. 2021), 0 = none; `lora_targets`: a regex that the paths of
+      theirs match, such as "decoder/layers/attention/query"; `lora_alpha`: their products are scaled by alpha / rank,
+      None = rank; `lora_dropout`: on what they read.
     bidirectional_prompt: generation reads its prompt as a prefix, seen both ways: for models trained as prefix LM.
     dropout: on embeddings and on what each part adds to the residual stream.
     attention_dropout, mlp_dropout: on attention weights, and inside the MLP.
@@ -138,6 +143,11 @@ class TransformerConfig:
   pooler: bool = False
   pooler_activation: str = "tanh"
   sentence_classes: int = 0
+  crf: bool = False
+  lora_rank: int = 0
+  lora_alpha: float | None = None
+  lora_dropout: float = 0.0
+  lora_targets: str = r".*attention/(query|value)"
   bidirectional_prompt: bool = False
   dropout: float = 0.0
   attention_dropout: float = 0.0
@@ -158,7 +168,15 @@ class TransformerConfig:
     for field in ("vocab_size", "d_model", "num_heads", "max_len"):
       if getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1")
-    for field in ("decoder_layers", "encoder_layers", "token_types", "sentence_classes", "num_experts", "num_classes"):
+    for field in (
+      "decoder_layers",
+      "encoder_layers",
+      "token_types",
+      "sentence_classes",
+      "num_experts",
+      "num_classes",
+      "lora_rank",
+    ):
       if getattr(self, field) < 0:
         raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
     if not self.decoder_layers + self.encoder_layers:
@@ -172,7 +190,7 @@ class TransformerConfig:
     for field in ("attention_softcap", "logit_softcap"):
       if getattr(self, field) is not None and not getattr(self, field) > 0:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be positive, or none")
-    for field in ("dropout", "attention_dropout", "mlp_dropout"):
+    for field in ("dropout", "attention_dropout", "mlp_dropout", "lora_dropout"):
       if not 0 <= getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be in [0, 1)")
     if self.head_dim is None and self.d_model % self.num_heads:
@@ -203,6 +221,10 @@ class TransformerConfig:
     if "local" in self.attention_pattern and self.window is None:
       raise ConfigError("model.attention_pattern has local layers, so model.window must say how many keys they see")
     self._check_head()
+    try:
+      re.compile(self.lora_targets)
+    except re.error as error:
+      raise ConfigError(f"model.lora_targets={self.lora_targets!r} is not a regular expression: {error}") from None
     for what, wrong in self._contradictions.items():
       if wrong:
         raise ConfigError(what)
@@ -254,9 +276,17 @@ class TransformerConfig:
       f"model.experts_per_token={self.experts_per_token} must be from 1 to model.num_experts={self.num_experts}": (
         self.num_experts > 0 and not 1 <= self.experts_per_token <= self.num_experts
       ),
+      "model.crf=True is for a head on tokens, model.head='token'": self.crf and self.head != "token",
       "model.mlp_bias=True is not for experts, which have none; set it to False": self.num_experts > 0
       and self.mlp_bias,
     }
+
+  @property
+  def lora(self) -> layers.Lora | None:
+    if not self.lora_rank:
+      return None
+    alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
+    return layers.Lora(self.lora_rank, alpha, self.lora_dropout, self.lora_targets)
 
   @property
   def kv_heads(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
@@ -42,6 +44,20 @@ def parameter(
   return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters of projections, see `TransformerConfig`."""
+
+  rank: int
+  alpha: float
+  dropout: float
+  targets: str
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
 class Projection(nn.Module):
   """y[..., *features] = x[..., *inputs] kernel + bias, contracting the last `contracted` dimensions of x.
 
@@ -57,20 +73,36 @@ class Projection(nn.Module):
   param_dtype: str
   scale: float = 1.0  # multiplies the standard deviation
   contracted: int = 1
+  lora: Lora | None = None
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array, keys: Key[Array, " B"] | None = None) -> Array:
+    """`keys` are for the dropout of an adapter."""
     n = self.contracted
     inputs, batch = x.shape[x.ndim - n :], x.shape[: x.ndim - n]
     stddev = self.scale * (math.prod(inputs) ** -0.5 if self.stddev is None else self.stddev)
     kernel = parameter(self, "kernel", normal(stddev), self.axes, inputs + self.features, self.param_dtype)
     matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
-    y = x.astype(self.dtype).reshape(-1, math.prod(inputs)) @ matrix
+    x = x.astype(self.dtype)
+    y = x.reshape(-1, math.prod(inputs)) @ matrix
+    if self.lora is not None and re.fullmatch(self.lora.targets, "/".join(self.path)):
+      y = y + self.adapt(dropout(x, self.lora.dropout, keys).reshape(-1, math.prod(inputs)), inputs)
     y = y.reshape(*batch, *self.features)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, self.axes[n:], self.features, self.param_dtype)
       y = y + bias.astype(self.dtype).reshape((1,) * len(batch) + self.features)
     return y
+
+  def adapt(self, x: Float[Array, "T I"], inputs: tuple[int, ...]) -> Float[Array, "T O"]:
+    """alpha / rank * x A B of a low-rank adapter (Hu et al. 2021); B begins as zeros."""
+    assert self.lora is not None
+    rank, n = self.lora.rank, self.contracted
+    first = normal(math.prod(inputs) ** -0.5)
+    a = parameter(self, "lora_a", first, (*self.axes[:n], "lora"), (*inputs, rank), self.param_dtype)
+    last = nn.initializers.zeros
+    b = parameter(self, "lora_b", last, ("lora", *self.axes[n:]), (rank, *self.features), self.param_dtype)
+    x = x @ a.astype(self.dtype).reshape(-1, rank) @ b.astype(self.dtype).reshape(rank, -1)
+    return x * jnp.asarray(self.lora.scale, x.dtype)
 
 
 def projection(
@@ -85,7 +117,7 @@ def projection(
 ) -> Projection:
   """A projection initialised as the config says, its standard deviation times `scale`."""
   return Projection(
-    *(features, axes, cfg.init_stddev, use_bias, cfg.dtype, cfg.param_dtype, scale, contracted), name=name
+    *(features, axes, cfg.init_stddev, use_bias, cfg.dtype, cfg.param_dtype, scale, contracted, cfg.lora), name=name
   )
 
 
@@ -192,9 +224,10 @@ class Mlp(nn.Module):
   def __call__(self, x: Float[Array, "B L D"], keys: Key[Array, " B"] | None) -> Float[Array, "B L D"]:
     c = self.cfg
 
-    def up(name):
-      return projection(c, name, (self.width,), ("embed", "mlp"), c.mlp_bias)(x)
+    def up(name, place):
+      return projection(c, name, (self.width,), ("embed", "mlp"), c.mlp_bias)(x, fold(keys, place))
 
-    h = ACTIVATIONS[c.activation](up("gate")) * up("up") if c.gated else ACTIVATIONS[c.activation](up("up"))
+    h = ACTIVATIONS[c.activation](up("gate", 1)) * up("up", 2) if c.gated else ACTIVATIONS[c.activation](up("up", 2))
     h = dropout(constrain(h, "act_batch", "act_len", "act_mlp"), c.mlp_dropout, keys)
-    return projection(c, "down", (c.d_model,), ("mlp", "embed"), c.mlp_bias, scale=c.residual_scale)(h)
+    down = projection(c, "down", (c.d_model,), ("mlp", "embed"), c.mlp_bias, scale=c.residual_scale)
+    return down(h, fold(keys, 3))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from llmjax.models.config import TransformerConfig
 
-HEADS = ("head", "pooler", "sentence_head")  # how the names of parameters behind the last layer begin
+HEADS = ("head", "pooler", "sentence_head", "crf")  # how the names of parameters behind the last layer begin
 
 Location = tuple[tuple[str, ...], int | None]
 

@@ -8,6 +8,8 @@ Parameters, with V, D, ... as in `llmjax.types` and N the layers of a stack:
     experts: mlp/{router/kernel [D E], gate, up [E D F], down [E F D], shared, shared_gate}
   {encoder,decoder}/{final_norm, relative/table [R H]}
   head_transform, head_norm, head/kernel [D V] (untied) or [D C], head_bias [V]      pooler, sentence_head
+  crf/{start [C], matrix [C C], end [C]}
+  beside any kernel [I O] with an adapter: lora_a [I r], lora_b [r O]
 Which of them there are, the config says. Where layers differ, `layers` holds one period of them, `slot_0`, `slot_1`,
 ..., each stacked [N / period ...], between the odd ones `first` and `last_0`, `last_1`, ...
 Unrolled (`scan=False`), all of these become `layers_0`, `layers_1`, ... without a leading N; see `models/layout.py`.
@@ -170,6 +172,23 @@ class Stack(nn.Module):
     return x, jax.tree.map(lambda *each: jnp.concatenate(each), *outputs)
 
 
+class Crf(nn.Module):
+  """Scores of a tag at a sentence's beginning and end, and of one after another: Float[C], Float[C], Float[C C]."""
+
+  cfg: TransformerConfig
+
+  @nn.compact
+  def __call__(self) -> dict[str, Array]:
+    classes = self.cfg.num_classes
+    shapes = {"start": (classes,), "matrix": (classes, classes), "end": (classes,)}
+
+    def one(name: str, shape: tuple[int, ...]) -> Array:
+      axes = ("classes", "classes")[: len(shape)]
+      return layers.parameter(self, name, nn.initializers.zeros, axes, shape, self.cfg.param_dtype)
+
+    return {name: one(name, shape) for name, shape in shapes.items()}
+
+
 class Transformer(nn.Module):
   """An encoder, a decoder or both: `model.apply({"params": params}, batch) -> Outputs`.
 
@@ -211,6 +230,8 @@ class Transformer(nn.Module):
         self.head_bias = layers.Bias(c.vocab_size, "vocab", c.param_dtype)
     if c.pooler:
       self.pooler = layers.projection(c, None, (c.d_model,), ("embed", "head"), True)
+    if c.crf:
+      self.crf = Crf(c)
     if c.sentence_classes:
       self.sentence_head = layers.projection(c, None, (c.sentence_classes,), ("embed", "classes"), True)
 
@@ -234,11 +255,12 @@ class Transformer(nn.Module):
       x, each = self.run(self.decoder, tokens, keys, memory, batch.inputs if c.encoder_layers else None, cache_length)
     if self.is_initializing() and c.sentence_classes:
       self.sentence_logits(x)
-    scores = self.unembed(x) if c.head == "lm" else self.classify(x, batch.inputs)
+    scores = self.unembed(x) if c.head == "lm" else self.classify(x, batch.inputs, layers.fold(keys, 3))
     return Outputs(
       logits=scores if logits else None,
       hidden=x,
       pooled=self.pool(_select(x, batch.inputs, "first")) if c.pooler else None,
+      transitions=self.crf() if c.crf else None,
       all_hidden=each.hidden if all_hidden else None,
       encoder_hidden=memory,
       encoder_all_hidden=memory_each.hidden if all_hidden and memory_each is not None else None,
@@ -297,7 +319,8 @@ class Transformer(nn.Module):
     if c.positions == "learned":
       x = x + self.positions(tokens.positions)
     if c.token_types:
-      x = x + self.token_types(jnp.zeros_like(tokens.ids) if tokens.token_types is None else tokens.token_types)
+      types = jnp.zeros_like(tokens.ids) if tokens.token_types is None else tokens.token_types
+      x = x + self.token_types(jnp.minimum(types, c.token_types - 1))  # RoBERTa knows one type alone
     if c.embedding_norm:
       x = self.embedding_norm(x)
     return layers.dropout(x, c.dropout, keys)
@@ -315,12 +338,13 @@ class Transformer(nn.Module):
     logits = self.head_bias(logits) if c.head_bias else logits
     return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
-  def classify(self, hidden: Float[Array, "B L D"], tokens: Tokens) -> Array:
+  def classify(self, hidden: Float[Array, "B L D"], tokens: Tokens, keys: Key[Array, " B"] | None) -> Array:
     """Hidden states to the logits of a head on sequences, Float[B C], tokens, Float[B L C], or spans, Float[B L 2]."""
     c = self.cfg
     if c.head == "sequence":
       hidden = _select(hidden, tokens, c.pooling)
       hidden = self.pool(hidden) if c.pooler else hidden
+    hidden = layers.dropout(hidden, c.dropout, keys)
     return self.head(self.transform(hidden)).astype(jnp.float32)
 
   def transform(self, hidden: Array) -> Array:

@@ -1,0 +1,38 @@
+"""Any of these with low-rank adapters:  llmjax train --config=lora
+
+Small matrices beside the projections learn, and the model stays as it is (Hu et al. 2021). As it stands, adapters of
+a small decoder from scratch, to see that it works; in earnest:
+  llmjax train --config=lora:task=sft,init_from=PATH
+  llmjax train --config=lora:task=classify,init_from=PATH,train=my.csv,text=review,label=stars
+  llmjax export --model=runs/... --output=DIR --adapter
+The argument chooses, separated by commas:
+  task=NAME       the config that is trained so: gpt (default), bert, t5, classify, tag, qa, seq2seq, sft, dpo; the rest
+                  of the argument is its own
+  rank=R          of the adapters (8); their products are scaled by alpha=A / rank (16)
+  targets=REGEX   the paths of projections that have them: ".*attention/(query|value)"; ".*(attention|mlp)/.*" is all
+"""
+
+from importlib import import_module
+
+from ml_collections import ConfigDict
+
+from llmjax.config import ConfigError, nearest, split_arg
+
+TASKS = ("gpt", "bert", "t5", "classify", "tag", "qa", "seq2seq", "sft", "dpo")
+LEARNED = (  # the adapters, and what a task has behind the last layer of its own
+  (r".*/lora_[ab]|head/.*|crf/.*|pooler/.*", True),
+  (r".*", False),
+)
+ADAPTERS = ((r".*/lora_[ab]", True), (r".*", False))
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  own, rest = split_arg(arg, task="gpt", rank=8, alpha=16.0, targets=r".*attention/(query|value)")
+  if own.task not in TASKS:
+    raise ConfigError(f"config argument task={own.task!r} is unknown; {nearest(own.task, TASKS)}")
+  config = import_module(f"configs.{own.task}").get_config(rest)
+  config.model.update(lora_rank=own.rank, lora_alpha=own.alpha, lora_dropout=0.05, lora_targets=own.targets)
+  config.trainable = LEARNED if own.task in ("classify", "tag", "qa") else ADAPTERS
+  config.optim.lr = 1e-3 if config.init_from is None else 2e-4
+  config.optim.weight_decay = 0.0
+  return config

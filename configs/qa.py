@@ -1,0 +1,34 @@
+"""Answers that stand in a text:  llmjax train --config=qa
+
+As it stands, a small encoder from scratch learns where a docstring says what a parameter is. Long contexts are read in
+windows. The argument chooses, separated by commas:
+  no_answer       a question may have none, as in SQuAD 2.0
+  init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
+  size=NAME       without one, an encoder of configs/sizes.py to start from scratch (nano)
+  train=FILES     your own data: a file or glob of SQuAD's JSON (.json), JSONL or Parquet with question, context, and
+                  answers [{"text": ..., "start": a character of the context}]
+  eval=FILES      what is held out; without it, a random tenth of `train` is
+  question=FIELD, context=FIELD, answers=FIELD  what the fields of a record are called
+  corpus=NAME     an entry of configs/corpora.py instead: params (default, no download), squad, squad2
+  debug           the smallest shape and two steps, to see that everything works
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tasks
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  arg = tasks.parse(arg, "params", question=None, context=None, answers=None, no_answer=False)
+  fields = {"question": arg.question, "context": arg.context, "answer": arg.answers or "answers"}
+  config = tasks.make(arg, "encoder", fields)
+  config.seq_len = 384 if arg.init_from else 256
+  config.objective.update(
+    name="span_qa", stride=128, max_question=64, max_answer=30, no_answer=arg.no_answer, no_answer_threshold=0.0
+  )
+  if not arg.init_from:
+    config.objective.update(stride=32, max_question=32)
+  config = tasks.finish(config, arg, "f1")
+  if arg.debug:
+    config.objective.update(stride=8, max_question=16)
+  return config

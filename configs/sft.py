@@ -1,0 +1,46 @@
+"""Instruction tuning:  llmjax train --config=sft
+
+A decoder learns what the assistant says in chats, and nothing else of them. As it stands, a small one from scratch is
+asked what Python functions do. The argument chooses, separated by commas:
+  init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
+  size=NAME       without one, a decoder of configs/sizes.py to start from scratch (nano)
+  train=FILES     your own data: a file or glob of JSONL or Parquet with messages [{"role": ..., "content": ...}]
+  eval=FILES      what is held out; without it, a random tenth of `train` is
+  messages=FIELD  the field of a record that holds a chat (messages); or
+  prompt=FIELD,response=FIELD  two fields of text: what the user says, and what the assistant answers
+  corpus=NAME     an entry of configs/corpora.py instead: docstring_pairs (default, no download)
+  debug           the smallest shape and two steps, to see that everything works
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tasks
+from llmjax.config import optional
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  arg = tasks.parse(arg, "docstring_pairs", messages=None, prompt=None, response=None)
+  pair = arg.train is None or arg.prompt is not None or arg.response is not None
+  fields = {"source": arg.prompt, "target": arg.response} if pair else {"messages": arg.messages or "messages"}
+  config = tasks.make(arg, "decoder", fields)
+  names = dict(config.objective)
+  config.objective = ConfigDict(
+    {
+      "name": "sft",
+      "messages": names.get("messages", "messages"),
+      "prompt": optional(names.get("source"), str),
+      "response": optional(names.get("target"), str),
+      "system": optional(None, str),
+      "template": optional(None, str),
+      "last_only": False,
+      "response_len": 64,
+    }
+  )
+  config.seq_len = 512 if arg.init_from else 256
+  config.data.pack = True  # many turns are short, and only answers bear loss
+  config.data.interleave = 16
+  config.total_steps = 1000
+  config = tasks.finish(config, arg, "rougeL")
+  if arg.debug:
+    config.objective.response_len = 16
+  return config

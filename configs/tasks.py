@@ -1,0 +1,75 @@
+"""What the configs of fine-tuning share: a pretrained model or a small one from scratch, labelled data, a recipe."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import base, common, corpora
+from llmjax.config import ConfigError, optional, parse_arg
+
+
+def parse(arg: str | None, corpus: str, **more: Any) -> ConfigDict:
+  """The argument of a config: what all have, with the default corpus, and `more` of its own."""
+  own = {"init_from": None, "size": "nano", "train": None, "eval": None, "corpus": corpus}
+  return parse_arg(arg, **own, debug=False, **more)
+
+
+def make(arg: ConfigDict, stacks: str, fields: dict[str, str | None], **tokenizer: Any) -> ConfigDict:
+  """All but the task's own metrics: model, data, recipe, and an objective that knows its fields.
+
+  Args:
+    stacks: of a model from scratch.
+    fields: {key of the objective: field of a record}; None is what the corpus says, or the key itself, or of "pair" no
+      such field.
+    tokenizer: of a model from scratch, what its vocabulary has besides.
+  """
+  config = base.get_config()
+  size = common.find_size(arg, stacks)
+  config.seq_len, config.batch_size = min(size["seq_len"], 128), 32
+  config.data.tokenizer = ConfigDict({"name": "sentencepiece", "vocab_size": 4096, "path": optional(None, str)})
+  config.data.tokenizer.update(tokenizer)
+  if arg.init_from:
+    config.init_from = arg.init_from
+    config.model = ConfigDict(common.PRETRAINED)
+  else:
+    config.model.update(size["model"], head_bias=True, dropout=0.1)
+    config.model.pooling = "last" if stacks == "decoder" else "first"
+  config.optim.lr = 5e-5 if arg.init_from else 1e-3
+  config.optim.weight_decay = 0.01
+  config.schedule = ConfigDict({"name": "linear", "warmup": optional("10%"), "final": 0.0})
+  config.data.pack = False  # an update is as many examples as it says
+  config.total_steps = "3 epochs"
+  config.objective = ConfigDict(choose_data(config, arg, fields))
+  base.task_evals(config)
+  return config
+
+
+def choose_data(config: ConfigDict, arg: ConfigDict, fields: dict[str, str | None]) -> dict[str, str]:
+  """Sets config.data's corpus and splits; returns the fields of its records."""
+  if arg.train is None:
+    if arg.eval is not None:
+      raise ConfigError("config argument eval=FILES needs train=FILES")
+    corpora.choose(config, arg.corpus)
+    known = corpora.CORPORA[arg.corpus].get("fields", {})
+  else:
+    known = {}
+    files = arg.train if arg.eval is None else {"train": arg.train, "validation": arg.eval}
+    config.data.corpus = ConfigDict({"name": "files", "files": files, "column": optional(None, str), "shuffle": True})
+    config.data.train, config.data.eval = ("[:90%]", "[90%:]") if arg.eval is None else ("train", "validation")
+  found = {key: field or known.get(key) or (None if key == "pair" else key) for key, field in fields.items()}
+  if arg.train is not None:
+    config.data.corpus.columns = tuple(sorted({field for field in found.values() if field}))
+  return {key: optional(field, str) for key, field in found.items()}
+
+
+def finish(config: ConfigDict, arg: ConfigDict, best: str) -> ConfigDict:
+  """The config, which keeps the checkpoint with the most of a metric; with `debug`, with little of all that takes
+  time."""
+  config.checkpoint.best, config.checkpoint.best_is = f"eval/answers/{best}", "most"
+  if arg.debug:
+    config.total_steps, config.batch_size, config.seq_len = 2, 8, min(config.seq_len, 64)
+    config.data.tokenizer.vocab_size = 512
+    config.evals.heldout.max_batches = 2
+    config.evals.answers.limit = 8
+    config.log.every = 1
+  return config

@@ -1,0 +1,103 @@
+"""Annotation without any labels: embed, cluster, fit a maximum-entropy classifier, train on what it is sure of.
+
+  python experiments/annotation/run.py --model=PATH --workdir=DIR
+
+PATH is any model that `llmjax embed` takes. True labels are looked at only at the end, to say how well it went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+import llmjax
+from llmjax.cli import start_jax
+from llmjax.config import load_config
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--model", required=True, help="the pretrained model that texts are embedded with, and trained")
+  parser.add_argument("--workdir", required=True)
+  parser.add_argument("--clusters", type=int, help="how many (default: as many as there are true labels)")
+  parser.add_argument("--min_confidence", type=float, default=0.9, help="of the classifier in a pseudo-label")
+  parser.add_argument("--total_steps", default="2 epochs", help="of training on pseudo-labels")
+  arguments = parser.parse_args()
+  start_jax()
+  workdir = Path(arguments.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  print(json.dumps(annotate(arguments, workdir), indent=2))
+
+
+def annotate(arguments: argparse.Namespace, workdir: Path) -> dict[str, float]:
+  """{measure: number}: agreement with the true labels on the held-out functions, after every stage."""
+  from llmjax import task_metrics
+  from llmjax.data.tfds_source import python_stdlib
+  from llmjax.predict import check_task, predict
+  from llmjax.pretrained import open_path
+
+  train, held_out = (list(python_stdlib(split, config="package")) for split in ("train", "test"))
+  truths = {"train": [r["package"] for r in train], "held_out": [r["package"] for r in held_out]}
+  count = arguments.clusters or len(set(truths["train"]))
+
+  model, params, tokenizer = llmjax.load(arguments.model)
+  length = min(256, model.cfg.max_len)
+  vectors, other = (
+    llmjax.embed(model, params, tokenizer, [r["text"] for r in records], max_len=length)
+    for records in (train, held_out)
+  )
+  clusters, other_clusters = cluster(vectors, other, count)
+  labels, confidence, other_labels = maximum_entropy(vectors, clusters, other)
+
+  sure = confidence >= arguments.min_confidence
+  pseudo = workdir / "pseudo_labels.jsonl"
+  with pseudo.open("w", encoding="utf-8") as file:
+    for record, label, share in zip(np.array(train)[sure], labels[sure], confidence[sure], strict=True):
+      file.write(json.dumps({"text": record["text"], "label": f"cluster{label}", "confidence": float(share)}) + "\n")
+
+  flags = [f"--config=classify:init_from={arguments.model},train={pseudo}", f"--config.seq_len={length}"]
+  config = load_config([*flags, f"--config.total_steps={arguments.total_steps}"])
+  llmjax.run(config, workdir / "classifier")
+  with open_path(workdir / "classifier") as source:
+    tuned, task = source.load(), check_task(source.objective())
+  results = predict(tuned.model, tuned.params, task, held_out)
+
+  def nmi(truth: list[str], found: list) -> float:
+    return task_metrics.clustering(truth, list(map(str, found)))["nmi"]
+
+  return {
+    "pseudo-labelled share of the training functions": float(np.mean(sure)),
+    "NMI of k-means, training functions": nmi(truths["train"], list(clusters)),
+    "NMI of k-means, held-out functions": nmi(truths["held_out"], list(other_clusters)),
+    "NMI of the maximum-entropy classifier, held-out functions": nmi(truths["held_out"], list(other_labels)),
+    "NMI of the trained model, held-out functions": nmi(truths["held_out"], [r["label"] for r in results]),
+    "NMI of a random partition, held-out functions": nmi(
+      truths["held_out"], list(np.random.default_rng(0).integers(count, size=len(held_out)))
+    ),
+  }
+
+
+def cluster(vectors: np.ndarray, other: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """k-means (Lloyd 1982) of vectors of length 1, and the nearest centres of others."""
+  from sklearn.cluster import KMeans
+
+  found = KMeans(count, n_init=10, random_state=0).fit(vectors)
+  return found.labels_, found.predict(other)
+
+
+def maximum_entropy(
+  vectors: np.ndarray, clusters: np.ndarray, other: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Softmax regression on the clusters: labels with their probabilities, and labels of others."""
+  from sklearn.linear_model import LogisticRegression
+
+  classifier = LogisticRegression(C=10.0, max_iter=1000).fit(vectors, clusters)
+  probabilities = classifier.predict_proba(vectors)
+  return classifier.classes_[probabilities.argmax(axis=1)], probabilities.max(axis=1), classifier.predict(other)
+
+
+if __name__ == "__main__":
+  main()

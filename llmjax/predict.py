@@ -1,0 +1,266 @@
+"""Answers of a fine-tuned model to records: in memory for evaluation, and from JSONL to JSONL for `llmjax predict`.
+
+Records are read in windows where their task says so, and those batched by length; answers come back in the order of
+the records, whatever the batches and the mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llmjax import sharding
+from llmjax.config import ConfigError
+from llmjax.data import packing
+from llmjax.embeddings import BATCH_TOKENS, batches, place
+from llmjax.generation import generate
+from llmjax.objectives.task import Record, Result, Task
+from llmjax.pretrained import Pretrained, open_path
+from llmjax.types import Array, Batch, Features, Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How answers are made.
+
+  Attributes:
+    batch_tokens: rows times length of a batch, padding included.
+    mesh, rules: devices to share rows; None is wherever the parameters are.
+    generation: keywords of `llmjax.generate`, where the task writes texts.
+  """
+
+  batch_tokens: int = BATCH_TOKENS
+  mesh: Mesh | None = None
+  rules: sharding.Rules = dataclasses.field(default_factory=lambda: sharding.RULES)
+  generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    if self.batch_tokens < 1:
+      raise ConfigError(f"batch_tokens={self.batch_tokens} must be at least 1")
+
+
+def check_task(objective: Objective) -> Task:
+  """The objective, if it has answers to give."""
+  if not isinstance(objective, Task):
+    raise ConfigError(
+      f"the model was trained on {type(objective).__name__}, which has no answers to give; `llmjax generate` writes "
+      "text, `llmjax embed` vectors"
+    )
+  return objective
+
+
+def predict(
+  model: Any, params: Any, task: Task, records: Sequence[Record], settings: Settings | None = None
+) -> list[Result]:
+  """A result for each record, see `Task.result`; in their order.
+
+  Raises:
+    ConfigError: a record that the task cannot read, with its number.
+  """
+  settings = Settings() if settings is None else settings
+  windows = [_windows(task, record, number) for number, record in enumerate(records)]
+  flat = [features for each in windows for features in each]
+  make = _write if task.generates else _decode
+  found = iter(make(model, params, task, flat, settings))
+  return [task.result(record, each, [next(found) for _ in each]) for record, each in zip(records, windows, strict=True)]
+
+
+def _windows(task: Task, record: Record, number: int) -> list[Features]:
+  try:
+    task.check(record, labelled=False)
+    features = task.encode(record, labelled=False)
+  except ConfigError as error:
+    raise ConfigError(f"record {number} (from 0): {error}") from error
+  if not features:
+    raise ConfigError(f"record {number} (from 0) has no tokens to read; take it out")
+  return features
+
+
+def _decode(
+  model: Any, params: Any, task: Task, windows: Sequence[Features], settings: Settings
+) -> list[dict[str, np.ndarray]]:
+  """What `Task.decode` gives for each window."""
+  pieces = [packing.flatten(features) for features in windows]
+  found: list[dict[str, np.ndarray]] = [{} for _ in pieces]
+  waiting: list[tuple[np.ndarray, dict[str, Array]]] = []
+
+  def fetch() -> None:
+    which, out = waiting.pop(0)
+    arrays = {name: np.asarray(x) for name, x in out.items()}
+    for row, i in enumerate(which):
+      found[i] = {name: x[row] for name, x in arrays.items()}
+
+  with _using(settings):
+    for which, size, length in _batches(model, [len(piece["inputs/ids"]) for piece in pieces], settings):
+      sizes = {"inputs": length}
+      rows = [packing.make_row([pieces[i]], pieces[i], sizes) for i in which]
+      rows += [packing.make_row([], pieces[which[0]], sizes)] * (size - len(rows))
+      waiting.append((which, _answer(model, params, task, _put(packing.make_batch(rows, range(size)), settings))))
+      if len(waiting) > 1:  # the next batch is made while this one is computed
+        fetch()
+    while waiting:
+      fetch()
+  return found
+
+
+@functools.partial(jax.jit, static_argnames=("model", "task"))
+def _answer(model: Any, params: Any, task: Task, batch: Batch) -> dict[str, Array]:
+  out = task.decode(model.apply({"params": params}, batch), batch)
+  return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), out)
+
+
+def _write(
+  model: Any, params: Any, task: Task, windows: Sequence[Features], settings: Settings
+) -> list[dict[str, np.ndarray]]:
+  """The tokens that follow each prompt, up to the one that ends a text."""
+  prompts = [packing.flatten(features)["inputs/ids"] for features in windows]
+  separate = model.cfg.stacks == "both"
+  tokenizer = task.tokenizer
+  said = dict(settings.generation)
+  wanted = said.pop("max_new_tokens", task.max_new_tokens)
+  ends = tuple(task.ends)
+  found: list[dict[str, np.ndarray]] = [{} for _ in prompts]
+  with _using(settings):
+    for which, size, length in _batches(model, [len(ids) for ids in prompts], settings):
+      room = model.cfg.max_len - (1 if separate else max(len(prompts[i]) for i in which))
+      if room < 1:
+        raise ConfigError(
+          f"a prompt of {model.cfg.max_len - room} tokens leaves nothing to write in a context of {model.cfg.max_len}; "
+          "shorten it"
+        )
+      if not separate:
+        length = min(length, model.cfg.max_len - min(wanted, room))
+      length = max(length, max(len(prompts[i]) for i in which))
+      ids, mask = np.full((size, length), tokenizer.pad_id, np.int32), np.zeros((size, length), np.int32)
+      for row, i in enumerate([*which, *[which[-1]] * (size - len(which))]):  # no row may be empty
+        ids[row, length - len(prompts[i]) :], mask[row, length - len(prompts[i]) :] = prompts[i], 1
+      tokens = generate(
+        model,
+        params,
+        *_put((ids, mask), settings),
+        max_new_tokens=min(wanted, room),
+        eos_id=ends or None,
+        pad_id=tokenizer.pad_id,
+        start_id=tokenizer.pad_id,
+        **said,
+      )
+      new = np.asarray(tokens)[:, -min(wanted, room) :]
+      for row, i in enumerate(which):
+        stop = np.flatnonzero(np.isin(new[row], ends))
+        found[i] = {"tokens": new[row, : stop[0]] if len(stop) else new[row]}
+  return found
+
+
+def _using(settings: Settings) -> Any:
+  return contextlib.nullcontext() if settings.mesh is None else sharding.use(settings.mesh, settings.rules)
+
+
+def _batches(model: Any, lengths: Sequence[int], settings: Settings) -> Iterator[tuple[np.ndarray, int, int]]:
+  parts = 1 if settings.mesh is None else sharding.batch_size_over(settings.mesh, settings.rules)
+  return batches(np.array(lengths, int), model.cfg.max_len, settings.batch_tokens, parts)
+
+
+def _put(batch: Any, settings: Settings) -> Any:
+  if settings.mesh is None:
+    return jax.tree.map(jnp.asarray, batch)
+  return place(batch, sharding.named(settings.mesh, "act_batch", rules=settings.rules))
+
+
+# files
+
+
+def predict_file(
+  path: str,
+  input: str,
+  output: str,
+  *,
+  min_confidence: float | None = None,
+  batch_tokens: int = BATCH_TOKENS,
+  mesh: Mapping[str, int] | None = None,
+  generation: Mapping[str, Any] | None = None,
+  trust: bool = False,
+) -> tuple[int, list[str]]:
+  """Writes a line of JSON for every line of a JSONL file, in their order.
+
+  Args:
+    path: see `pretrained.open_path`.
+    input: JSONL with the fields that the model's task reads; a field "id" is kept.
+    output: a line is what `Task.result` gives; of a line that cannot be read {"line": its number, "error": why}.
+    min_confidence: only lines that are answered with at least this confidence, with all fields of the input: labelled
+      data to train on.
+    mesh: sizes of `sharding.make_mesh`.
+    generation: keywords of `llmjax.generate`.
+  Returns:
+    how many lines were written with an answer, and what is wrong with the bad lines.
+  """
+  source_file, target = Path(input), Path(output)
+  if not source_file.is_file():
+    raise ConfigError(f"--input={input}: there is no such file")
+  if not target.parent.is_dir():
+    raise ConfigError(f"--output={output}: there is no folder {target.parent}")
+  if min_confidence is not None and not 0 <= min_confidence <= 1:
+    raise ConfigError(f"--min_confidence={min_confidence} must be from 0 to 1")
+  with open_path(path) as source:
+    task = check_task(source.objective(trust))
+    rules = {**sharding.RULES, **source.config["rules"]}
+    devices = sharding.make_mesh(mesh or {"data": -1})
+    loaded: Pretrained = source.load(trust, devices, rules)
+  if min_confidence is not None and task.generates:
+    raise ConfigError(f"--min_confidence={min_confidence}: a {type(task).__name__} has no confidence; leave it out")
+  lines = list(_read_lines(source_file, task))
+  good = [record for _, record, _ in lines if record is not None]
+  bad = [f"{source_file}:{number}: {error}" for number, record, error in lines if record is None]
+  settings = Settings(batch_tokens, devices, rules, generation or {})
+  answers = iter(predict(loaded.model, loaded.params, task, good, settings))
+  written = 0
+  partial = target.with_name(f".{target.name}.partial")
+  with partial.open("w", encoding="utf-8") as file:
+    for number, record, error in lines:
+      if record is None:
+        line = None if min_confidence is not None else {"line": number, "error": error}
+      else:
+        answer = next(answers)
+        kept = {"id": record["id"]} if "id" in record else {}
+        line = {**kept, **answer}
+        if min_confidence is not None:
+          sure = answer.get("confidence", 0.0) >= min_confidence
+          line = {**record, **{k: v for k, v in answer.items() if k != "scores"}} if sure else None
+        written += line is not None
+      if line is not None:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+  if jax.process_index() == 0:
+    partial.replace(target)
+  return written, bad
+
+
+def _read_lines(path: Path, task: Task) -> Iterable[tuple[int, dict[str, Any] | None, str]]:
+  """(line number from 1, record or None, what is wrong with it) of every line that is not blank."""
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        record = json.loads(line.decode("utf-8"))
+        if not isinstance(record, dict):
+          raise ConfigError(f"not an object but a {type(record).__name__}")
+        task.check(record, labelled=False)
+        if not task.encode(record, labelled=False):
+          raise ConfigError("there are no tokens to read")
+      except UnicodeDecodeError as error:
+        yield number, None, f"byte {error.start} is not UTF-8"
+      except json.JSONDecodeError as error:
+        yield number, None, f"not a JSON object: {error.msg} at column {error.colno}"
+      except ConfigError as error:
+        yield number, None, str(error)
+      else:
+        yield number, record, ""

@@ -1,0 +1,234 @@
+"""Tasks: what is learned of labelled records, and the answers that come back, whatever the batch and the mesh."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import cli, predict, pretrained, sharding
+from llmjax.config import ConfigError
+from llmjax.data import packing, tokenizer
+from llmjax.data.pipeline import eval_batches
+from llmjax.data.source import Source, files
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
+from llmjax.objectives import crf
+from llmjax.objectives.classification import classification
+from llmjax.objectives.tagging import tagging
+from llmjax.step import ModelForward
+from llmjax.types import probe
+
+TOKENIZER = tokenizer.make({"name": "bytes"})
+ENCODER = TransformerConfig(TOKENIZER.vocab_size, 16, 0, 2, 64, encoder_layers=2, head_bias=True, init_stddev=0.3)
+
+
+def source(records):
+  return Source(len(records), records.__getitem__, "records")
+
+
+def make(task, **changes):
+  """(model, parameters) that can learn a task."""
+  model = Transformer(dataclasses.replace(ENCODER, **task.head, **changes))
+  return model, jax.jit(model.init)(jax.random.key(0), probe())["params"]
+
+
+def plain(params):
+  return jax.tree.map(lambda box: box.value, params, is_leaf=lambda x: hasattr(x, "names"))
+
+
+def batch_of(task, records, size=None):
+  [batch] = eval_batches(
+    source(records), TOKENIZER, task, batch_size=size or len(records), seq_len=task.seq_len, seed=0
+  )
+  return batch
+
+
+def classifier(records, **settings):
+  return classification(tokenizer=TOKENIZER, seq_len=32, records=lambda: source(records), **settings)
+
+
+REVIEWS = [{"text": text, "label": stars} for text, stars in (("good film", 5), ("bad", 1), ("so so", 3), ("fine", 5))]
+
+
+def test_labels_are_found_and_sorted_as_numbers_or_words():
+  assert classifier([{"text": "x", "label": n} for n in (10, 9, "10", 2.0)]).labels == ("2", "9", "10")
+  assert classifier([{"text": "x", "label": n} for n in ("b", "a", None)]).labels == ("a", "b")
+  many = classifier([{"text": "x", "label": n} for n in ("b, a", ["c"])], kind="multi")
+  assert many.labels == ("a", "b", "c")
+  declared = Source(1, lambda i: {"text": "x", "label": "no"}, "f", labels={"label": ("yes", "no")})
+  found = classification(tokenizer=TOKENIZER, seq_len=32, records=lambda: declared)
+  assert found.labels == ("yes", "no") and found.decided == {"labels": ("yes", "no")}
+
+
+def log_softmax(x):
+  x = x - x.max(axis=-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("kind", ["single", "multi", "regression"])
+def test_the_loss_of_a_class_is_the_textbooks(kind):
+  records = [{**r, "label": float(r["label"])} for r in REVIEWS] if kind == "regression" else REVIEWS
+  records = [{**r, "label": [str(r["label"])]} for r in records] if kind == "multi" else records
+  task = classifier(records, kind=kind)
+  model, params = make(task)
+  batch = batch_of(task, records, size=6)  # two rows are empty
+  logits = np.asarray(model.apply({"params": params}, batch).logits, np.float64)[:4]
+  sums, metrics = task.loss(ModelForward(model, plain(params)), jax.tree.map(jnp.asarray, batch), {})
+  if kind == "single":
+    expected = -log_softmax(logits)[np.arange(4), [2, 0, 1, 2]].sum()
+  elif kind == "multi":
+    hot = np.eye(3)[[2, 0, 1, 2]]
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(hot * np.log(p) + (1 - hot) * np.log(1 - p)).sum()
+  else:
+    expected = np.square(logits[:, 0] - [5, 1, 3, 5]).sum()
+  np.testing.assert_allclose(sums["class"], expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics["loss"][1], {"single": 4, "multi": 12, "regression": 4}[kind])
+
+
+def test_answers_do_not_depend_on_the_batch_or_the_mesh():
+  task = classifier(REVIEWS, pair="other")
+  records = [{**REVIEWS[i % 4], "other": "x" * (1 + i % 7), "id": i} for i in range(11)]
+  model, params = make(task)
+  params = plain(params)
+  alone = [predict.predict(model, params, task, [record])[0] for record in records]
+  mesh = sharding.make_mesh({"data": -1})
+  for settings in (predict.Settings(), predict.Settings(batch_tokens=64), predict.Settings(mesh=mesh)):
+    together = predict.predict(model, params, task, records, settings)
+    assert [r["label"] for r in together] == [r["label"] for r in alone]
+    np.testing.assert_allclose([r["confidence"] for r in together], [r["confidence"] for r in alone], atol=1e-5)
+
+
+SENTENCES = [
+  {"tokens": ["Ada", "Lovelace", "lives", "in", "London"], "tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]},
+  {"tokens": ["no", "one"], "tags": ["O", "O"]},
+  {"tokens": ["Rome"], "tags": ["B-LOC"]},
+]
+
+
+def tagger(records=SENTENCES, seq_len=48, **settings):
+  return tagging(tokenizer=TOKENIZER, seq_len=seq_len, records=lambda: source(records), **settings)
+
+
+def test_tags_stand_at_the_first_token_of_their_word():
+  task = tagger()
+  assert task.labels == ("B-LOC", "B-PER", "I-PER", "O") and task.scheme == "iob2"
+  for record in SENTENCES:
+    [features] = task.encode(record, labelled=True)
+    text = TOKENIZER.decode(features["inputs"])
+    places = np.flatnonzero(features["weights"]["tag"])
+    assert text == " ".join(record["tokens"]) and len(places) == len(record["tokens"])
+    assert [task.labels[t] for t in features["labels"]["tag"][places]] == record["tags"]
+    for place, word in zip(places, record["tokens"], strict=True):
+      assert TOKENIZER.decode(features["inputs"][place:]).strip().startswith(word)
+  [cut] = tagger(seq_len=10).encode(SENTENCES[0], labelled=True)
+  assert len(cut["inputs"]) == 10 and cut["weights"]["tag"].sum() == 2
+
+
+@pytest.mark.parametrize("use_crf", [False, True])
+def test_packed_sentences_are_tagged_as_alone(use_crf):
+  task = tagger(use_crf=use_crf)
+  model, params = make(task)
+  params = plain(params)
+  if use_crf:
+    rng = np.random.default_rng(0)
+    params["crf"] = {k: jnp.asarray(rng.normal(size=v.shape), jnp.float32) for k, v in params["crf"].items()}
+  forward = ModelForward(model, params)
+  packed = batch_of(task, SENTENCES, size=1)
+  assert packed.inputs.segments.max() > 1
+  alone = [batch_of(task, [record]) for record in SENTENCES]
+  total, _ = task.loss(forward, jax.tree.map(jnp.asarray, packed), {})
+  each = [task.loss(forward, jax.tree.map(jnp.asarray, b), {})[0]["tag"] for b in alone]
+  np.testing.assert_allclose(total["tag"], sum(each), rtol=1e-5)
+  if use_crf:  # of one sentence, by the definition
+    out = model.apply({"params": params}, alone[0])
+    mask = alone[0].weights["tag"] > 0
+    scores = np.asarray(out.logits, np.float64)[0][mask[0]]
+    tags = alone[0].labels["tag"][0][mask[0]]
+    t = jax.tree.map(lambda x: np.asarray(x, np.float64), crf.add(crf.Transitions(**params["crf"]), task.constraints))
+    alpha = t.start + scores[0]
+    for row in scores[1:]:
+      alpha = np.logaddexp.reduce(alpha[:, None] + t.matrix, axis=0) + row
+    gold = t.start[tags[0]] + scores[np.arange(len(tags)), tags].sum() + t.matrix[tags[:-1], tags[1:]].sum()
+    expected = np.logaddexp.reduce(alpha + t.end) - gold - t.end[tags[-1]]
+    np.testing.assert_allclose(each[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_crf", [False, True])
+def test_tags_never_break_their_scheme_and_spans_say_where_they_stand(use_crf):
+  task = tagger(use_crf=use_crf)
+  model, params = make(task)
+  words = [{"tokens": ["".join(w) for w in np.random.default_rng(i).choice(list("abc"), (4, 3))]} for i in range(50)]
+  for record, result in zip(words, predict.predict(model, plain(params), task, words), strict=True):
+    for before, tag in zip(["O", *result["tags"]], result["tags"], strict=False):
+      assert not tag.startswith("I-") or before[2:] == tag[2:]
+    text = " ".join(record["tokens"])
+    for span in result["spans"]:
+      assert text[span["start"] : span["end"]] == span["text"]
+    assert 0 <= result["confidence"] <= 1
+
+
+def test_a_row_of_its_own_carries_labels_of_any_shape():
+  features = {"inputs": [1, 2], "row": {"labels": {"a": 3, "b": [0.5, 1.5]}, "weights": {"a": 1.0}}}
+  piece = packing.flatten(features)
+  rows = [packing.make_row([piece], piece, {"inputs": 4}), packing.make_row([], piece, {"inputs": 4})]
+  batch = packing.make_batch(rows, [0, 1])
+  assert batch.labels["a"].tolist() == [3, 0] and batch.labels["b"].tolist() == [[0.5, 1.5], [0, 0]]
+  assert batch.weights["a"].tolist() == [1, 0] and batch.inputs.segments.tolist() == [[1, 1, 0, 0], [0] * 4]
+
+
+@pytest.mark.parametrize(
+  ("make_task", "record", "message"),
+  [
+    (classifier, {"text": "x", "label": "4"}, r"'label' is '4', which is none of the 3 labels"),
+    (classifier, {"text": " ", "label": "5"}, r"'text' is empty"),
+    (classifier, {"texts": "x", "label": "5"}, r"no field 'text'.*did you mean `texts`"),
+    (classifier, {"text": 3, "label": "5"}, r"'text' is 3, which is no text"),
+    (tagger, {"tokens": ["a"], "tags": []}, r"1 words and 'tags' 0 tags"),
+    (
+      tagger,
+      {"tokens": ["a", "b"], "tags": ["O", "I-PER"]},
+      r"'I-PER' after 'O', at word 1 .*'b'.*breaks objective.scheme",
+    ),
+    (tagger, {"tokens": ["a"], "tags": ["B-ORG"]}, r"'B-ORG' is none of the 4 labels"),
+    (tagger, {"tokens": [], "tags": []}, r"'tokens' is empty"),
+  ],
+)
+def test_a_record_that_cannot_be_learned_is_told_in_one_line(make_task, record, message):
+  task = classifier(REVIEWS) if make_task is classifier else tagger()
+  with pytest.raises(ConfigError, match=message):
+    task.check(record, labelled=True)
+  with pytest.raises(ConfigError, match=r"record 0 \(from 0\): .*" + message):
+    batch_of(task, [record])
+
+
+def test_from_a_table_to_answers_and_back_to_training(home, capsys):
+  """The command line: labels inferred, a part held out, answers with bad lines, pseudo-labels read back."""
+  rows = "".join(f"{'good' if i % 2 else 'bad'} number {i},{i % 2 * 4 + 1}\n" for i in range(40))
+  (home / "my.csv").write_text("review,stars\n" + rows)
+  small = ["--config.data.tokenizer.vocab_size=300", "--config.evals.answers.limit=none"]
+  flags = [f"--config=classify:train={home / 'my.csv'},text=review,label=stars,debug", *small]
+  run = str(home / "run")
+  assert cli.main(["train", *flags, f"--workdir={run}"]) == 0
+  assert "answers/accuracy" in capsys.readouterr().out
+  with pretrained.open_path(run) as found:
+    assert list(found.config["objective"]["labels"]) == ["1", "5"]
+  assert cli.main(["evaluate", f"--model={run}", f"--data={home / 'my.csv'}"]) == 0
+  assert "answers/accuracy" in capsys.readouterr().out
+
+  lines = ['{"id": 7, "review": "good"}', "oops", '{"text": "x"}', '{"review": "bad"}']
+  (home / "in.jsonl").write_text("\n".join(lines))
+  command = ["predict", f"--model={run}", f"--input={home / 'in.jsonl'}", f"--output={home / 'out.jsonl'}"]
+  assert cli.main(command) == 2
+  said = capsys.readouterr().err
+  assert "in.jsonl:2: not a JSON object" in said and "in.jsonl:3: there is no field 'review'" in said
+  out = [json.loads(line) for line in (home / "out.jsonl").read_text().splitlines()]
+  assert out[0]["id"] == 7 and out[0]["stars"] in ("1", "5") and [o.get("line") for o in out] == [None, 2, 3, None]
+
+  (home / "in.jsonl").write_text("\n".join([lines[0], lines[3]] * 8))
+  assert cli.main([*command, "--min_confidence=0"]) == 0
+  kept = list(files("train", str(home / "out.jsonl"), None, ("review", "stars")))
+  assert len(kept) == 16 and {r["stars"] for r in kept} <= {"1", "5"} and all("scores" not in r for r in kept)
