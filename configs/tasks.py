@@ -67,7 +67,9 @@ def finish(config: ConfigDict, arg: ConfigDict, best: str) -> ConfigDict:
   time."""
   config.checkpoint.best, config.checkpoint.best_is = f"eval/answers/{best}", "most"
   if arg.debug:
-    config.total_steps, config.batch_size, config.seq_len = 2, 8, min(config.seq_len, 64)
+    config.total_steps, config.batch_size, config.seq_len = 2, 8, min(config.seq_len, 128)
+    if not arg.init_from:
+      config.model.max_len = config.seq_len
     config.data.tokenizer.vocab_size = 512
     config.evals.heldout.max_batches = 2
     config.evals.answers.limit = 8

@@ -177,6 +177,9 @@ def parser() -> argparse.ArgumentParser:
     "--family", help="the model_type, where several have the model's shape (default: where it is from)"
   )
   export.add_argument("--dtype", help="of the tensors: float32, bfloat16 or float16 (default: that of the parameters)")
+  export.add_argument(
+    "--adapter", action="store_true", help="a run's adapters alone, as PEFT reads them (default: merged into the model)"
+  )
   export.add_argument("--max_shard_size", default="5GB", help="of one file (default: %(default)s)")
   export.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
@@ -455,8 +458,13 @@ def run_import(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def run_export(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax()
-  from llmjax.convert import export_folder
+  from llmjax.convert import export_adapter, export_folder
 
+  if arguments.adapter:
+    settings = {"family": arguments.family, "trust": arguments.trust}
+    architecture, base = export_adapter(arguments.model, arguments.output, **settings)
+    print(f"wrote {arguments.output}: adapters of a {architecture}, for {base}")
+    return
   architecture, files, untokenized = export_folder(
     arguments.model,
     arguments.output,

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from llmjax import checkpoint
+from llmjax import checkpoint, finetune, optim
 from llmjax.config import ConfigError
 from llmjax.data.hf_export import to_huggingface
-from llmjax.interop import huggingface
-from llmjax.pretrained import cfg_of, open_path
+from llmjax.interop import huggingface, peft
+from llmjax.pretrained import cfg_of, name_there, open_path
 
+# What Transformers calls the kinds of `objectives.classification`.
+PROBLEMS = {
+  "single": "single_label_classification",
+  "multi": "multi_label_classification",
+  "regression": "regression",
+}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -58,7 +65,7 @@ def export_folder(
   max_shard_size: str = "5GB",
   trust: bool = False,
 ) -> tuple[str, list[str], str | None]:
-  """Writes a PATH as a folder that Transformers opens with `from_pretrained`.
+  """Writes a PATH as a folder that Transformers opens with `from_pretrained`; adapters are merged into the weights.
 
   Args:
     path: see `pretrained.open_path`.
@@ -75,6 +82,8 @@ def export_folder(
   with open_path(path) as source:
     model, params, tokenizer = source.load(trust)
     manifest = source.manifest
+  cfg = dataclasses.replace(cfg_of(model), lora_rank=0)
+  task = manifest["objective"] or {}
   generates = manifest.get("generation") or {}
   # Null too is said: the defaults of Transformers' classes may lie outside a small vocabulary.
   ends: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -85,22 +94,52 @@ def export_folder(
   ends |= {key: value for key, value in generates.items() if key.endswith("_token_id")}
   architecture = huggingface.write_folder(
     target,
-    cfg_of(model),
-    params,
+    cfg,
+    finetune.merge_lora(params, cfg_of(model)),
     prefer=manifest.get("family"),
     only=family,
-    labels=manifest.get("labels"),
-    extra=ends,
+    labels=task.get("labels") or manifest.get("labels"),
+    extra=ends | ({"problem_type": PROBLEMS[task["kind"]]} if task.get("kind") in PROBLEMS else {}),
     dtype=dtype,
     max_shard_bytes=size,
   )
   for name, content in tokenizer_files.items():
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     (target / name).write_bytes(content)
-  if cfg_of(model).stacks != "encoder" and cfg_of(model).head == "lm":
+  if cfg.stacks != "encoder" and cfg.head == "lm":
     settings = generates or {k: v for k, v in ends.items() if v is not None}
     (target / huggingface.GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
   return architecture, sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()), reason
+
+
+def export_adapter(path: str, output: str, *, family: str | None = None, trust: bool = False) -> tuple[str, str]:
+  """Writes the adapters of a run alone, as PEFT reads them, with its head and all else that it trained.
+
+  Args:
+    path: see `pretrained.open_path`.
+    family: see `export_folder`.
+  Returns:
+    (architecture, PATH of the model that they are for: what the run started from).
+  Raises:
+    ConfigError: the run has no adapters or started from nothing; what an adapter's folder has no place for.
+  """
+  target = _new(output)
+  with open_path(path) as source:
+    base = source.config["init_from"]
+    if base is None:
+      raise ConfigError(f"{path} did not start from a model (init_from), and adapters are of use beside theirs alone")
+    if peft.is_adapter_folder(base):
+      base = peft.base_path(base)
+    model, params, _ = source.load(trust)
+    cfg, manifest = cfg_of(model), source.manifest
+  learns = optim.match_rules(source.config["trainable"], params, "trainable")
+  base = str(Path(base).resolve()) if Path(base).exists() else base
+  fresh = {name for name in finetune.flatten(params) if name_there(source.config["init_map"], name) is None}
+  saved = peft.trained(cfg, learns) | {name for name in fresh if not finetune.is_adapter(name)}
+  architecture = peft.write_adapter(
+    target, params, cfg, base=base, prefer=manifest.get("family"), only=family, saved=saved
+  )
+  return architecture, base
 
 
 def _tokenizer_files(tokenizer: Any) -> tuple[dict[str, bytes], str | None]:

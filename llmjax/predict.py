@@ -154,11 +154,20 @@ def _write(
         start_id=tokenizer.pad_id,
         **said,
       )
-      new = np.asarray(tokens)[:, -min(wanted, room) :]
+      new = _fetch(tokens)[:, -min(wanted, room) :]
       for row, i in enumerate(which):
         stop = np.flatnonzero(np.isin(new[row], ends))
         found[i] = {"tokens": new[row, : stop[0]] if len(stop) else new[row]}
   return found
+
+
+def _fetch(x: Array) -> np.ndarray:
+  """All of an array that several processes may hold."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _using(settings: Settings) -> Any:
@@ -222,25 +231,21 @@ def predict_file(
   bad = [f"{source_file}:{number}: {error}" for number, record, error in lines if record is None]
   settings = Settings(batch_tokens, devices, rules, generation or {})
   answers = iter(predict(loaded.model, loaded.params, task, good, settings))
-  written = 0
-  partial = target.with_name(f".{target.name}.partial")
-  with partial.open("w", encoding="utf-8") as file:
-    for number, record, error in lines:
-      if record is None:
-        line = None if min_confidence is not None else {"line": number, "error": error}
-      else:
-        answer = next(answers)
-        kept = {"id": record["id"]} if "id" in record else {}
-        line = {**kept, **answer}
-        if min_confidence is not None:
-          sure = answer.get("confidence", 0.0) >= min_confidence
-          line = {**record, **{k: v for k, v in answer.items() if k != "scores"}} if sure else None
-        written += line is not None
-      if line is not None:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+  out: list[dict[str, Any]] = []
+  for number, record, error in lines:
+    if record is None:
+      out += [{"line": number, "error": error}] if min_confidence is None else []
+    elif min_confidence is None:
+      out.append(({"id": record["id"]} if "id" in record else {}) | next(answers))
+    else:
+      answer = next(answers)
+      sure = answer.get("confidence", 0.0) >= min_confidence
+      out += [{**record, **{k: v for k, v in answer.items() if k != "scores"}}] if sure else []
   if jax.process_index() == 0:
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in out), encoding="utf-8")
     partial.replace(target)
-  return written, bad
+  return len(out) - (len(bad) if min_confidence is None else 0), bad
 
 
 def _read_lines(path: Path, task: Task) -> Iterable[tuple[int, dict[str, Any] | None, str]]:

@@ -19,12 +19,12 @@ from llmjax.data import hf_tokenizer
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.hf_formats import VOCABULARIES
 from llmjax.finetune import flatten, is_adapter, unflatten
-from llmjax.interop import family, hub, huggingface
+from llmjax.interop import family, hub, huggingface, peft
 from llmjax.interop.families import FAMILIES
 from llmjax.models.config import TransformerConfig
 from llmjax.models.layout import HEADS
 from llmjax.models.transformer import MODELS
-from llmjax.objectives import OBJECTIVES
+from llmjax.objectives import OBJECTIVES, tag_scheme
 from llmjax.types import Objective
 
 HEAD_FIELDS = (  # of a config: what is behind the last layer
@@ -104,13 +104,16 @@ def open_path(path: str | Path) -> Iterator[Source]:
   """What PATH means, until the block ends.
 
   Args:
-    path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP or /best, a Hugging Face folder, or a hub name
-      such as gpt2 or org/name@revision: looked for among local folders, then in the Hugging Face cache, then
-      downloaded.
+    path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP or /best, a Hugging Face folder, a folder of
+      adapters as PEFT writes it, or a hub name such as gpt2 or org/name@revision: looked for among local folders, then
+      in the Hugging Face cache, then downloaded.
   Raises:
     ConfigError: nothing is there, or it is damaged, or from a newer format.
   """
-  if is_huggingface(path):
+  if peft.is_adapter_folder(path):
+    with open_path(peft.base_path(path)) as base:
+      yield _open_adapter(str(path), base)
+  elif is_huggingface(path):
     yield _open_folder(str(path), Path(path))
   elif Path(path).exists() or not hub.is_name(str(path)):
     checkpoints, step, manifest = open_checkpoint(path)
@@ -199,7 +202,11 @@ def load_params(path: str | Path, model: nn.Module, abstract: Any, rules: Rules 
   for rule in rules:
     if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
       raise ConfigError(f"init_map: {rule!r} is not a rule; a rule is (regex, name there or None)")
-    if not any(re.fullmatch(rule[0], name) for name in flatten(abstract)):
+    try:
+      matched = [re.sub(rule[0], rule[1] or "", name) for name in flatten(abstract) if re.fullmatch(rule[0], name)]
+    except re.error as error:
+      raise ConfigError(f"init_map: {rule!r} is no regular expression and replacement: {error}") from None
+    if not matched:
       raise ConfigError(
         f"init_map: {rule[0]!r} matches no parameter (a regex must match a whole path, such as "
         f"{next(iter(flatten(abstract)))!r}); mend or remove it"
@@ -258,11 +265,11 @@ def with_head(
   if spec.get("head", head["head"]) == head["head"]:
     return {**spec, **head}
   known = FAMILIES[model_type].heads.values() if model_type is not None and model_type in FAMILIES else ()
-  fields = next((h.fields for h in known if h.fields.get("head", "lm") == head["head"]), {})
+  fields: Mapping[str, Any] = next((h.fields for h in known if h.fields.get("head", "lm") == head["head"]), {})
   encoder = bool(spec.get("encoder_layers")) and not spec.get("decoder_layers")
   plain = {
     "head_transform": False,
-    "head_bias": head["head"] != "lm",
+    "head_bias": head["head"] != "lm" and not fields,
     "pooler": False,
     "sentence_classes": 0,
     "pooling": "first" if encoder else "last",
@@ -419,6 +426,59 @@ def _open_folder(path: str, place: Path) -> Source:
   return Source(path, place, _describe(folder, spec), read_params, read_tokenizer)
 
 
+def _open_adapter(path: str, base: Source) -> Source:
+  """A model with PEFT's adapter on it."""
+  adapter = peft.open_adapter(path)
+  cfg = cfg_of(base.make_model())
+  own = peft.family_of(base.manifest, cfg)
+  spec, head = {**base.manifest["model"], "lora_rank": 0}, peft.read_head(adapter, own, cfg)
+  spec = with_head(spec, head, own.model_type, {"name": spec["name"]}) if head else spec
+  settings, found = peft.read_adapter(adapter, own, cfg_of(build(spec, MODELS, "model", trust=False)))
+  spec |= settings
+
+  def read_params(model: Any, abstract: Any, rules: Rules | None) -> Any:
+    def skip(name: str) -> bool:
+      if rules is None:
+        return False
+      other = name.startswith(OUTPUTS if model.cfg.head != spec["head"] else ()) or (
+        name.startswith(HEADS) and name not in flatten(abstract)
+      )
+      return other or name_there(rules, name) is None
+
+    here = peft.place(adapter, found, model.cfg, abstract, skip)
+    kernels = unflatten({name: leaf for name, leaf in flatten(abstract).items() if not is_adapter(name)})
+    skipped = [(r".*lora_[ab]", None), *((re.escape(name), None) for name in here if not is_adapter(name))]
+    there = flatten(base.read_params(model, kernels, (*skipped, *(rules or ()))))
+    there |= here
+    missing = set(flatten(abstract)) - set(there)
+    if missing and rules is None:
+      raise ConfigError(f"{path}: neither it nor {base.path} has {min(missing)}")
+    return unflatten(there)
+
+  labels = [f"LABEL_{i}" for i in range(head.get("num_classes", 0))]
+  task = _task(head["head"], labels, None, base.config["seq_len"]) if head else None
+  objective = task or base.manifest["objective"]
+  manifest = base.manifest | {"model": spec, "config": base.config | {"model": spec, "objective": objective}}
+  manifest |= {"objective": objective, "family": own.model_type, "ema": False, "total_steps": 0}
+  manifest |= {"architecture": f"{own.model_type} with an adapter"}
+  if head:
+    manifest["labels"] = labels
+  return dataclasses.replace(base, path=path, manifest=manifest, read_params=read_params)
+
+
+def _task(head: str, labels: Sequence[str], problem: str | None, seq_len: int) -> dict[str, Any]:
+  """The objective that a head of Hugging Face's was trained with; `problem` is the problem_type of a config.json."""
+  if head == "span":
+    part = seq_len // 4
+    return {"name": "span_qa", "stride": min(128, part), "max_question": min(64, part)}
+  if head == "token":
+    return {"name": "tagging", "labels": tuple(labels), "scheme": tag_scheme.guess(labels)}
+  if problem == "regression" or len(labels) == 1:
+    return {"name": "classification", "kind": "regression", "labels": ()}
+  kind = "multi" if problem == "multi_label_classification" else "single"
+  return {"name": "classification", "kind": kind, "labels": tuple(labels)}
+
+
 def _describe(folder: huggingface.Folder, spec: dict[str, Any]) -> dict[str, Any]:
   """The manifest that a folder would have as a checkpoint."""
   sentences = huggingface.read_sentence_settings(folder.path)
@@ -426,7 +486,11 @@ def _describe(folder: huggingface.Folder, spec: dict[str, Any]) -> dict[str, Any
   config["model"] = spec
   config["seq_len"] = min(sentences.get("seq_len", LENGTH), folder.cfg.max_len)
   config["batch_size"] = 8
-  config["objective"] = dict(folder.family.objective) if folder.cfg.head == "lm" else None
+  labels = family.labels(folder.config) if folder.cfg.head in ("sequence", "token") else None
+  if folder.cfg.head == "lm":
+    config["objective"] = dict(folder.family.objective)
+  else:
+    config["objective"] = _task(folder.cfg.head, labels or (), folder.config.get("problem_type"), config["seq_len"])
   if "pooling" in sentences:
     config["objective"] = {"name": "contrastive", "pooling": sentences["pooling"]}
   config["data"] |= {"tokenizer": {"name": "hf", "path": str(folder.path)}}
@@ -437,7 +501,7 @@ def _describe(folder: huggingface.Folder, spec: dict[str, Any]) -> dict[str, Any
     "objective": config["objective"],
     "family": folder.family.model_type,
     "architecture": folder.architecture,
-    "labels": family.labels(folder.config) if folder.cfg.head in ("sequence", "token") else None,
+    "labels": labels,
     "generation": huggingface.read_generation(folder.path, folder.config),
     "ema": False,
     "total_steps": 0,

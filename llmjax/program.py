@@ -140,16 +140,16 @@ class Program:
     return sum(x.size for x in jax.tree.leaves(self.state_shapes.params))
 
   def step_flops(self, batch: Batch) -> float:
-    """Model FLOPs of a train step, forward and backward; see `metrics.forward_flops`."""
+    """Model FLOPs of a train step, forward and backward, as if all parameters learned; see `metrics.forward_flops`."""
 
     others = {name: abstract_params(model) for name, model in self.auxiliary.items()}
 
-    def loss(params: Any, batch: Batch) -> Any:
+    def loss(params: Any, batch: Batch, others: Any) -> Any:
       settings = {"model": self.model, "objective": self.objective, "auxiliary": self.auxiliary}
       return step.objective_sums(params, batch, others, **settings)
 
     with sharding.use(self.mesh, self.rules):
-      return 3 * metriclib.forward_flops(loss, self.abstract_params, batch)
+      return 3 * metriclib.forward_flops(loss, self.abstract_params, batch, others)
 
 
 def to_steps(config: Mapping[str, Any], total_steps: int | None) -> Callable[[Any, str], int | None]:

@@ -361,3 +361,59 @@ def test_bad_requests_are_one_line(folders, tmp_path, capsys):
   assert parse_size("5GB") == 5 * 10**9 and parse_size("7") == 7
   model, _, tokenizer = llmjax.load(bare)
   assert tokenizer is None and dataclasses.is_dataclass(model.cfg)
+
+
+TOKENS = tuple(f"LABEL_{i}" for i in range(3))
+
+
+@pytest.mark.parametrize(
+  ("name", "objective"),
+  [
+    ("bert_sequence", {"name": "classification", "kind": "single", "labels": TOKENS}),
+    ("bert_regression", {"name": "classification", "kind": "regression", "labels": ()}),
+    ("bert_token", {"name": "tagging", "labels": TOKENS, "scheme": "none"}),
+    ("bert_qa", {"name": "span_qa", "stride": 8, "max_question": 8}),
+    ("bert", {"name": "masked_lm"}),
+  ],
+)
+def test_a_head_of_hugging_faces_is_a_task(name, objective):
+  with llmjax.pretrained.open_path(DATA / "huggingface" / name) as source:
+    assert source.manifest["objective"] == source.config["objective"] == objective
+
+
+def test_a_new_head_stands_on_what_its_family_has_before_it():
+  heads = {
+    "classes": {"head": "sequence", "num_classes": 5, "crf": False},
+    "tags": {"head": "token", "num_classes": 5, "crf": True},
+    "text": {"head": "lm", "num_classes": 0, "crf": False},
+  }
+  asked = {"name": "pretrained", "pooling": None, "pooler": None}
+
+  def made(name, head, **changes):
+    with llmjax.pretrained.open_path(DATA / "huggingface" / name) as source:
+      family, spec = source.manifest["family"], source.manifest["model"]
+    return llmjax.pretrained.with_head(spec, heads[head], family, asked | changes)
+
+  bert = made("bert", "classes")
+  assert (bert["pooler"], bert["head_transform"], bert["head_bias"], bert["num_classes"]) == (True, False, True, 5)
+  assert made("bert", "classes", pooler=False, pooling="mean")["pooling"] == "mean"
+  assert made("roberta", "classes")["pooler"] and made("modernbert", "classes")["head_transform"]
+  assert made("llama", "classes")["pooling"] == "last" and not made("llama", "classes")["head_bias"]
+  tags = made("bert_sequence", "tags")
+  assert (tags["pooler"], tags["crf"], tags["head_bias"]) == (False, True, True)
+  text = made("bert_sequence", "text")
+  assert (text["head_transform"], text["head_bias"], text["num_classes"]) == (True, True, 0)
+  assert made("bert_sequence", "classes")["pooler"]  # the same kind of head: only its size changes
+
+
+def test_export_names_the_classes_of_a_task(folders, home):
+  records = home / "r.jsonl"
+  records.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in (("a b", "no"), ("c", "yes")) * 10))
+  flags = [f"--config=classify:init_from={folders['bert']},train={records},debug", "--config.seq_len=16"]
+  assert main(["train", *flags, f"--workdir={home / 'run'}"]) == 0
+  export_folder(str(home / "run"), str(home / "out"))
+  said = json.loads((home / "out" / "config.json").read_text())
+  assert said["architectures"] == ["BertForSequenceClassification"] and said["id2label"] == {"0": "no", "1": "yes"}
+  assert said["problem_type"] == "single_label_classification"
+  with llmjax.pretrained.open_path(home / "out") as source:
+    assert source.objective().labels == ("no", "yes")

@@ -128,7 +128,7 @@ class Plan:
   def advance(self, row: Row) -> int:
     """Makes sure that the row has a current example; returns which source it is from."""
     # A row meets every record sooner or later, but with few records not soon.
-    patience = 20 * min(sum(map(len, self.parts)), 1000)
+    patience = min(20 * sum(map(len, self.parts)), 5000)
     for _ in range(patience):
       part, epoch, index = self.locate(row)
       if row.pieces is None:

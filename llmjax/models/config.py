@@ -286,7 +286,7 @@ class TransformerConfig:
     if not self.lora_rank:
       return None
     alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
-    return layers.Lora(self.lora_rank, alpha, self.lora_dropout, self.lora_targets)
+    return layers.Lora(self.lora_rank, float(alpha), self.lora_dropout, self.lora_targets)
 
   @property
   def kv_heads(self) -> int:

@@ -92,26 +92,23 @@ class Tagging(Task):
   def read(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(ids Int32[n], of each token which word it begins, Int32[n], -1 for none), as far as a row holds them.
 
-    A word has its tokens as in running text: with the space before it where its tokenizer makes a difference.
+    The words are read as running text, with a space between them. One that has no token of its own begins nowhere.
     """
-    pieces = [self.encode_word(word, first=number == 0) for number, word in enumerate(words)]
-    flat = np.concatenate([np.zeros(0, np.int32), *pieces])
-    starts = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-    begins = np.where(np.diff(starts, prepend=-1) > 0, starts, -1)
+    flat, offsets = self.tokenizer.encode_with_offsets(" ".join(words))
+    lengths = np.array([len(word) for word in words])
+    starts = np.cumsum([0, *(lengths[:-1] + 1)])
+    text = np.array([c.isspace() for c in " ".join(words)] + [False])
+    first = np.array([start + np.argmin(text[start : stop + 1]) for start, stop in offsets], int)  # behind its space
+    which = np.searchsorted(starts, first, side="right") - 1
+    inside = (first < (starts + lengths)[which]) & (first < offsets[:, 1])  # and no lone space
+    begins = np.full(len(flat), -1)
+    words_seen, places = np.unique(np.where(inside, which, -1), return_index=True)
+    begins[places] = words_seen
     ids, _, (offset, _) = self.tokenizer.assemble(flat, None, self.seq_len)
     word_of = np.full(len(ids), -1, np.int32)
     kept = min(len(flat), len(ids) - offset)
     word_of[offset : offset + kept] = begins[:kept]
-    word_of[offset + len(flat) :] = -1
     return ids, word_of
-
-  def encode_word(self, word: str, *, first: bool) -> np.ndarray:
-    """Tokens of a word; one without any is an unknown one, or a space."""
-    ids = self.tokenizer.encode(word if first else f" {word}")
-    if not len(ids):
-      unknown = self.tokenizer.unk_id
-      ids = self.tokenizer.encode(" ") if unknown is None else np.array([unknown], np.int32)
-    return ids
 
   def encode(self, record: Record, *, labelled: bool) -> list[Features]:
     ids, word_of = self.read(record[self.tokens])
