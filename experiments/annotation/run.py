@@ -24,7 +24,7 @@ def main() -> None:
   parser.add_argument("--workdir", required=True)
   parser.add_argument("--clusters", type=int, help="how many (default: as many as there are true labels)")
   parser.add_argument("--min_confidence", type=float, default=0.9, help="of the classifier in a pseudo-label")
-  parser.add_argument("--total_steps", default="2 epochs", help="of training on pseudo-labels")
+  parser.add_argument("--total_steps", default="1 epochs", help="of training on pseudo-labels")
   arguments = parser.parse_args()
   start_jax()
   workdir = Path(arguments.workdir)
@@ -44,7 +44,7 @@ def annotate(arguments: argparse.Namespace, workdir: Path) -> dict[str, float]:
   count = arguments.clusters or len(set(truths["train"]))
 
   model, params, tokenizer = llmjax.load(arguments.model)
-  length = min(256, model.cfg.max_len)
+  length = min(128, model.cfg.max_len)
   vectors, other = (
     llmjax.embed(model, params, tokenizer, [r["text"] for r in records], max_len=length)
     for records in (train, held_out)
