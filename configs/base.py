@@ -96,6 +96,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.eval = "validation"
   config.data.tokenizer = ConfigDict()  # {"name": "sentencepiece" | "hf" | "bytes" | "characters", ...}
   config.data.pack = True  # several documents a row, none sees another
+  config.data.longest = 512  # where seq_len is None it is the pretrained model's max_len, but at most this
   config.data.interleave = 1  # documents that a row reads in turn: more mix long documents better, and take memory
   config.data.epoch_tokens = optional(None, int)  # tokens in the training data; only durations in epochs need it
   config.data.workers = 2  # threads that read and tokenise

@@ -18,20 +18,21 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-# Instead of a size: the model of init_from as it is there, but for those of these that are set; and how it is trained.
-PRETRAINED: dict[str, Any] = {
-  "name": "pretrained",
-  **{key: optional(None, str) for key in ("dtype", "param_dtype", "remat")},
-  **{key: optional(None, float) for key in ("dropout", "attention_dropout", "mlp_dropout")},
-  "scan": optional(None, bool),
-  "max_len": optional(None, int),
-  "pooling": optional(None, str),
-  "pooler": optional(None, bool),
-  "lora_rank": optional(None, int),
-  "lora_alpha": optional(None, float),
-  "lora_dropout": optional(None, float),
-  "lora_targets": optional(None, str),
-}
+def pretrained() -> ConfigDict:
+  """Instead of a size: the model of init_from as it is there, but for those of these that are set."""
+  numbers = ("dropout", "attention_dropout", "mlp_dropout", "lora_alpha", "lora_dropout")
+  return ConfigDict(
+    {
+      "name": "pretrained",
+      **{key: optional(None, str) for key in ("dtype", "param_dtype", "remat", "pooling", "lora_targets")},
+      **{key: optional(None, float) for key in numbers},
+      **{key: optional(None, int) for key in ("max_len", "lora_rank")},
+      **{key: optional(None, bool) for key in ("scan", "pooler")},
+    }
+  )
+
+
+# How it is trained.
 FURTHER: dict[str, Any] = {"lr": 5e-5, "optim": {"name": "adamw", "weight_decay": 0.01}}
 
 
@@ -59,7 +60,7 @@ def make(arg: ConfigDict, size: Size, **tokenizer: Any) -> ConfigDict:
   config = base.get_config()
   if arg.init_from:
     config.init_from = arg.init_from
-    config.model = ConfigDict(PRETRAINED)
+    config.model = pretrained()
     size = {**size, **FURTHER}
   else:
     config.model.update(size["model"])

@@ -10,7 +10,8 @@ The argument chooses, separated by commas:
   train=FILES     your own data: a file or glob of JSONL or Parquet with prompt, chosen and rejected, texts or messages
   eval=FILES      what is held out; without it, a random tenth of `train` is
   variant=NAME    sigmoid (default, DPO), ipo or hinge
-  prompt=FIELD, chosen=FIELD, rejected=FIELD  what the fields of a record are called
+  prompt=FIELD, chosen=FIELD, rejected=FIELD  what the fields of a record are called; prompt=none where the answers are
+                  whole chats
   corpus=NAME     an entry of configs/corpora.py instead: preferences (default, no download)
   debug           the smallest shape and two steps, to see that everything works
 """
@@ -25,8 +26,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   own = {"prompt": None, "chosen": None, "rejected": None, "reference": None, "variant": "sigmoid"}
   arg = tasks.parse(arg, "preferences", **own)
   fields = {"prompt": arg.prompt, "chosen": arg.chosen, "rejected": arg.rejected}
-  config = tasks.make(arg, "decoder", fields)
-  config.seq_len = 512 if arg.init_from else 256
+  if arg.prompt == "none":
+    del fields["prompt"]
+  config = tasks.make(arg, "decoder", fields, seq_len=256, longest=512)
   if arg.init_from:
     config.optim.lr = 5e-6
   config.objective.update(
@@ -38,8 +40,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sft_weight=0.0,
   )
   config.auxiliary.reference = ConfigDict({"init_from": optional(arg.reference, str)})
-  config.model.dropout = 0.0  # the reference has none, and the two would differ by it
-  config = tasks.finish(config, arg, "none")
+  # The reference has no dropout, and the two would differ by it.
+  config.model.update(dropout=0.0, attention_dropout=0.0, mlp_dropout=0.0)
+  config = tasks.finish(config, arg, None)
   del config.evals.answers
-  config.checkpoint.best, config.checkpoint.best_is = "eval/heldout/accuracy", "most"
+  config.checkpoint.best = "eval/heldout/accuracy"
   return config

@@ -20,7 +20,7 @@ from llmjax.config import ConfigError, nearest, split_arg
 
 TASKS = ("gpt", "bert", "t5", "classify", "tag", "qa", "seq2seq", "sft", "dpo")
 LEARNED = (  # the adapters, and what a task has behind the last layer of its own
-  (r".*/lora_[ab]|head/.*|crf/.*|pooler/.*", True),
+  (r".*/lora_[ab]|head.*|crf/.*|pooler/.*", True),
   (r".*", False),
 )
 ADAPTERS = ((r".*/lora_[ab]", True), (r".*", False))
@@ -33,6 +33,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config = import_module(f"configs.{own.task}").get_config(rest)
   config.model.update(lora_rank=own.rank, lora_alpha=own.alpha, lora_dropout=0.05, lora_targets=own.targets)
   config.trainable = LEARNED if own.task in ("classify", "tag", "qa") else ADAPTERS
-  config.optim.lr = 1e-3 if config.init_from is None else 2e-4
   config.optim.weight_decay = 0.0
+  if own.task == "dpo":
+    config.model.lora_dropout = 0.0
+  else:
+    config.optim.lr = 1e-3 if config.init_from is None else 2e-4
   return config

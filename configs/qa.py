@@ -21,8 +21,7 @@ from configs import tasks
 def get_config(arg: str | None = None) -> ConfigDict:
   arg = tasks.parse(arg, "params", question=None, context=None, answers=None, no_answer=False)
   fields = {"question": arg.question, "context": arg.context, "answer": arg.answers or "answers"}
-  config = tasks.make(arg, "encoder", fields)
-  config.seq_len = 384 if arg.init_from else 256
+  config = tasks.make(arg, "encoder", fields, seq_len=256, longest=384)
   config.objective.update(
     name="span_qa", stride=128, max_question=64, max_answer=30, no_answer=arg.no_answer, no_answer_threshold=0.0
   )

@@ -27,8 +27,9 @@ BEST = {"rouge": "rougeL", "bleu": "bleu"}
 def get_config(arg: str | None = None) -> ConfigDict:
   own = {"source": None, "target": None, "targets": None, "eval_targets": None, "prefix": "", "metric": "rouge"}
   arg = tasks.parse(arg, "docstring_pairs", decoder=False, **own)
-  config = tasks.make(arg, "decoder" if arg.decoder else "both", {"source": arg.source, "target": arg.target})
-  config.seq_len = 512 if arg.init_from else 256
+  fields = {"source": arg.source, "target": arg.target}
+  config = tasks.make(arg, "decoder" if arg.decoder else "both", fields, seq_len=256, longest=512)
+  tasks.generation(config)
   config.objective.update(
     name="seq2seq",
     prefix=arg.prefix,
@@ -44,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if arg.metric == "rouge":
     same = {key: config.evals.answers.get_oneway_ref(key) for key in ("split", "limit")}
     config.evals.lead = ConfigDict({"name": "lead", "every": optional(None), "at": (), **same})
-  config = tasks.finish(config, arg, BEST.get(arg.metric, "rougeL"))
+  config = tasks.finish(config, arg, BEST.get(arg.metric))
   if arg.debug:
     config.objective.target_len = 16
   return config
@@ -61,4 +62,4 @@ def parallel(arg: ConfigDict, config: ConfigDict) -> ConfigDict:
       "targets": {"train": arg.targets, "validation": arg.eval_targets},
     }
   fields = {key: optional(config.objective[key], str) for key in ("source", "target")}
-  return ConfigDict({"name": "parallel", **one, **fields})
+  return ConfigDict({"name": "parallel", **one, **fields, "shuffle": True})

@@ -15,14 +15,17 @@ asked what Python functions do. The argument chooses, separated by commas:
 from ml_collections import ConfigDict
 
 from configs import tasks
-from llmjax.config import optional
+from llmjax.config import ConfigError, optional
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   arg = tasks.parse(arg, "docstring_pairs", messages=None, prompt=None, response=None)
-  pair = arg.train is None or arg.prompt is not None or arg.response is not None
+  if (arg.prompt is None) != (arg.response is None):
+    raise ConfigError("config arguments prompt=FIELD and response=FIELD belong together; give both, or neither")
+  pair = arg.prompt is not None or (arg.train is None and arg.messages is None)
   fields = {"source": arg.prompt, "target": arg.response} if pair else {"messages": arg.messages or "messages"}
-  config = tasks.make(arg, "decoder", fields)
+  config = tasks.make(arg, "decoder", fields, seq_len=256, longest=512)
+  tasks.generation(config)
   names = dict(config.objective)
   config.objective = ConfigDict(
     {
@@ -36,7 +39,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "response_len": 64,
     }
   )
-  config.seq_len = 512 if arg.init_from else 256
   config.data.pack = True  # many turns are short, and only answers bear loss
   config.data.interleave = 16
   config.total_steps = 1000

@@ -14,37 +14,40 @@ def parse(arg: str | None, corpus: str, **more: Any) -> ConfigDict:
   return parse_arg(arg, **own, debug=False, **more)
 
 
-def make(arg: ConfigDict, stacks: str, fields: dict[str, str | None], **tokenizer: Any) -> ConfigDict:
+def make(
+  arg: ConfigDict, stacks: str, fields: dict[str, str | None], *, seq_len: int = 128, longest: int = 128
+) -> ConfigDict:
   """All but the task's own metrics: model, data, recipe, and an objective that knows its fields.
 
   Args:
     stacks: of a model from scratch.
     fields: {key of the objective: field of a record}; None is what the corpus says, or the key itself, or of "pair" no
       such field.
-    tokenizer: of a model from scratch, what its vocabulary has besides.
+    seq_len: of a model from scratch; `longest`: at most, of a pretrained one.
   """
   config = base.get_config()
   size = common.find_size(arg, stacks)
-  config.seq_len, config.batch_size = min(size["seq_len"], 128), 32
+  config.seq_len, config.batch_size = longest if arg.init_from else seq_len, 32
+  config.objective = ConfigDict(choose_data(config, arg, fields))
   config.data.tokenizer = ConfigDict({"name": "sentencepiece", "vocab_size": 4096, "path": optional(None, str)})
-  config.data.tokenizer.update(tokenizer)
   if arg.init_from:
     config.init_from = arg.init_from
-    config.model = ConfigDict(common.PRETRAINED)
+    config.model = common.pretrained()
+    config.data.longest, config.seq_len = config.seq_len, optional(None, int)
   else:
     config.model.update(size["model"], head_bias=True, dropout=0.1)
+    config.model.max_len = optional(None, int)
     config.model.pooling = "last" if stacks == "decoder" else "first"
   config.optim.lr = 5e-5 if arg.init_from else 1e-3
   config.optim.weight_decay = 0.01
   config.schedule = ConfigDict({"name": "linear", "warmup": optional("10%"), "final": 0.0})
   config.data.pack = False  # an update is as many examples as it says
   config.total_steps = "3 epochs"
-  config.objective = ConfigDict(choose_data(config, arg, fields))
   base.task_evals(config)
   return config
 
 
-def choose_data(config: ConfigDict, arg: ConfigDict, fields: dict[str, str | None]) -> dict[str, str]:
+def choose_data(config: ConfigDict, arg: ConfigDict, fields: dict[str, str | None]) -> dict[str, Any]:
   """Sets config.data's corpus and splits; returns the fields of its records."""
   if arg.train is None:
     if arg.eval is not None:
@@ -62,14 +65,23 @@ def choose_data(config: ConfigDict, arg: ConfigDict, fields: dict[str, str | Non
   return {key: optional(field, str) for key, field in found.items()}
 
 
-def finish(config: ConfigDict, arg: ConfigDict, best: str) -> ConfigDict:
+def generation(config: ConfigDict) -> None:
+  """How the answers of a task that writes texts are found when they are measured, and for how many records."""
+  config.evals.answers.update(
+    limit=optional(500), num_beams=1, max_new_tokens=optional(None, int), length_penalty=optional(None, float)
+  )
+
+
+def finish(config: ConfigDict, arg: ConfigDict, best: str | None) -> ConfigDict:
   """The config, which keeps the checkpoint with the most of a metric; with `debug`, with little of all that takes
   time."""
-  config.checkpoint.best, config.checkpoint.best_is = f"eval/answers/{best}", "most"
+  config.checkpoint.best_is = "most"
+  if best is not None:
+    config.checkpoint.best = f"eval/answers/{best}"
   if arg.debug:
-    config.total_steps, config.batch_size, config.seq_len = 2, 8, min(config.seq_len, 128)
+    config.total_steps, config.batch_size = 2, 8
     if not arg.init_from:
-      config.model.max_len = config.seq_len
+      config.seq_len = min(config.seq_len, 128)
     config.data.tokenizer.vocab_size = 512
     config.evals.heldout.max_batches = 2
     config.evals.answers.limit = 8

@@ -25,6 +25,7 @@ from llmjax.config import ConfigError, default_config
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
+HEAD = {"head": "lm", "num_classes": 0, "crf": False}  # of a model, which no config says: that of older ones
 SECTIONS = (
   "model",
   "data",
@@ -75,7 +76,7 @@ def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
   for key, default in default_config().items():
     value = config.setdefault(key, default)
     if key in SECTIONS and (key != "model" or value.get("name") == default["name"]):
-      config[key] = {**default, **value}
+      config[key] = {**default, **(HEAD if key == "model" else {}), **value}
   if manifest["model"].get("name") == config["model"].get("name"):
     manifest["model"] = {**config["model"], **manifest["model"]}
   return manifest

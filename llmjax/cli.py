@@ -300,11 +300,15 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
   config, tokenizer = pretrained.model.cfg, pretrained.tokenizer
   separate = config.stacks == "both"  # the decoder has a text of its own, which does not go on from the prompt
   if arguments.chat:
-    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    learned = source.config["objective"] or {}
+    said = learned.get("system") if arguments.system is None else arguments.system
+    system = [] if said is None else [{"role": "system", "content": said}]
     messages = [*system, {"role": "user", "content": prompt}]
-    template = chat.or_default(tokenizer.chat_templates, (source.config["objective"] or {}).get("template"))
+    template = chat.or_default(tokenizer.chat_templates, learned.get("template"))
     ids = tokenizer.chat(messages, add_generation_prompt=True, template=template)
-    settings.setdefault("eos_id", end_tokens(tokenizer, template))
+    ends = settings.get("eos_id")
+    ends = () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+    settings["eos_id"] = tuple(dict.fromkeys((*ends, *end_tokens(tokenizer, template))))
   else:
     ids = encode_prompt(pretrained.model, tokenizer, prompt)
   ids, count = fit(ids, config.max_len, arguments.max_new_tokens, separate, settings.pop("max_new_tokens", 200))

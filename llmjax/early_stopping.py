@@ -22,6 +22,19 @@ def check_metric(name: str | None, best_is: str, evals: Mapping[str, Any], key: 
     raise ConfigError(f"{key}={name!r} is none of the run's measurements: {known or 'there are no evals'}")
 
 
+def value_of(metric: str, measured: Mapping[str, float], key: str) -> float | None:
+  """A metric among what was measured; None where its evaluation was not due.
+
+  Raises:
+    ConfigError: its evaluation has no such number.
+  """
+  entry = "/".join(metric.split("/")[:2]) + "/"
+  found = [name for name in measured if name.startswith(entry)]
+  if found and metric not in measured:
+    raise ConfigError(f"{key}={metric!r} was not measured; {nearest(metric, found)}")
+  return measured.get(metric)
+
+
 @dataclasses.dataclass
 class EarlyStopping:
   """Counts evaluations that did not beat the best; its state is JSON, and goes with the checkpoints.
@@ -43,32 +56,28 @@ class EarlyStopping:
     if self.patience < 1:
       raise ConfigError(f"early_stopping.patience={self.patience} must be at least 1")
 
-  def update(self, measured: Mapping[str, float]) -> bool:
-    """Takes what an evaluation measured, if the metric is among it; whether it is time to stop.
+  @property
+  def over(self) -> bool:
+    """Whether it is time to stop."""
+    return self.metric is not None and self.failures >= self.patience
 
-    Raises:
-      ConfigError: the metric's evaluation has no such number.
-    """
-    if self.metric is None:
+  def update(self, measured: Mapping[str, float]) -> bool:
+    """Takes what an evaluation measured, if the metric is among it; whether it is time to stop."""
+    value = None if self.metric is None else value_of(self.metric, measured, "early_stopping.metric")
+    if value is None:
       return False
-    entry = "/".join(self.metric.split("/")[:2]) + "/"
-    if self.metric not in measured:
-      found = [name for name in measured if name.startswith(entry)]
-      if found:
-        raise ConfigError(f"early_stopping.metric={self.metric!r} was not measured; {nearest(self.metric, found)}")
-      return False
-    value = measured[self.metric]
     sign = 1 if self.best_is == "least" else -1
     if math.isfinite(value) and (self.best is None or sign * value < sign * self.best):
       self.best, self.failures = value, 0
     else:
       self.failures += 1
-    return self.failures >= self.patience
+    return self.over
 
   @property
   def state(self) -> dict[str, Any]:
-    return {"best": self.best, "failures": self.failures}
+    return {"metric": self.metric, "best_is": self.best_is, "best": self.best, "failures": self.failures}
 
   def restore(self, state: Mapping[str, Any] | None) -> None:
-    """What `state` gave; None is the beginning."""
-    self.best, self.failures = (None, 0) if state is None else (state["best"], state["failures"])
+    """What `state` gave; None, or the state of another metric, is the beginning."""
+    same = state is not None and (state["metric"], state["best_is"]) == (self.metric, self.best_is)
+    self.best, self.failures = (state["best"], state["failures"]) if state is not None and same else (None, 0)

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from llmjax import metrics as metriclib
-from llmjax import optim, sharding
-from llmjax.config import ConfigError, build, resolve
+from llmjax import optim, sharding, task_metrics
+from llmjax.config import ConfigError, build, resolve, to_dict
 from llmjax.data import pipeline
 from llmjax.data.records import fields
 from llmjax.data.source import thin
@@ -165,7 +165,9 @@ def answers(
   split: str | None = None,
   limit: int | None = None,
   batch_tokens: int = BATCH_TOKENS,
-  **generation: Any,
+  max_new_tokens: int | None = None,
+  num_beams: int | None = None,
+  length_penalty: float | None = None,
 ) -> Evaluator:
   """What the objective's task measures of its answers to a split; see `Task.measure`.
 
@@ -175,9 +177,12 @@ def answers(
     split: of config.data.corpus; None is config.data.eval.
     limit: only so many records, evenly spaced.
     batch_tokens: rows times length of a batch.
-    generation: keywords of `llmjax.generate`, where the task writes texts.
+    max_new_tokens, num_beams, length_penalty: of `llmjax.generate`, where the task writes texts; None as it has them.
   """
   task = check_task(program.objective)
+  task_metrics.require(task.libraries)
+  asked = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "length_penalty": length_penalty}
+  generation = {name: value for name, value in asked.items() if value is not None}
   records = answered(program, task, split, limit)
   settings = Settings(batch_tokens, program.mesh, program.rules, generation)
 
@@ -302,7 +307,12 @@ def evaluate_checkpoint(
     data: a file or glob, every record of which is held out.
   """
   with open_path(path) as source:
-    if config is None:
+    if config is not None:
+      config = to_dict(config)
+      known = source.config["objective"]
+      if known["name"] == config["objective"]["name"]:  # what a run has found out counts, not what its data say now
+        config["objective"] |= {k: known[k] for k, v in config["objective"].items() if v is None and k in known}
+    else:
       config = source.config
       if not trust:
         resolve(config["model"]["name"], MODELS, "model", trust=False)

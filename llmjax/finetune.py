@@ -88,6 +88,8 @@ def layer_scales(params: Mapping[str, Any], cfg: TransformerConfig, decay: float
   Raises:
     ConfigError: `decay` is not in (0, 1].
   """
+  if not isinstance(cfg, TransformerConfig):
+    raise ConfigError("optim.layer_decay needs a model whose layers are known, and this is one of your own; unset it")
   if not 0 < decay <= 1:
     raise ConfigError(f"optim.layer_decay={decay} must be above 0 and at most 1; none turns it off")
   depths = {"encoder": cfg.encoder_layers, "decoder": cfg.decoder_layers}
@@ -157,7 +159,7 @@ def _add(kernel: Any, a: Any, b: Any, scale: float) -> Any:
 
 def check_targets(params: Mapping[str, Any], cfg: TransformerConfig) -> None:
   """Raises ConfigError where adapters are asked for, and no projection matches."""
-  if cfg.lora is not None and not any(map(is_adapter, flatten(params))):
+  if getattr(cfg, "lora", None) is not None and not any(map(is_adapter, flatten(params))):
     kernels = [path.removesuffix("/kernel") for path in flatten(params) if re.search(r"/kernel$", path)]
     raise ConfigError(
       f"model.lora_targets={cfg.lora_targets!r} matches no projection; a regex must match a whole path, of "

@@ -59,6 +59,13 @@ def check_task(objective: Objective) -> Task:
   return objective
 
 
+def check_generation(task: Task, generation: Mapping[str, Any]) -> None:
+  """Raises ConfigError where a task that writes nothing is told how to."""
+  if generation and not task.generates:
+    name = next(iter(generation))
+    raise ConfigError(f"{name}={generation[name]!r} is for tasks that write texts, not {type(task).__name__}; unset it")
+
+
 def predict(
   model: Any, params: Any, task: Task, records: Sequence[Record], settings: Settings | None = None
 ) -> list[Result]:
@@ -68,6 +75,7 @@ def predict(
     ConfigError: a record that the task cannot read, with its number.
   """
   settings = Settings() if settings is None else settings
+  check_generation(task, settings.generation)
   windows = [_windows(task, record, number) for number, record in enumerate(records)]
   flat = [features for each in windows for features in each]
   make = _write if task.generates else _decode
@@ -221,12 +229,15 @@ def predict_file(
     raise ConfigError(f"--min_confidence={min_confidence} must be from 0 to 1")
   with open_path(path) as source:
     task = check_task(source.objective(trust))
+    check_generation(task, generation or {})
+    if min_confidence is not None and not task.confident:
+      raise ConfigError(f"--min_confidence={min_confidence}: the model's answers have no confidence; leave it out")
+    lines = list(_read_lines(source_file, task))
+    if not lines:
+      raise ConfigError(f"--input={input}: the file is empty")
     rules = {**sharding.RULES, **source.config["rules"]}
     devices = sharding.make_mesh(mesh or {"data": -1})
     loaded: Pretrained = source.load(trust, devices, rules)
-  if min_confidence is not None and task.generates:
-    raise ConfigError(f"--min_confidence={min_confidence}: a {type(task).__name__} has no confidence; leave it out")
-  lines = list(_read_lines(source_file, task))
   good = [record for _, record, _ in lines if record is not None]
   bad = [f"{source_file}:{number}: {error}" for number, record, error in lines if record is None]
   settings = Settings(batch_tokens, devices, rules, generation or {})

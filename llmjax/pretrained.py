@@ -200,7 +200,8 @@ def load_params(path: str | Path, model: nn.Module, abstract: Any, rules: Rules 
     ConfigError: a parameter of another shape or in the body of the model is missing; a rule that matches nothing.
   """
   for rule in rules:
-    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+    pair = isinstance(rule, (tuple, list)) and len(rule) == 2
+    if not pair or not isinstance(rule[0], str) or not isinstance(rule[1], (str, type(None))):
       raise ConfigError(f"init_map: {rule!r} is not a rule; a rule is (regex, name there or None)")
     try:
       matched = [re.sub(rule[0], rule[1] or "", name) for name in flatten(abstract) if re.fullmatch(rule[0], name)]
@@ -262,6 +263,8 @@ def with_head(
     model_type: the family that the model is of, where one is known.
     asked: config.model; what it says of the fields of HEAD_FIELDS goes before what families have.
   """
+  if spec["name"] not in MODELS:  # a model of one's own knows what it is made for
+    return dict(spec)
   if spec.get("head", head["head"]) == head["head"]:
     return {**spec, **head}
   known = FAMILIES[model_type].heads.values() if model_type is not None and model_type in FAMILIES else ()
@@ -413,8 +416,10 @@ def _open_folder(path: str, place: Path) -> Source:
       if fresh:
         raise _other_head(path, fresh[0], (cfg.num_classes,), (folder.cfg.num_classes,))
 
+    kept = _shared(folder, cfg.head)
+
     def skip(name: str) -> bool:
-      other = cfg.head != folder.cfg.head and name.startswith(OUTPUTS)
+      other = cfg.head != folder.cfg.head and name.startswith(OUTPUTS) and name not in kept
       return other or name_there(rules, name) is None
 
     return huggingface.read_params(folder, cfg, abstract, skip, may_be_fresh)
@@ -424,6 +429,18 @@ def _open_folder(path: str, place: Path) -> Source:
 
   spec = {"name": "transformer", **dataclasses.asdict(folder.cfg)}
   return Source(path, place, _describe(folder, spec), read_params, read_tokenizer)
+
+
+def _shared(folder: huggingface.Folder, kind: str) -> set[str]:
+  """Parameters behind the last layer that a folder's architecture shares with its family's for another kind of head, as
+  ModernBERT's do the projection before it."""
+
+  def held(head: family.Head) -> set[tuple[str, str]]:
+    return {(path, tensor) for tensor, parts in head.names.items() for path, _ in parts}
+
+  heads = folder.family.heads
+  other = next((held(head) for head in heads.values() if head.fields.get("head", "lm") == kind), set())
+  return {path for path, _ in held(heads[folder.architecture]) & other}
 
 
 def _open_adapter(path: str, base: Source) -> Source:

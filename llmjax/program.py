@@ -21,8 +21,9 @@ from llmjax import finetune, optim, sharding, step
 from llmjax import metrics as metriclib
 from llmjax.config import ConfigError, build
 from llmjax.data import tokenizer as tokenizers
-from llmjax.data.source import SOURCES
+from llmjax.data.source import SOURCES, parse_split
 from llmjax.models.transformer import MODELS
+from llmjax.objectives.task import Task
 from llmjax.pretrained import SAME, abstract_params, load_params, make_objective, open_path, same_model, with_head
 from llmjax.types import Batch, Objective, probe
 
@@ -39,6 +40,7 @@ class Program:
   mesh: Mesh
   rules: sharding.Rules
   total_steps: int
+  epoch_examples: Callable[[], int | None]  # how many rows an epoch is, see `count_examples`
   learning_rate: Callable[[int], float]  # step -> rate
   state_shapes: step.TrainState  # of ShapeDtypeStruct
   state_shardings: step.TrainState  # of NamedSharding
@@ -66,7 +68,7 @@ class Program:
 
   def steps(self, value: Any, key: str) -> int | None:
     """A duration of this config in steps."""
-    return to_steps(self.config, self.total_steps)(value, key)
+    return to_steps(self.config, self.total_steps, self.epoch_examples)(value, key)
 
   @property
   def abstract_params(self) -> Any:
@@ -152,7 +154,28 @@ class Program:
       return 3 * metriclib.forward_flops(loss, self.abstract_params, batch, others)
 
 
-def to_steps(config: Mapping[str, Any], total_steps: int | None) -> Callable[[Any, str], int | None]:
+def count_examples(config: Mapping[str, Any], objective: Objective, tokenizer: Any) -> int | None:
+  """How many rows an epoch of the training split is, where each example has one of its own; else None.
+
+  Reads and tokenises all of the split.
+
+  Raises:
+    ConfigError: a record that cannot be learned from, with its number.
+  """
+  if objective.packing != "never" and (config["data"]["pack"] or not isinstance(objective, Task)):
+    return None
+  count = 0
+  for index, record in enumerate(open_source(config, config["data"]["train"])):
+    try:
+      count += sum(1 for _ in objective.examples(record, tokenizer, config["seq_len"], False))
+    except ConfigError as error:
+      raise ConfigError(f"record {index} (from 0) of data.train: {error}") from error
+  return count
+
+
+def to_steps(
+  config: Mapping[str, Any], total_steps: int | None, epoch_examples: Callable[[], int | None]
+) -> Callable[[Any, str], int | None]:
   """The converter of this config's durations."""
   return lambda value, key: cfglib.duration(
     value,
@@ -161,7 +184,7 @@ def to_steps(config: Mapping[str, Any], total_steps: int | None) -> Callable[[An
     seq_len=config["seq_len"],
     total_steps=total_steps,
     epoch_tokens=config["data"]["epoch_tokens"],
-    epoch_examples=lambda: None if config["data"]["pack"] else len(open_source(config, config["data"]["train"])),
+    epoch_examples=epoch_examples,
   )
 
 
@@ -239,8 +262,14 @@ def make_model(spec: Mapping[str, Any], vocab_size: int, seq_len: int, *, trust:
   return build(spec, MODELS, "model", trust=trust), spec
 
 
+def labelled_split(split: str) -> str:
+  """The split that labels are looked for in: of a file of one's own all, since a rare one may be held out by chance."""
+  name, _, _ = parse_split(split)
+  return split if name else ""
+
+
 def make_auxiliary(config: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
-  """{name: model} of config.auxiliary: that of its PATH, and without one the run's own, but for its adapters."""
+  """{name: model} of config.auxiliary: that of its PATH, and without one the run's own."""
   asked = config["auxiliary"]
   for name in {*objective.auxiliary, *asked}:
     if name not in asked or name not in objective.auxiliary:
@@ -253,7 +282,7 @@ def make_auxiliary(config: Mapping[str, Any], objective: Objective) -> dict[str,
     if set(entry) != {"init_from"}:
       raise ConfigError(f"auxiliary.{name}={entry!r} must be {{'init_from': a PATH, or None}}")
     if entry["init_from"] is None:
-      models[name] = build({**config["model"], "lora_rank": 0}, MODELS, "model")
+      models[name] = build(config["model"], MODELS, "model")
       continue
     with open_path(entry["init_from"]) as source:
       models[name] = source.make_model(dtype=config["model"]["dtype"])
@@ -271,17 +300,19 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
     ConfigError: anything in the config that cannot work, one line.
   """
   config = cfglib.to_dict(config)
+  spec, family = config["model"], None
+  if spec.get("name") == SAME:
+    spec, family = same_model(config)
+    if config["seq_len"] is None:
+      config["seq_len"] = min(config["data"]["longest"], spec["max_len"] or config["data"]["longest"])
   check(config)
   tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
-  spec, family = config["model"], None
-  if spec["name"] == SAME:
-    spec, family = same_model(config)
   objective = make_objective(
     config["objective"],
     tokenizer,
     config["seq_len"],
     spec,
-    records=lambda: open_source(config, config["data"]["train"]),
+    records=lambda: open_source(config, labelled_split(config["data"]["train"])),
   )
   config["objective"] |= objective.decided
   spec = with_head(spec, objective.head, family, config["model"])
@@ -299,9 +330,10 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
       f"mesh.data x mesh.fsdp; use a multiple of {parts * config['accum']}, or change mesh or accum"
     )
 
-  total_steps = to_steps(config, None)(config["total_steps"], "total_steps")
+  epoch = functools.cache(lambda: count_examples(config, objective, tokenizer))
+  total_steps = to_steps(config, None, epoch)(config["total_steps"], "total_steps")
   assert total_steps is not None
-  schedule = optim.make_schedule(config["schedule"], total_steps, to_steps(config, total_steps))
+  schedule = optim.make_schedule(config["schedule"], total_steps, to_steps(config, total_steps, epoch))
   peak = config["optim"]["lr"]
 
   with sharding.use(mesh, rules):
@@ -343,6 +375,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
     mesh=mesh,
     rules=rules,
     total_steps=total_steps,
+    epoch_examples=epoch,
     learning_rate=lambda s: peak * schedule(s),
     state_shapes=state_shapes,
     state_shardings=state_shardings,

@@ -16,6 +16,7 @@ from llmjax.step import TrainState
 FIXED = (
   *("model", "objective", "seed", "batch_size", "seq_len", "optim.name", "optim.ema_decay"),
   *("data.corpus", "data.train", "data.tokenizer", "data.pack", "data.interleave"),
+  *("trainable", "auxiliary"),
 )
 # What of it may change all the same.
 FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout", "model.mlp_dropout")
@@ -76,12 +77,14 @@ def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
 def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path) -> dict[str, tuple[Any, Any]]:
   """What changed since the run in `workdir`, as {key: (old, new)}; refuses what it cannot be continued with."""
   changed = differences(earlier["config"], manifest["config"])
+  frozen = manifest["config"]["auxiliary"].values()
+  fixed = (*FIXED, *(["init_from"] if any(entry["init_from"] is None for entry in frozen) else []))
   way_out = "change it back, use another --workdir, or --fresh to move the old run aside"
   same_data = earlier["data_fingerprint"] == manifest["data_fingerprint"]
   for key, (old, new) in changed.items():
     if same_data and key == "data.corpus.files":
       continue  # the same text in another place
-    if key not in FREE and any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
+    if key not in FREE and any(key == f or key.startswith(f + ".") for f in fixed):
       raise ConfigError(f"{workdir} holds a run with {key}={old!r}, now {new!r}; {way_out}")
   if not same_data:
     raise ConfigError(f"{workdir} holds a run on other data: the content of data.corpus has changed; {way_out}")
@@ -96,10 +99,11 @@ def set_aside(workdir: Path) -> None:
     print(f"moved the earlier run to {workdir}.{number}")
 
 
-def finished(workdir: Path, manifest: dict[str, Any], step: int) -> str:
-  """The last words of a run."""
+def finished(workdir: Path, manifest: dict[str, Any], step: int, early: bool = False) -> str:
+  """The last words of a run; `early`: it stopped before its end."""
   numbers = ", ".join(f"{k} {v:.4f}" for k, v in manifest.get("metrics", {}).items() if isinstance(v, float))
-  return (
-    f"{workdir} is finished at {step:,} steps: {numbers or 'no evaluations'}\n"
-    f"to extend it, repeat the command with --config.total_steps={2 * step}"
+  return f"{workdir} is finished at {step:,} steps: {numbers or 'no evaluations'}\n" + (
+    "to go on all the same, repeat the command with a larger --config.early_stopping.patience"
+    if early
+    else f"to extend it, repeat the command with --config.total_steps={2 * step}"
   )

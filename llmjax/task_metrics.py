@@ -362,6 +362,12 @@ def _check_label(name: str, i: int, label: str, index: dict[str, int]) -> None:
     )
 
 
+def require(modules: Sequence[str]) -> None:
+  """Raises ConfigError where a library that a metric needs is missing."""
+  for module in modules:
+    _library(module)
+
+
 def _library(module: str) -> Any:
   try:
     return importlib.import_module(module)

@@ -20,7 +20,7 @@ from llmjax import sharding
 from llmjax.checkpoint import Checkpoints, make_manifest
 from llmjax.config import ConfigError, build, to_dict
 from llmjax.data.pipeline import TrainStream, merge_cursors
-from llmjax.early_stopping import EarlyStopping, check_metric
+from llmjax.early_stopping import EarlyStopping, check_metric, value_of
 from llmjax.evaluate import EVALUATORS, WHEN, record
 from llmjax.pretrained import INHERITED, inherited
 from llmjax.program import Program, make_program, open_source
@@ -74,17 +74,14 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   state, first, cursor = restore(program, checkpoints)
   if cursor is not None:
     stream.restore(cursor)
-  stopped_early = False
-  if first:
-    found = checkpoints.read(first, "manifest").get("early_stopping")
-    stopper.restore(found)
-    stopped_early = stopper.metric is not None and stopper.failures >= stopper.patience
+  before: dict[str, Any] = checkpoints.read(first, "manifest") if first else {}
+  stopper.restore(before.get("early_stopping"))
   total, tokens_per_step = program.total_steps, config["batch_size"] * config["seq_len"]
   say = print if leader else (lambda *_: None)
-  if first >= total or stopped_early:
+  if first >= total or stopper.over:
     stream.close()
     checkpoints.close()
-    say(finished(workdir, earlier or manifest, first))
+    say(finished(workdir, earlier or manifest, first, early=first < total))
     return dict((earlier or {"metrics": {}})["metrics"])
   if first:
     news = "; changed: " + ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items()) if changed else ""
@@ -123,6 +120,8 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           measured[1][record(name, what)] = float(value)
     new = measured[1]
     results.update(new)
+    if best is not None:
+      value_of(best, new, "checkpoint.best")  # says when there is none
     if new:
       writer.write(step, new)
       if progress:
@@ -133,11 +132,15 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     said = manifest | {"early_stopping": stopper.state}
     checkpoints.save(step, state, cursors, said, measured[1] if measured[0] == step else {})
 
+  done, enough = first, False
   try:
     if first == 0:
       evaluate(0)
+    elif any(when(first) for _, when in evals.values()) and not before["metrics"]:
+      evaluate(first)  # the run was interrupted before it could
+      enough = stopper.update(measured[1])
     with sharding.use(program.mesh, program.rules), interruption() as interrupted:
-      for step in range(first, total):
+      for step in range(first, first if enough else total):
         profile(step)
         batch = program.put(next(stream), config["batch_size"])
         rate = jax.device_put(np.float32(program.learning_rate(step)), program.replicated)
@@ -147,7 +150,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           state, new = program.train_step(state, batch, key, rate, auxiliary)
         done = step + 1
         meter.add(done, new, done % log_every == 0 or step == first or done == total)
-        stopping, enough = interrupted() and done < total, False
+        stopping = interrupted() and done < total
         if not stopping and any(when(done) for _, when in evals.values()):
           with meter.paused(done):
             try:
@@ -177,8 +180,8 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
       progress.close()
     checkpoints.close()
   if enough:
-    say(f"{stopper.metric} has not been better than {stopper.best:.4f} for {stopper.patience} evaluations")
-  say(finished(workdir, manifest | {"metrics": results}, done))
+    say(f"{stopper.metric} has not been better than {stopper.best} for {stopper.patience} evaluations")
+  say(finished(workdir, manifest | {"metrics": results}, done, early=enough))
   return results
 
 

@@ -53,6 +53,16 @@ class Tokens:
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     return cls(ids=ids, positions=positions, segments=mask, token_types=token_types)
 
+  def select(self, hidden: Array, which: str) -> Array:
+    """Of hidden states [B L D] those [B D] of the "first" or the "last" real token of every row, or their "mean", which
+    is float32; a row without tokens gives any of them, and 0 for the mean."""
+    real = self.segments > 0
+    if which == "mean":
+      total = jnp.sum(hidden.astype(jnp.float32) * real[:, :, None], axis=1)
+      return total / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
+    place = jnp.argmax(real, axis=1) if which == "first" else real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+
 
 @struct.dataclass
 class Batch:

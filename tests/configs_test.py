@@ -211,3 +211,10 @@ def test_every_config_builds_and_traces_abstractly(home, reference):
       {name: abstract_params(model) for name, model in built.auxiliary.items()},
     )
   assert jax.tree.structure(state) == jax.tree.structure(built.state_shapes) and "loss" in metrics
+
+
+def test_a_config_does_not_change_another():
+  first = cfglib.to_dict(load("classify:init_from=a,train=b.csv"))
+  for other in ("lora:init_from=a", "lora:task=classify,init_from=a", "dpo:init_from=a", "bert:init_from=a"):
+    load(other)
+  assert cfglib.to_dict(load("classify:init_from=a,train=b.csv")) == first

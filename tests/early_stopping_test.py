@@ -1,5 +1,7 @@
 """A run stops when a metric no longer becomes better, also one that was interrupted; the best checkpoint has a name."""
 
+import contextlib
+import itertools
 import json
 
 import pytest
@@ -14,12 +16,15 @@ def test_patience_counts_evaluations_that_did_not_beat_the_best():
   stopper = EarlyStopping("eval/x/f1", "most", 2)
   values = [0.1, 0.3, 0.3, 0.2, 0.4]
   assert [stopper.update({"eval/x/f1": v}) for v in values] == [False, False, False, True, False]
-  assert stopper.state == {"best": 0.4, "failures": 0}
+  assert stopper.state == {"metric": "eval/x/f1", "best_is": "most", "best": 0.4, "failures": 0}
   assert not stopper.update({"eval/y/f1": 9.0}) and stopper.failures == 0  # another evaluation
   assert not stopper.update({"eval/x/f1": float("nan")}) and stopper.failures == 1
   again = EarlyStopping("eval/x/f1", "most", 2)
   again.restore(json.loads(json.dumps(stopper.state)))
   assert again == stopper
+  other = EarlyStopping("eval/x/loss", "least", 2)
+  other.restore(stopper.state)
+  assert other.best is None and other.failures == 0
   with pytest.raises(ConfigError, match=r"'eval/x/f1' was not measured; did you mean `eval/x/f1_macro`"):
     stopper.update({"eval/x/f1_macro": 1.0})
   assert not EarlyStopping(None, "least", 1).update({"eval/x/f1": 1.0})
@@ -54,6 +59,20 @@ def test_a_run_stops_early_and_an_interrupted_one_at_the_same_step(home, capsys,
     train.run(config, home / "lost")
   monkeypatch.setattr(train.Meter, "add", step)
   assert train.run(config, home / "lost") == first
+  assert "is finished at 4 steps" in capsys.readouterr().out
+
+  calls = itertools.count(1)
+
+  @contextlib.contextmanager
+  def signal():
+    yield lambda: next(calls) == 3
+
+  interruption = train.interruption
+  monkeypatch.setattr(train, "interruption", signal)
+  with pytest.raises(KeyboardInterrupt):
+    train.run(config, home / "signalled")
+  monkeypatch.setattr(train, "interruption", interruption)
+  assert train.run(config, home / "signalled") == first
   assert "is finished at 4 steps" in capsys.readouterr().out
 
   assert locate(home / "lost" / "checkpoints" / "best") == (home / "lost", 4)  # the least loss

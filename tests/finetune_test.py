@@ -5,6 +5,8 @@ import functools
 import json
 import re
 import shutil
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from cases import (
   make_batch,
   parameters,
 )
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 import llmjax
@@ -32,6 +35,7 @@ from llmjax.finetune import flatten, is_adapter, join, layer_scales, merge_lora,
 from llmjax.models.layout import stack, unstack
 from llmjax.models.transformer import Transformer
 from llmjax.program import make_program, open_source
+from llmjax.types import Outputs
 
 LORA = ((r".*lora_[ab]", True), (r".*", False))
 FEW, ALL = r".*attention/(query|value)", r"(en|de)coder/.*"
@@ -318,7 +322,7 @@ def folder(tmp_path_factory):
 def config(home, objective, changes):
   """A tiny run; `changes` are {dotted key: value}."""
   found = cfglib.load_config(["--config=base"])
-  labelled = objective["name"] == "classification"
+  labelled = objective["name"] in ("classification", "preference")
   found.data.corpus = ConfigDict(
     {"name": "jsonl" if labelled else "text", "files": str(home / f"t.{'jsonl' if labelled else 'txt'}")}
   )
@@ -395,7 +399,7 @@ def test_a_run_goes_on_where_it_was_and_freezes_what_it_should(folder):
 
 
 def test_a_run_of_before_these_keys_goes_on(folder):
-  keys = ("trainable", "init_map", "auxiliary", "optim/lr_scale", "optim/layer_decay")
+  keys = ("trainable", "init_map", "auxiliary", "optim/lr_scale", "optim/layer_decay", "model/crf", "model/num_classes")
   keys += tuple(f"model/lora_{key}" for key in ("rank", "alpha", "dropout", "targets"))
   shutil.copytree(folder / "masked", folder / "older")
   for manifest in (folder / "older" / "checkpoints").glob("*/manifest/metadata"):
@@ -506,3 +510,74 @@ def test_adapters_alone_are_the_run_again(folder):
   assert_equal(parts(state, "params") | parts(state, "frozen"), flatten(want.params))
   with pytest.raises(ConfigError, match=r"did not start from a model \(init_from\)"):
     export_adapter(str(folder / "causal"), str(folder / "none"))
+
+
+PREFERENCE = {"name": "preference", "prompt": "text", "chosen": "label", "rejected": "text", "sft_weight": 0.1}
+
+
+def test_a_reference_is_what_the_run_starts_from_with_its_adapters(folder):
+  """Also after a restart, to the bit."""
+  decoder = {"model.encoder_layers": 0, "model.decoder_layers": 2, "model.lora_rank": 2}
+  adapters = {"trainable": ((r".*lora_[ab]", True), (r".*", False)), "optim.lr": 0.1}
+  adapters["schedule"] = ConfigDict({"name": "constant", "warmup": None})
+  run(folder, "sft", decoder | adapters | {"init_from": str(folder / "causal")}, {"name": "causal_lm"})
+  tuned = (
+    decoder | adapters | {"init_from": str(folder / "sft"), "auxiliary.reference": ConfigDict({"init_from": None})}
+  )
+  program = make_program(config(folder, PREFERENCE, tuned))
+  state = program.init(program.starting_params()[0])
+  stream = train.make_stream(program, open_source(program.config, "train"), prefetch=0)
+  batch = program.put(next(stream), 8)
+  stream.close()
+  measured = program.eval_step(program.eval_params(state), batch, program.auxiliary_params)
+  loss, margin = (float(measured[name][0] / measured[name][1]) for name in ("loss", "margin"))
+  np.testing.assert_allclose([loss, margin], [np.log(2), 0], atol=1e-6)
+  whole = run(folder, "dpo", tuned | {"total_steps": 4}, PREFERENCE)
+  run(folder, "dpo-halves", tuned, PREFERENCE)
+  assert_equal(run(folder, "dpo-halves", tuned | {"total_steps": 4}, PREFERENCE), whole)
+  with pytest.raises(ConfigError, match=r"holds a run with init_from="):
+    run(
+      folder, "dpo", tuned | {"total_steps": 5, "init_from": str(folder / "causal"), "model.lora_rank": 2}, PREFERENCE
+    )
+
+
+class Own(nn.Module):
+  """A model of one's own, with as little of a config as may be."""
+
+  cfg: Any
+  vocab_size: int
+
+  @nn.compact
+  def __call__(self, batch):
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.1), ("vocab", "embed"))
+    table = self.param("table", init, (self.vocab_size, 8))
+    return Outputs(logits=jnp.take(table, batch.inputs.ids, axis=0) @ table.T)
+
+
+def make_own(vocab_size, max_len, width):
+  return Own(types.SimpleNamespace(max_len=max_len, dtype="float32", stacks="decoder"), vocab_size)
+
+
+def test_a_model_of_ones_own_needs_no_more_than_before(folder):
+  found = config(folder, {"name": "causal_lm"}, {})
+  found.model = ConfigDict({"name": "finetune_test:make_own", "vocab_size": None, "max_len": None, "width": 8})
+  found.optim.decay_mask = ((".*", True),)
+  assert make_program(found).num_params > 0
+  found.optim.layer_decay = 0.5
+  with pytest.raises(ConfigError, match=r"layer_decay needs a model whose layers are known"):
+    make_program(found)
+
+
+def test_an_epoch_is_every_example_once(folder):
+  assert make_program(config(folder, CLASSES, {"total_steps": "2 epochs"})).total_steps == 16
+  context = "one two three four five six seven. " * 4
+  (folder / "qa.jsonl").write_text(json.dumps({"question": "q", "context": context, "answers": []}) + "\n")
+  found = config(folder, CLASSES, {"total_steps": "8 epochs", "batch_size": 8})
+  found.data.corpus = ConfigDict({"name": "jsonl", "files": str(folder / "qa.jsonl"), "text": None})
+  found.objective = ConfigDict({"name": "span_qa", "stride": 4, "max_question": 4, "no_answer": True})
+  program = make_program(found)
+  assert program.total_steps == len(
+    program.objective.encode(json.loads((folder / "qa.jsonl").read_text()), labelled=True)
+  )
+  with pytest.raises(ConfigError, match="an epoch of packed data has no known number of steps"):
+    make_program(config(folder, {"name": "masked_lm"}, {"total_steps": "1 epochs"}))

@@ -146,8 +146,8 @@ def test_answers_end_at_eos_and_are_measured():
   pytest.importorskip("rouge_score")
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder")
   tokens = np.array([*encoded("xy"), EOS, *encoded("zz")])
-  result = objective.result({}, [], [{"tokens": tokens, "score": np.float32(-1.5)}])
-  assert result == {"target": "xy", "score": -1.5}
+  result = objective.result({}, [], [{"tokens": tokens}])
+  assert result == {"target": "xy"}
   assert objective.result({}, [], [{"tokens": tokens[:2]}]) == {"target": "xy"}
   assert objective.measure([{"target": "a b"}], [{"target": "a b"}])["rouge2"] == 1
   assert Seq2Seq(TOKENIZER, LENGTH, metric="none").measure([], []) == {}

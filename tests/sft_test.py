@@ -160,8 +160,8 @@ def test_answers_end_where_the_template_ends_them_and_are_measured():
   objective = InstructionTuning(open_tokenizer("gpt2"), LENGTH)
   [end] = set(objective.ends) - {objective.tokenizer.eos_id}
   tokens = np.append(objective.tokenizer.encode("x y"), [end, 5, 5])
-  result = objective.result({}, [], [{"tokens": tokens, "score": -1.0}])
-  assert result == {"response": "x y", "score": -1.0}
+  result = objective.result({}, [], [{"tokens": tokens}])
+  assert result == {"response": "x y"}
   unanswered = {"messages": CHAT[:4]}
   found = objective.measure(
     [{"messages": CHAT}, unanswered, {"messages": CHAT}], [{"response": "4, or five "}, result, result]

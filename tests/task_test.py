@@ -15,7 +15,7 @@ from llmjax.data.pipeline import eval_batches
 from llmjax.data.source import Source, files
 from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
-from llmjax.objectives import crf
+from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.classification import classification
 from llmjax.objectives.tagging import tagging
 from llmjax.step import ModelForward
@@ -124,8 +124,39 @@ def test_tags_stand_at_the_first_token_of_their_word():
     assert [task.labels[t] for t in features["labels"]["tag"][places]] == record["tags"]
     for place, word in zip(places, record["tokens"], strict=True):
       assert TOKENIZER.decode(features["inputs"][place:]).strip().startswith(word)
-  [cut] = tagger(seq_len=10).encode(SENTENCES[0], labelled=True)
-  assert len(cut["inputs"]) == 10 and cut["weights"]["tag"].sum() == 2
+
+
+@pytest.mark.parametrize("last", ["I-PER", "E-PER"])
+def test_a_long_sentence_is_read_in_rows_that_keep_its_scheme(last):
+  tags = ["B-PER", last, "O", "O", "B-LOC" if last == "I-PER" else "S-LOC"] * 3
+  record = {"tokens": SENTENCES[0]["tokens"] * 3, "tags": tags}
+  task = tagger([record], seq_len=22)
+  found = task.encode(record, labelled=True)
+  assert len(found) > 3 and sum(f["weights"]["tag"].sum() for f in found) == len(tags)
+  assert [task.labels[t] for f in found for t in f["labels"]["tag"][f["weights"]["tag"]]] == tags
+  for features in found:
+    ids, real = features["inputs"], features["weights"]["tag"]
+    assert len(ids) <= 22 and ids[0] == TOKENIZER.bos_id and ids[-1] == TOKENIZER.eos_id and not real[[0, -1]].any()
+    words = TOKENIZER.decode(ids).split()
+    assert [TOKENIZER.decode(ids[place:]).split()[0] for place in np.flatnonzero(real)] == words
+    assert tag_scheme.violation([task.labels[t] for t in features["labels"]["tag"][real]], task.scheme) is None
+  windows = task.encode(record, labelled=False)
+  decoded = [{"tags": np.full(len(w["inputs"]), task.labels.index("O")), "probabilities": np.ones(99)} for w in windows]
+  assert task.result(record, windows, decoded)["tags"] == ["O"] * len(tags)
+
+
+def test_tags_that_are_no_spans_are_measured_by_words_and_text_is_tagged_as_it_stands():
+  pos = [{"tokens": ["a", "dog"], "tags": ["DT", "NN"]}, {"tokens": ["the"], "tags": ["DT"]}]
+  task = tagger(pos)
+  assert task.scheme == "none"
+  measured = task.measure(pos, [{"tags": ["DT", "DT"]}, {"tags": ["DT"]}])
+  assert measured["accuracy"] == pytest.approx(2 / 3) and "f1" in measured
+  task = tagger()
+  model, params = make(task)
+  [result] = predict.predict(model, plain(params), task, [{"text": "Ada  met (Rome)."}])
+  assert len(result["tags"]) == 6
+  for span in result["spans"]:
+    assert "Ada  met (Rome)."[span["start"] : span["end"]] == span["text"]
 
 
 @pytest.mark.parametrize("use_crf", [False, True])
@@ -231,4 +262,10 @@ def test_from_a_table_to_answers_and_back_to_training(home, capsys):
   (home / "in.jsonl").write_text("\n".join([lines[0], lines[3]] * 8))
   assert cli.main([*command, "--min_confidence=0"]) == 0
   kept = list(files("train", str(home / "out.jsonl"), None, ("review", "stars")))
+  numbers = classification(tokenizer=TOKENIZER, seq_len=32, kind="regression")
+  assert not numbers.confident and numbers.head["num_classes"] == 1
+  (home / "empty.jsonl").write_text("\n")
+  assert cli.main(["predict", f"--model={run}", f"--input={home / 'empty.jsonl'}", f"--output={home / 'o.jsonl'}"]) == 2
+  assert cli.main([*command, "--num_beams=2"]) == 2
+  assert "num_beams=2 is for tasks that write texts" in capsys.readouterr().err
   assert len(kept) == 16 and {r["stars"] for r in kept} <= {"1", "5"} and all("scores" not in r for r in kept)

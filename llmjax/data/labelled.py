@@ -13,7 +13,7 @@ from typing import Any
 
 from llmjax.config import ConfigError
 from llmjax.data.files import Files, expand, file_digest, read_text
-from llmjax.data.source import Source, digest, select
+from llmjax.data.source import Source, digest, parse_split, select, shuffled
 
 # What records hold, by the source; of `parallel` it is what its arguments say.
 FIELDS = {"conll": ("tokens", "tags", "text"), "squad": ("id", "question", "context", "answers", "text")}
@@ -123,15 +123,22 @@ def _check(path: Path, name: str, context: str, answers: list[dict[str, Any]]) -
       )
 
 
-def parallel(split: str, files: Files, targets: Files, source: str = "source", target: str = "target") -> Source:
+def parallel(
+  split: str,
+  files: Files,
+  targets: Files,
+  source: str = "source",
+  target: str = "target",
+  shuffle: bool = False,
+) -> Source:
   """Two texts whose lines belong together, such as translations.
 
-  Records are {source: line, target: line, "text": the source}. A blank line is "" where the other side has text, and
-  where neither has any there is no record.
+  Records are {source: line, target: line, "text": the source}. Where a line of either side is blank there is none.
 
   Args:
     files, targets: the one side and the other; of several files, those at the same place of both lists are a pair.
     source, target: what the fields are called.
+    shuffle: see `source.files`.
   Raises:
     ConfigError: different numbers of files, or of lines in a pair of them.
   """
@@ -151,8 +158,11 @@ def parallel(split: str, files: Files, targets: Files, source: str = "source", t
         f"{path} has {len(left)} lines and {other} {len(right)}; lines belong together by their number, so give files "
         "that are aligned"
       )
-    records += [{"text": a, source: a, target: b} for a, b in zip(left, right) if a or b]
-  return _source(split, [*paths, *others], records, ("parallel", source, target))
+    records += [{"text": a, source: a, target: b} for a, b in zip(left, right) if a and b]
+  name, _, _ = parse_split(split)
+  settings = ("parallel", source, target)
+  found = _source(name if shuffle else split, [*paths, *others], records, settings)
+  return shuffled(found, split) if shuffle else found
 
 
 def _lines(path: Path) -> list[str]:

@@ -195,10 +195,10 @@ def files(
   spec = {"name": kind, "files": files, **settings}
   if not shuffle:
     return build(spec, SOURCES, "data.corpus", split=split)
-  return _shuffled(build(spec, SOURCES, "data.corpus", split=name), split)
+  return shuffled(build(spec, SOURCES, "data.corpus", split=name), split)
 
 
-def _shuffled(whole: Source, split: str) -> Source:
+def shuffled(whole: Source, split: str) -> Source:
   """A slice of the records in an order of chance."""
   start, stop = select(split, len(whole))
   # Only raw bits of a generator: NumPy promises that those never change.

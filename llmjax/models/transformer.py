@@ -259,7 +259,7 @@ class Transformer(nn.Module):
     return Outputs(
       logits=scores if logits else None,
       hidden=x,
-      pooled=self.pool(_select(x, batch.inputs, "first")) if c.pooler else None,
+      pooled=self.pool(batch.inputs.select(x, "first")) if c.pooler else None,
       transitions=self.crf() if c.crf else None,
       all_hidden=each.hidden if all_hidden else None,
       encoder_hidden=memory,
@@ -342,7 +342,7 @@ class Transformer(nn.Module):
     """Hidden states to the logits of a head on sequences, Float[B C], tokens, Float[B L C], or spans, Float[B L 2]."""
     c = self.cfg
     if c.head == "sequence":
-      hidden = _select(hidden, tokens, c.pooling)
+      hidden = tokens.select(hidden, c.pooling).astype(hidden.dtype)
       hidden = self.pool(hidden) if c.pooler else hidden
     hidden = layers.dropout(hidden, c.dropout, keys)
     return self.head(self.transform(hidden)).astype(jnp.float32)
@@ -360,16 +360,6 @@ class Transformer(nn.Module):
   def sentence_logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L C"]:
     """What the sentence head says of every position, float32; it means something for the first token of an example."""
     return self.sentence_head(self.pool(hidden)).astype(jnp.float32)
-
-
-def _select(hidden: Float[Array, "B L D"], tokens: Tokens, which: str) -> Float[Array, "B D"]:
-  """The hidden state of the first or the last real token of every row, or the mean over all of them."""
-  real = tokens.segments > 0
-  if which == "mean":
-    weight = real.astype(hidden.dtype)[:, :, None]
-    return jnp.sum(hidden * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1)
-  place = jnp.argmax(real, axis=1) if which == "first" else real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
-  return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
 
 
 MODELS = {"transformer": "llmjax.models.transformer:make_transformer"}

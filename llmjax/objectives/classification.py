@@ -83,6 +83,14 @@ class Classification(Task):
   def answers(self) -> tuple[str, ...]:
     return (self.label,)
 
+  @property
+  def confident(self) -> bool:
+    return self.kind != "regression"
+
+  @property
+  def libraries(self) -> tuple[str, ...]:
+    return ("sklearn", "scipy")
+
   # host
 
   def check(self, record: Record, *, labelled: bool) -> None:

@@ -30,17 +30,11 @@ def pool(out: Outputs, tokens: Tokens, pooling: str) -> Float[Array, "B D"]:
     pooling: the hidden state of the first token ("cls"), of the last ("last"), the mean over all ("mean"), or what the
       model's pooler makes of the first ("pooler").
   """
-  real = (tokens.segments > 0).astype(jnp.float32)
-  length = real.shape[1]
   if pooling == "pooler":
     pooled = out.pooled
-  elif pooling == "mean":
-    total = jnp.sum(out.hidden.astype(jnp.float32) * real[..., None], axis=1)
-    pooled = total / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1.0)
   else:
-    first = jnp.argmax(real, axis=1) if pooling == "cls" else length - 1 - jnp.argmax(real[:, ::-1], axis=1)
-    pooled = jnp.take_along_axis(out.hidden, first[:, None, None], axis=1)[:, 0]
-  pooled = pooled.astype(jnp.float32) * jnp.max(real, axis=1, keepdims=True)
+    pooled = tokens.select(out.hidden, "first" if pooling == "cls" else pooling)
+  pooled = pooled.astype(jnp.float32) * jnp.any(tokens.segments > 0, axis=1, keepdims=True)
   return pooled * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(pooled), axis=1, keepdims=True), 1e-24))
 
 

@@ -124,6 +124,10 @@ class Seq2Seq(Task):
   def answers(self) -> tuple[str, ...]:
     return (self.target,)
 
+  @property
+  def libraries(self) -> tuple[str, ...]:
+    return {"rouge": ("rouge_score", "regex"), "bleu": ("sacrebleu",), "none": ()}[self.metric]
+
   # host
 
   def row_lengths(self, seq_len: int) -> dict[str, int]:
@@ -178,7 +182,7 @@ class Seq2Seq(Task):
   # host
 
   def result(self, record: Record, features: Sequence[Features], decoded: Sequence[Mapping[str, np.ndarray]]) -> Result:
-    return {self.target: written(self.tokenizer, decoded[0]["tokens"], self.ends), **score(decoded[0])}
+    return {self.target: written(self.tokenizer, decoded[0]["tokens"], self.ends)}
 
   def measure(self, records: Sequence[Record], results: Sequence[Result]) -> dict[str, float]:
     if self.metric == "none":
@@ -206,8 +210,3 @@ def written(tokenizer: Any, tokens: np.ndarray, ends: Sequence[int]) -> str:
   tokens = np.asarray(tokens)
   stop = np.flatnonzero(np.isin(tokens, ends))
   return tokenizer.decode(tokens[: stop[0]] if len(stop) else tokens)
-
-
-def score(decoded: Mapping[str, Any]) -> dict[str, float]:
-  """The log-probability of a generated answer, where it is known."""
-  return {"score": round(float(decoded["score"]), 6)} if "score" in decoded else {}

@@ -18,7 +18,7 @@ from llmjax import task_metrics
 from llmjax.config import ConfigError, nearest
 from llmjax.data import chat
 from llmjax.objectives.losses import TokenLoss
-from llmjax.objectives.seq2seq import next_tokens, score, written
+from llmjax.objectives.seq2seq import next_tokens, written
 from llmjax.objectives.task import Record, Result, Task, text_field
 from llmjax.types import Batch, Features, Forward, Metrics, Sums
 
@@ -107,6 +107,10 @@ class InstructionTuning(Task):
   def answers(self) -> tuple[str, ...]:
     return () if self.response is None else (self.response,)
 
+  @property
+  def libraries(self) -> tuple[str, ...]:
+    return ("rouge_score", "regex")
+
   # host
 
   def check(self, record: Record, *, labelled: bool) -> None:
@@ -170,7 +174,7 @@ class InstructionTuning(Task):
 
   def result(self, record: Record, features: Sequence[Features], decoded: Sequence[Mapping[str, np.ndarray]]) -> Result:
     """The answer in the field `response`, or in "response"."""
-    return {self.response or "response": written(self.tokenizer, decoded[0]["tokens"], self.ends), **score(decoded[0])}
+    return {self.response or "response": written(self.tokenizer, decoded[0]["tokens"], self.ends)}
 
   def measure(self, records: Sequence[Record], results: Sequence[Result]) -> dict[str, float]:
     """ROUGE, and the share of answers that are the assistant's own but for spaces around; chats that end with another's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,19 +17,20 @@ from llmjax import task_metrics
 from llmjax.config import ConfigError, nearest
 from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.losses import correct, cross_entropy
-from llmjax.objectives.task import Record, Records, Result, Task, sort_labels
+from llmjax.objectives.task import Record, Records, Result, Task, sort_labels, text_field
 from llmjax.types import Batch, Features, Forward, Metrics, Outputs, Sums
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tagging(Task):
-  """A tag for each word of a sentence; words beyond the end of a row are not learned, and tagged "O" (or the first).
+  """A tag for each word of a sentence, which is read in several rows where it is longer than one.
 
   Attributes:
     labels: the tags, in the order of the logits.
     scheme: what tags may follow each other, see `tag_scheme`; answers never break it, with a CRF or without.
     use_crf: learn scores of one tag after another besides, and the likelihood of whole sentences.
-    tokens, tags: the fields of a record: a list of words, and of their tags.
+    tokens, tags: the fields of a record: a list of words, and of their tags. Where there is no such list, answers are
+      given to the words of its "text": runs of letters and digits, and all other characters alone.
   """
 
   tokenizer: Any
@@ -68,11 +70,18 @@ class Tagging(Task):
   def answers(self) -> tuple[str, ...]:
     return (self.tags,)
 
+  @property
+  def libraries(self) -> tuple[str, ...]:
+    return ("sklearn",) if self.scheme == "none" else ("seqeval",)
+
   # host
 
   def check(self, record: Record, *, labelled: bool) -> None:
-    super().check(record, labelled=labelled)
-    words = text_list(record, self.tokens)
+    if not labelled and self.tokens not in record and "text" in record:
+      text_field(record, "text")
+    else:
+      super().check(record, labelled=labelled)
+    words, _, _ = self.words_of(record)
     if not words:
       raise ConfigError(f"{self.tokens!r} is empty; take the record out")
     if not labelled:
@@ -89,40 +98,65 @@ class Tagging(Task):
     if broken is not None:
       raise ConfigError(f"{self.tags!r}: {broken_scheme(broken, words, self.scheme)}")
 
-  def read(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids Int32[n], of each token which word it begins, Int32[n], -1 for none), as far as a row holds them.
+  def words_of(self, record: Record) -> tuple[list[str], np.ndarray, str]:
+    """(words, where each begins, Int[n], in their text): of a list with a space between them, or of plain text."""
+    if self.tokens in record:
+      words = text_list(record, self.tokens)
+      return words, np.cumsum([0, *(len(word) + 1 for word in words)])[:-1], " ".join(words)
+    found = list(re.finditer(r"\w+|[^\w\s]", record["text"]))
+    return [match[0] for match in found], np.array([match.start() for match in found], int), record["text"]
 
-    The words are read as running text, with a space between them. One that has no token of its own begins nowhere.
+  def windows(self, record: Record, tags: Sequence[str] | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The sentence in as few rows as hold it: ids Int32[n], and of each token which word it begins, -1 for none.
+
+    A row ends at a word; with `tags`, where a sentence might end by the scheme. Words that have no token of their own
+    begin nowhere.
     """
-    flat, offsets = self.tokenizer.encode_with_offsets(" ".join(words))
-    lengths = np.array([len(word) for word in words])
-    starts = np.cumsum([0, *(lengths[:-1] + 1)])
-    text = np.array([c.isspace() for c in " ".join(words)] + [False])
-    first = np.array([start + np.argmin(text[start : stop + 1]) for start, stop in offsets], int)  # behind its space
+    words, starts, text = self.words_of(record)
+    flat, offsets = self.tokenizer.encode_with_offsets(text)
+    blank = np.array([c.isspace() for c in text] + [False])
+    first = np.array([start + np.argmin(blank[start : stop + 1]) for start, stop in offsets], int)  # behind its space
     which = np.searchsorted(starts, first, side="right") - 1
-    inside = (first < (starts + lengths)[which]) & (first < offsets[:, 1])  # and no lone space
+    ends = starts + np.array([len(word) for word in words])
+    inside = (which >= 0) & (first < ends[which]) & (first < offsets[:, 1])  # and no lone space
     begins = np.full(len(flat), -1)
-    words_seen, places = np.unique(np.where(inside, which, -1), return_index=True)
-    begins[places] = words_seen
-    ids, _, (offset, _) = self.tokenizer.assemble(flat, None, self.seq_len)
-    word_of = np.full(len(ids), -1, np.int32)
-    kept = min(len(flat), len(ids) - offset)
-    word_of[offset : offset + kept] = begins[:kept]
-    return ids, word_of
+    seen, places = np.unique(np.where(inside, which, -1), return_index=True)
+    begins[places] = seen
+    room = self.seq_len - len(self.tokenizer.assemble(flat[:0], None, self.seq_len)[0])
+    places = np.flatnonzero(begins > 0)
+    cuts = [int(place) for place in places if tags is None or self.may_cut(tags, int(begins[place]))]
+    found, start = [], 0
+    while start < len(flat):
+      stop: int = max((c for c in (*cuts, len(flat)) if start < c <= start + room), default=start + room)
+      ids, _, (offset, _) = self.tokenizer.assemble(flat[start:stop], None, self.seq_len)
+      word_of = np.full(len(ids), -1, np.int32)
+      word_of[offset : offset + len(flat[start:stop])] = begins[start:stop]
+      found.append((ids, word_of))
+      start = stop
+    return found
+
+  def may_cut(self, tags: Sequence[str], word: int) -> bool:
+    """Whether a sentence might end before a word, and another begin there."""
+    start, _, end = self.allowed
+    return bool(end[self.labels.index(tags[word - 1])] and start[self.labels.index(tags[word])])
+
+  @functools.cached_property
+  def allowed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return tag_scheme.allowed(self.labels, self.scheme)
 
   def encode(self, record: Record, *, labelled: bool) -> list[Features]:
-    ids, word_of = self.read(record[self.tokens])
-    real = word_of >= 0
-    if not real.any():
-      return []
-    tags = [self.labels.index(tag) for tag in record[self.tags]] if labelled else [0] * len(record[self.tokens])
-    return [
-      {
-        "inputs": ids,
-        "labels": {"tag": np.where(real, np.array(tags, np.int32)[word_of], 0)},
-        "weights": {"tag": real},
-      }
-    ]
+    tags = record[self.tags] if labelled else None
+    found: list[Features] = []
+    for ids, word_of in self.windows(record, tags):
+      real = word_of >= 0
+      here = [tags[word] for word in word_of[real]] if tags is not None else []
+      # A span longer than a row, or with words without tokens, may break the scheme in what is left of it.
+      if not real.any() or tag_scheme.violation(here, self.scheme) is not None:
+        continue
+      labels = np.zeros(len(ids), np.int32)
+      labels[real] = [self.labels.index(tag) for tag in here] if labelled else 0
+      found.append({"inputs": ids, "labels": {"tag": labels}, "weights": {"tag": real}})
+    return found
 
   # device
 
@@ -167,30 +201,33 @@ class Tagging(Task):
   # host
 
   def result(self, record: Record, features: Sequence[Features], decoded: Sequence[Mapping[str, np.ndarray]]) -> Result:
-    words = record[self.tokens]
-    _, word_of = self.read(words)
-    places = np.flatnonzero(word_of >= 0)
-    other = "O" if "O" in self.labels else self.labels[0]
-    tags = [other] * len(words)
-    for place in places:
-      tags[word_of[place]] = self.labels[int(decoded[0]["tags"][place])]
-    confidence = float(np.min(decoded[0]["probabilities"][places]))
-    starts = np.cumsum([0, *(len(word) + 1 for word in words)])
-    spans = [
-      {
-        "start": int(starts[start]),
-        "end": int(starts[stop - 1]) + len(words[stop - 1]),
-        "label": kind,
-        "text": " ".join(words[start:stop]),
-      }
-      for start, stop, kind in tag_scheme.spans(tags, self.scheme)
-    ]
+    """{tags, "spans": [{"start", "end", "label", "text"}], "confidence": the least of any word}.
+
+    Places count characters of the record's text, or of its words with a space between them. A word without tokens is
+    tagged "O" (or the first of the labels).
+    """
+    words, starts, text = self.words_of(record)
+    tags = ["O" if "O" in self.labels else self.labels[0]] * len(words)
+    confidence = 1.0
+    windows = [word_of for _, word_of in self.windows(record) if (word_of >= 0).any()]
+    for word_of, found in zip(windows, decoded, strict=True):
+      for place in np.flatnonzero(word_of >= 0):
+        tags[word_of[place]] = self.labels[int(found["tags"][place])]
+        confidence = min(confidence, float(found["probabilities"][place]))
+    spans = []
+    for start, stop, kind in tag_scheme.spans(tags, self.scheme):
+      first, last = int(starts[start]), int(starts[stop - 1]) + len(words[stop - 1])
+      spans.append({"start": first, "end": last, "label": kind, "text": text[first:last]})
     return {self.tags: tags, "spans": spans, "confidence": round(confidence, 6)}
 
   def measure(self, records: Sequence[Record], results: Sequence[Result]) -> dict[str, float]:
-    scheme = {"bioes": "iobes"}.get(self.scheme, "iob2")
+    """Of spans; of other tags, by words."""
     truths, guesses = ([list(each[self.tags]) for each in rows] for rows in (records, results))
-    return task_metrics.spans(truths, guesses, scheme)
+    if self.scheme != "none":
+      return task_metrics.spans(truths, guesses, {"bioes": "iobes"}.get(self.scheme, self.scheme))
+    words, guessed = ([tag for tags in rows for tag in tags] for rows in (truths, guesses))
+    found = task_metrics.classification(words, guessed, self.labels)
+    return {"f1": found["f1_macro"], **found} if len(self.labels) > 2 else found
 
 
 def text_list(record: Record, field: str) -> list[str]:

@@ -1,6 +1,6 @@
 """What objectives of labelled data share: they read a record's fields, and give back an answer in fields of their own.
 
-A task has three halves, side by side in its file: `encode` makes features of a record, with its labels or without
+A task has its parts side by side in its file: `encode` makes features of a record, with its labels or without
 (host); `loss` and `decode` work on batches of them (device); `result` makes an answer of what `decode` gave, and
 `measure` compares answers with the records' own (host). `llmjax predict` and the evaluator of tasks use these.
 """
@@ -28,6 +28,8 @@ class Task(Objective):
     tokenizer, seq_len: what a record is read with, and how much of it; every task has these.
     generates: its answers are texts, written after what `encode` gives without labels. Such tasks also have
       `max_new_tokens`, how long a text may be where nothing else is said, and `ends`, the tokens that end one.
+    confident: its answers have a "confidence".
+    libraries: that `measure` imports.
   """
 
   tokenizer: Any
@@ -35,6 +37,14 @@ class Task(Objective):
   generates: bool = False
   max_new_tokens: Any = None
   ends: Any = ()
+
+  @property
+  def confident(self) -> bool:
+    return not self.generates
+
+  @property
+  def libraries(self) -> tuple[str, ...]:
+    return ()
 
   # host
 
@@ -91,7 +101,7 @@ class Task(Objective):
     Args:
       features: what `encode` gave for the record.
       decoded: what `decode` gave for each of them, without the batch dimension; where the task generates, {"tokens":
-        Int[n], "score": log-probability}.
+        Int[n]}, what it wrote without what ends it.
     """
 
   @abc.abstractmethod

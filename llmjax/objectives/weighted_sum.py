@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from llmjax.config import ConfigError, build, nearest
 from llmjax.objectives import OBJECTIVES
+from llmjax.objectives.task import Task
 from llmjax.types import Batch, Features, Forward, Metrics, Objective, Sums
 
 
@@ -120,6 +121,10 @@ def weighted_sum(parts: Mapping[str, Any], principal: str, tokenizer: Any, seq_l
     if not isinstance(weights[name], (int, float)) or not weights[name] > 0:
       raise ConfigError(f"{what}.weight={weights[name]!r} must be a positive number")
     objectives[name] = build(spec, OBJECTIVES, what, tokenizer=tokenizer, seq_len=seq_len)
+  for name, part in objectives.items():
+    if part.auxiliary or isinstance(part, Task):
+      which = parts[name]["name"]
+      raise ConfigError(f"objective.parts.{name}.name={which!r} cannot be a part of a sum; train on it alone")
   together = WeightedSum(objectives, weights, seq_len)
   if not together.stacks:
     said = "; ".join(f"{name}: {' or '.join(part.stacks)}" for name, part in objectives.items())
