@@ -67,9 +67,8 @@ def choose_data(config: ConfigDict, arg: ConfigDict, fields: dict[str, str | Non
 
 def generation(config: ConfigDict) -> None:
   """How the answers of a task that writes texts are found when they are measured, and for how many records."""
-  config.evals.answers.update(
-    limit=optional(500), num_beams=1, max_new_tokens=optional(None, int), length_penalty=optional(None, float)
-  )
+  config.evals.answers.limit = 500
+  config.evals.answers.update(num_beams=1, max_new_tokens=optional(None, int), length_penalty=optional(None, float))
 
 
 def finish(config: ConfigDict, arg: ConfigDict, best: str | None) -> ConfigDict:

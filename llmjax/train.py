@@ -155,13 +155,13 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
           with meter.paused(done):
             try:
               evaluate(done)
+              enough = stopper.update(measured[1]) and done < total
+              if enough:
+                evaluate(done, lambda when, step: not when(step))
             except Exception:  # what was trained must outlive a broken evaluator
               save(done)
               checkpoints.wait()
               raise
-            enough = stopper.update(measured[1]) and done < total
-            if enough:
-              evaluate(done, lambda when, step: not when(step))
         if stopping or enough or done == total or done % save_every == 0:
           with meter.paused(done):
             save(done)

@@ -109,7 +109,7 @@ class Outputs:
   all_hidden: Any = None  # Float[N+1 B L D]: the embeddings, then every layer's output; on request
   encoder_hidden: Any = None  # Float[B S D] of an encoder–decoder
   encoder_all_hidden: Any = None  # Float[N+1 B S D] of an encoder–decoder, on request
-  transitions: Any = None  # of a CRF's tags: `objectives.crf.Transitions`
+  transitions: Any = None  # of a CRF's tags: {"start": Float[C], "matrix": Float[C C] (from, to), "end": Float[C]}
   routing: Any = ()  # of each stack with experts, how its routers shared out the tokens: `models.moe.Routing`
 
 

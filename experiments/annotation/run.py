@@ -2,7 +2,8 @@
 
   python experiments/annotation/run.py --model=PATH --workdir=DIR
 
-PATH is any model that `llmjax embed` takes. True labels are looked at only at the end, to say how well it went.
+PATH is any model that `llmjax embed` takes. Of the true labels only their number is looked at before the end, where
+they say how well it went.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ def annotate(arguments: argparse.Namespace, workdir: Path) -> dict[str, float]:
   truths = {"train": [r["package"] for r in train], "held_out": [r["package"] for r in held_out]}
   count = arguments.clusters or len(set(truths["train"]))
 
-  model, params, tokenizer = llmjax.load(arguments.model)
+  with open_path(arguments.model) as source:
+    model, params, tokenizer = source.load()
+    pooling = (source.config["objective"] or {}).get("pooling", "mean")
   length = min(128, model.cfg.max_len)
   vectors, other = (
-    llmjax.embed(model, params, tokenizer, [r["text"] for r in records], max_len=length)
+    llmjax.embed(model, params, tokenizer, [r["text"] for r in records], pooling=pooling, max_len=length)
     for records in (train, held_out)
   )
   clusters, other_clusters = cluster(vectors, other, count)
