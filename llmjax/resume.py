@@ -8,6 +8,7 @@ from typing import Any
 from llmjax.checkpoint import FOLDER, Checkpoints, Damaged
 from llmjax.config import ConfigError, differences
 from llmjax.data import tokenizer as tokenizers
+from llmjax.finetune import is_adapter
 from llmjax.pretrained import checkpoint_tokenizer, load_tokenizer
 from llmjax.program import Program
 from llmjax.step import TrainState
@@ -41,7 +42,8 @@ def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int
     raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")
   params, fresh = program.starting_params()
   if fresh:
-    print(f"not in {program.config['init_from']}, and so started afresh: {', '.join(fresh)}")
+    named = [name for name in fresh if not is_adapter(name)] + (["adapters"] if any(map(is_adapter, fresh)) else [])
+    print(f"not in {program.config['init_from']}, and so started afresh: {', '.join(named)}")
   return program.init(params), 0, None
 
 
