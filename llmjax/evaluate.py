@@ -321,7 +321,7 @@ def evaluate_checkpoint(
       corpus, config["evals"] = data_evals(str(data), source.objective(trust), column)
       config["data"] |= {"corpus": corpus, "train": "all", "eval": "all"}
       # Evaluation uses neither of these, and a checkpoint's own may name code.
-      config["optim"] |= {"name": "sgd", "decay_mask": ((".*", True),)}
+      config["optim"] |= {"name": "sgd", "decay_mask": ((".*", True),), "lr_scale": ((".*", 1.0),), "layer_decay": None}
       config["optim"] = {k: config["optim"][k] for k in ("name", *optim.COMMON)}
       config["schedule"] = {"name": "constant", "warmup": None}
       config["mesh"] = {"data": -1}

@@ -145,6 +145,7 @@ def test_loss_gradients_and_five_steps_of_adamw(name):
   _, axes = sharding.parameters(model)
   spec = {"name": "adamw", "lr": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
   spec |= {"decay_mask": ((".*", True),), "clip_norm": None, "ema_decay": None}
+  spec |= {"lr_scale": ((".*", 1.0),), "layer_decay": None}
   tx = optim.make_optimizer(spec, params, axes)
 
   @jax.jit

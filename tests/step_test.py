@@ -377,6 +377,7 @@ def test_the_objective_is_a_direct_sum_of_its_terms():
 
 
 OPTIM = {"weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": 1.0, "lr": 0.1, "ema_decay": None}
+OPTIM |= {"lr_scale": ((".*", 1.0),), "layer_decay": None}
 
 
 @pytest.mark.parametrize("name", ["llama causal_lm", "t5 span_corruption"])
