@@ -304,7 +304,8 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
     said = learned.get("system") if arguments.system is None else arguments.system
     system = [] if said is None else [{"role": "system", "content": said}]
     messages = [*system, {"role": "user", "content": prompt}]
-    template = chat.or_default(tokenizer.chat_templates, learned.get("template"))
+    choose = chat.or_default if learned.get("name") == "sft" else chat.choose  # what it has not learned it cannot read
+    template = choose(tokenizer.chat_templates, learned.get("template"))
     ids = tokenizer.chat(messages, add_generation_prompt=True, template=template)
     ends = settings.get("eos_id")
     ends = () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
