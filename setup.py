@@ -57,6 +57,7 @@ setup(
     "references": [
       "torch==2.13.0",
       "transformers>=5.23",
+      "peft>=0.17",
     ],  # what tests/make_*.py and tests/transformers_test.py compare with
     "dev": [*EVAL, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
   },
