@@ -2,7 +2,7 @@
 
 A decoder learns which of two answers is better, measured against the model that it starts from. As it stands, a small
 one from scratch learns to tell what a Python function does from what another one of the same file does; in earnest:
-  llmjax train --config=dpo:init_from=runs/sft
+  llmjax train --config=dpo:init_from=runs/sft,train=preferences.jsonl
 The argument chooses, separated by commas:
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
   reference=PATH  the frozen model that it is measured against; without it, what the run starts from

@@ -310,7 +310,9 @@ def evaluate_checkpoint(
     if config is not None:
       config = to_dict(config)
       known = source.config["objective"]
-      if known["name"] == config["objective"]["name"]:  # what a run has found out counts, not what its data say now
+      if (
+        known is not None and known["name"] == config["objective"]["name"]
+      ):  # what a run has found out counts, not what its data say now
         config["objective"] |= {k: known[k] for k, v in config["objective"].items() if v is None and k in known}
     else:
       config = source.config

@@ -250,7 +250,7 @@ def predict_file(
       out.append(({"id": record["id"]} if "id" in record else {}) | next(answers))
     else:
       answer = next(answers)
-      sure = answer.get("confidence", 0.0) >= min_confidence
+      sure = answer["confidence"] >= min_confidence
       out += [{**record, **{k: v for k, v in answer.items() if k != "scores"}}] if sure else []
   if jax.process_index() == 0:
     partial = target.with_name(f".{target.name}.partial")

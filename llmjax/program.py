@@ -143,7 +143,6 @@ class Program:
 
   def step_flops(self, batch: Batch) -> float:
     """Model FLOPs of a train step, forward and backward, as if all parameters learned; see `metrics.forward_flops`."""
-
     others = {name: abstract_params(model) for name, model in self.auxiliary.items()}
 
     def loss(params: Any, batch: Batch, others: Any) -> Any:

@@ -89,8 +89,10 @@ class Task(Objective):
   # device
 
   def decode(self, out: Outputs, batch: Batch) -> dict[str, Array]:
-    """What `result` needs of a batch of features without labels; leaves [B ...]. Not of tasks that generate."""
-    raise NotImplementedError
+    """What `result` needs of a batch of features without labels; leaves [B ...]. Tasks that generate need none."""
+    raise TypeError(
+      f"{type(self).__name__} gives no answers from a model's outputs: it must have `decode`, or generate"
+    )
 
   # host
 
