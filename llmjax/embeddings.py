@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,26 +100,53 @@ def embed_tokens(
 ) -> np.ndarray:
   """`embed` of texts that are framed, and parameters that lie where they shall."""
   vectors = np.empty((len(rows), model.cfg.d_model), np.float32)
-  parts = 1 if mesh is None else sharding.batch_size_over(mesh, rules)
-  waiting: list[tuple[np.ndarray, Array]] = []
 
-  def fetch() -> None:
+  def make(which: np.ndarray, size: int, length: int) -> Batch:
+    return make_batch([rows[i] for i in which], size, length)
+
+  def encode(batch: Batch) -> Array:
+    return _encode(model, params, batch, pooling=pooling)
+
+  lengths = np.array([len(row) for row in rows], int)
+  for which, found in in_batches(encode, make, lengths, model.cfg.max_len, batch_tokens, mesh, rules):
+    vectors[which] = found
+  return vectors
+
+
+def in_batches(
+  compute: Callable[[Batch], Any],
+  make: Callable[[np.ndarray, int, int], Batch],
+  lengths: np.ndarray,
+  longest: int,
+  batch_tokens: int,
+  mesh: Mesh | None,
+  rules: sharding.Rules,
+) -> Iterator[tuple[np.ndarray, Any]]:
+  """(which rows, what `compute` gives for them, as NumPy) of each batch; the next is made while one is computed.
+
+  Args:
+    compute: a batch to arrays that are the same on every device, leaves [B ...].
+    make: (which rows, rows of the batch, its length) -> the batch.
+    lengths, longest, batch_tokens: see `batches`.
+    mesh, rules: devices to share rows; None is wherever the parameters are.
+  """
+  waiting: list[tuple[np.ndarray, Any]] = []
+
+  def fetch() -> tuple[np.ndarray, Any]:
     which, out = waiting.pop(0)
-    vectors[which] = np.asarray(out)[: len(which)]
+    return which, jax.tree.map(lambda x: np.asarray(x)[: len(which)], out)
 
-  with contextlib.nullcontext() if mesh is None else sharding.use(mesh, rules):
-    for which, size, length in batches(
-      np.array([len(row) for row in rows], int), model.cfg.max_len, batch_tokens, parts
-    ):
-      batch = make_batch([rows[i] for i in which], size, length)
+  parts = 1 if mesh is None else sharding.batch_size_over(mesh, rules)
+  for which, size, length in batches(lengths, longest, batch_tokens, parts):
+    batch = make(which, size, length)
+    with contextlib.nullcontext() if mesh is None else sharding.use(mesh, rules):
       if mesh is not None:
         batch = place(batch, sharding.named(mesh, "act_batch", rules=rules))
-      waiting.append((which, _encode(model, params, batch, pooling=pooling)))
-      if len(waiting) > 1:  # the next batch is made while this one is computed
-        fetch()
-    while waiting:
-      fetch()
-  return vectors
+      waiting.append((which, compute(batch)))
+    if len(waiting) > 1:
+      yield fetch()
+  while waiting:
+    yield fetch()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "pooling"))

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from llmjax import sharding
 from llmjax.config import ConfigError
 from llmjax.data import packing
-from llmjax.embeddings import BATCH_TOKENS, batches, place
+from llmjax.embeddings import BATCH_TOKENS, batches, in_batches, place
 from llmjax.generation import generate
 from llmjax.objectives.task import Record, Result, Task
 from llmjax.pretrained import Pretrained, open_path
@@ -100,24 +100,21 @@ def _decode(
   """What `Task.decode` gives for each window."""
   pieces = [packing.flatten(features) for features in windows]
   found: list[dict[str, np.ndarray]] = [{} for _ in pieces]
-  waiting: list[tuple[np.ndarray, dict[str, Array]]] = []
 
-  def fetch() -> None:
-    which, out = waiting.pop(0)
-    arrays = {name: np.asarray(x) for name, x in out.items()}
+  def make(which: np.ndarray, size: int, length: int) -> Batch:
+    sizes = {"inputs": length}
+    rows = [packing.make_row([pieces[i]], pieces[i], sizes) for i in which]
+    rows += [packing.make_row([], pieces[which[0]], sizes)] * (size - len(rows))
+    return packing.make_batch(rows, range(size))
+
+  def answer(batch: Batch) -> dict[str, Array]:
+    return _answer(model, params, task, batch)
+
+  lengths = np.array([len(piece["inputs/ids"]) for piece in pieces], int)
+  context, mesh = model.cfg.max_len, settings.mesh
+  for which, out in in_batches(answer, make, lengths, context, settings.batch_tokens, mesh, settings.rules):
     for row, i in enumerate(which):
-      found[i] = {name: x[row] for name, x in arrays.items()}
-
-  with _using(settings):
-    for which, size, length in _batches(model, [len(piece["inputs/ids"]) for piece in pieces], settings):
-      sizes = {"inputs": length}
-      rows = [packing.make_row([pieces[i]], pieces[i], sizes) for i in which]
-      rows += [packing.make_row([], pieces[which[0]], sizes)] * (size - len(rows))
-      waiting.append((which, _answer(model, params, task, _put(packing.make_batch(rows, range(size)), settings))))
-      if len(waiting) > 1:  # the next batch is made while this one is computed
-        fetch()
-    while waiting:
-      fetch()
+      found[i] = {name: x[row] for name, x in out.items()}
   return found
 
 
