@@ -270,7 +270,7 @@ def labelled_split(split: str) -> str:
 def make_auxiliary(config: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
   """{name: model} of config.auxiliary: that of its PATH, and without one the run's own."""
   asked = config["auxiliary"]
-  for name in {*objective.auxiliary, *asked}:
+  for name in sorted({*objective.auxiliary, *asked}):
     if name not in asked or name not in objective.auxiliary:
       known = ", ".join(objective.auxiliary) or "none"
       raise ConfigError(

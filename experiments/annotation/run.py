@@ -2,8 +2,8 @@
 
   python experiments/annotation/run.py --model=PATH --workdir=DIR
 
-PATH is any model that `llmjax embed` takes. Of the true labels only their number is looked at before the end, where
-they say how well it went.
+PATH is any model that `llmjax embed` takes; further flags, such as --config.optim.lr=3e-4, are of the training. Of the
+true labels only their number is looked at before the end, where they say how well it went.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def main() -> None:
   parser.add_argument("--clusters", type=int, help="how many (default: as many as there are true labels)")
   parser.add_argument("--min_confidence", type=float, default=0.9, help="of the classifier in a pseudo-label")
   parser.add_argument("--total_steps", default="1 epochs", help="of training on pseudo-labels")
-  arguments = parser.parse_args()
+  arguments, flags = parser.parse_known_args()
   start_jax()
   workdir = Path(arguments.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  print(json.dumps(annotate(arguments, workdir), indent=2))
+  print(json.dumps(annotate(arguments, flags, workdir), indent=2))
 
 
-def annotate(arguments: argparse.Namespace, workdir: Path) -> dict[str, float]:
+def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> dict[str, float]:
   """{measure: number}: agreement with the true labels on the held-out functions, after every stage."""
   from llmjax import task_metrics
   from llmjax.data.tfds_source import python_stdlib
@@ -61,7 +61,7 @@ def annotate(arguments: argparse.Namespace, workdir: Path) -> dict[str, float]:
     for record, label, share in zip(np.array(train)[sure], labels[sure], confidence[sure], strict=True):
       file.write(json.dumps({"text": record["text"], "label": f"cluster{label}", "confidence": float(share)}) + "\n")
 
-  flags = [f"--config=classify:init_from={arguments.model},train={pseudo}", f"--config.seq_len={length}"]
+  flags = [f"--config=classify:init_from={arguments.model},train={pseudo}", f"--config.seq_len={length}", *flags]
   config = load_config([*flags, f"--config.total_steps={arguments.total_steps}"])
   llmjax.run(config, workdir / "classifier")
   with open_path(workdir / "classifier") as source:

@@ -100,7 +100,7 @@ def jsonl(split: str, files: Files, text: str | None = "text", columns: Sequence
 
   settings = ("jsonl", text, *[columns] * bool(columns))
   source = _span_source(Joined(expand(files, split), _lines), parse, settings, split, whole=None)
-  for index in {0, len(source) - 1}:  # a wrong field shows before training, not in it
+  for index in sorted({0, len(source) - 1}):  # a wrong field shows before training, not in it
     source[index]
   return source
 

@@ -217,7 +217,7 @@ def place(
   if lost:
     raise ConfigError(f"{adapter.path}: its {lost[0]} has no place in this model; set model.lora_* as they are there")
   out: Flat = {}
-  for leaf in {ours[path].leaf for path in found}:
+  for leaf in sorted({ours[path].leaf for path in found}):
     parts = {path: parameter for path, parameter in ours.items() if parameter.leaf == leaf}
     array = np.zeros(leaves[leaf].shape, leaves[leaf].dtype)
     for path, parameter in parts.items():
