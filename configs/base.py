@@ -13,6 +13,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.batch_size = 16  # global sequences per update, whatever the mesh
   config.accum = 1  # microbatches per update, computed one after the other
   config.seq_len = 256  # tokens per sequence
+  config.logit_tiles = 1  # parts of every sequence whose logits are made one after the other: memory for time
   config.init_from = optional(None, str)  # start from the parameters of this PATH
   # Regex of our parameters -> what they are called there, as in re.sub, or None: they start afresh. First match wins.
   config.init_map = ()
@@ -51,6 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.relative_max_distance = 128
   config.model.attention_pattern = ("global",)
   config.model.window = optional(None, int)
+  config.model.attention = "auto"
   config.model.attention_scale = optional(None, float)
   config.model.attention_softcap = optional(None, float)
   config.model.logit_softcap = optional(None, float)
@@ -66,6 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.expert_d_ff = optional(None, int)
   config.model.normalize_router = True
   config.model.shared_expert_d_ff = optional(None, int)
+  config.model.expert_capacity = optional(None, float)
   config.model.tie_embeddings = True
   config.model.scale_tied_logits = False
   config.model.pooling = "first"
@@ -116,7 +119,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config.schedule = ConfigDict({"name": "cosine", "warmup": optional("2%"), "final": 0.1})
 
-  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 takes the devices that are left
+  config.mesh = ConfigDict(  # -1 takes the devices that are left
+    {"data": -1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+  )
   # Logical axis -> the mesh axis (or axes) it is cut over; those of parameters, then of activations.
   config.rules = ConfigDict()
   config.rules.layers = optional(None)
@@ -127,15 +132,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.rules.kv_heads = optional("tensor")
   config.rules.head_dim = optional(None)
   config.rules.mlp = optional("tensor")
-  config.rules.experts = optional(None)
+  config.rules.experts = optional("expert")
   config.rules.norm = optional(None)
   config.rules.head = optional(None)
   config.rules.classes = optional(None)
   config.rules.lora = optional(None)
   config.rules.token_types = optional(None)
   config.rules.buckets = optional(None)
-  config.rules.act_batch = optional(("data", "fsdp"))
-  config.rules.act_len = optional(None)
+  config.rules.act_batch = optional(("data", "fsdp", "expert"))
+  config.rules.act_len = optional("context")
   config.rules.act_embed = optional(None)
   config.rules.act_heads = optional("tensor")
   config.rules.act_kv_heads = optional("tensor")

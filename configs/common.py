@@ -24,7 +24,7 @@ def pretrained() -> ConfigDict:
   return ConfigDict(
     {
       "name": "pretrained",
-      **{key: optional(None, str) for key in ("dtype", "param_dtype", "remat", "pooling", "lora_targets")},
+      **{key: optional(None, str) for key in ("dtype", "param_dtype", "remat", "attention", "pooling", "lora_targets")},
       **{key: optional(None, float) for key in numbers},
       **{key: optional(None, int) for key in ("max_len", "lora_rank")},
       **{key: optional(None, bool) for key in ("scan", "pooler")},

@@ -22,6 +22,7 @@ from llmjax import metrics as metriclib
 from llmjax.config import ConfigError, build
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.source import SOURCES, parse_split
+from llmjax.models import kernels
 from llmjax.models.transformer import MODELS
 from llmjax.objectives.task import Task
 from llmjax.pretrained import SAME, abstract_params, load_params, make_objective, open_path, same_model, with_head
@@ -192,7 +193,7 @@ def check(config: Mapping[str, Any]) -> None:
   for key in ("seed", "batch_size", "accum", "seq_len", "total_steps"):
     if config[key] is None:
       raise ConfigError(f"config.{key} must be set")
-  for key in ("batch_size", "accum", "seq_len"):
+  for key in ("batch_size", "accum", "seq_len", "logit_tiles"):
     if config[key] < 1:
       raise ConfigError(f"config.{key}={config[key]} must be at least 1")
   if config["batch_size"] % config["accum"]:
@@ -336,6 +337,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
   peak = config["optim"]["lr"]
 
   with sharding.use(mesh, rules):
+    kernels.check(model.cfg)
     params, axes = sharding.parameters(model)
     finetune.check_targets(params, model.cfg)
     trainable = finetune.trainable(params, config["trainable"], optim.match_rules)
@@ -364,6 +366,10 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
     accum=config["accum"],
     ema_decay=config["optim"]["ema_decay"],
     auxiliary=auxiliary,
+    tiles=config["logit_tiles"],
+  )
+  measure = functools.partial(
+    step.eval_step, model=model, objective=objective, auxiliary=auxiliary, tiles=config["logit_tiles"]
   )
   return Program(
     config=config,
@@ -387,7 +393,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
       out_shardings=(state_shardings, replicated),
     ),
     eval_step=jax.jit(
-      functools.partial(step.eval_step, model=model, objective=objective, auxiliary=auxiliary),
+      measure,
       in_shardings=(where, batches, others),
       out_shardings=replicated,
     ),

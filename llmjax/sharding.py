@@ -9,20 +9,23 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmjax.config import ConfigError, nearest
 from llmjax.types import probe
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
+Names = tuple[str | None, ...]  # logical ones, one a dimension
 
-AXES = ("data", "fsdp", "tensor")
+# From the outermost, whose neighbours talk least, to the innermost.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 RULES: Rules = {
   # parameters
@@ -34,7 +37,7 @@ RULES: Rules = {
   "kv_heads": "tensor",
   "head_dim": None,
   "mlp": "tensor",
-  "experts": None,
+  "experts": "expert",
   "norm": None,
   "head": None,  # outputs of the projections behind the last layer
   "classes": None,
@@ -42,8 +45,8 @@ RULES: Rules = {
   "buckets": None,
   "lora": None,
   # activations
-  "act_batch": ("data", "fsdp"),
-  "act_len": None,
+  "act_batch": ("data", "fsdp", "expert"),
+  "act_len": "context",
   "act_embed": None,
   "act_heads": "tensor",
   "act_kv_heads": "tensor",
@@ -62,6 +65,24 @@ def make_mesh(sizes: Mapping[str, int | None], devices: list[Any] | None = None)
     ConfigError: an unknown axis, or sizes whose product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
+  shape = resolve(sizes, len(devices))
+  # jax.make_mesh defaults to explicit axes, which Linen's parameters do not support.
+  auto = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=devices)
+  if shape["data"] % slices:
+    raise ConfigError(
+      f"mesh.data={shape['data']} must be a multiple of the {slices} slices: between them the network is slow, and "
+      "only the data axis goes over it"
+    )
+  inside = {**shape, "data": shape["data"] // slices}
+  outside = [slices if name == "data" else 1 for name in AXES]
+  return Mesh(mesh_utils.create_hybrid_device_mesh(list(inside.values()), outside, devices), AXES, axis_types=auto)
+
+
+def resolve(sizes: Mapping[str, int | None], count: int) -> dict[str, int]:
+  """The size of every axis on `count` devices, -1 replaced; raises as `make_mesh`."""
   for name in sizes:
     if name not in AXES:
       raise ConfigError(f"mesh.{name} is no mesh axis; {nearest(name, AXES)}")
@@ -71,17 +92,15 @@ def make_mesh(sizes: Mapping[str, int | None], devices: list[Any] | None = None)
   fixed = math.prod(size for size in shape.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
     raise ConfigError(f"mesh: {said}: sizes are positive, and at most one is -1 (takes what is left)")
-  if free and len(devices) % fixed == 0:
-    shape[free[0]] = len(devices) // fixed
-  elif free or fixed != len(devices):
+  if free and count % fixed == 0:
+    shape[free[0]] = count // fixed
+  elif free or fixed != count:
     raise ConfigError(
-      f"mesh: {said} needs a multiple of {fixed} devices, but there are {len(devices)}; change mesh.*"
+      f"mesh: {said} needs a multiple of {fixed} devices, but there are {count}; change mesh.*"
       if free
-      else f"mesh: {said} is {fixed} devices, but there are {len(devices)}; set one axis to -1 to take what is left"
+      else f"mesh: {said} is {fixed} devices, but there are {count}; set one axis to -1 to take what is left"
     )
-  # jax.make_mesh defaults to explicit axes, which Linen's parameters do not support.
-  auto = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=devices)
+  return shape
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -114,7 +133,7 @@ def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
-def spec(names: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
+def spec(names: Names, rules: Rules = RULES) -> PartitionSpec:
   """Logical names, one a dimension, as a PartitionSpec. KeyError-proof: an unknown name is a ValueError."""
   for name in names:
     if name is not None and name not in rules:
@@ -128,7 +147,10 @@ def named(mesh: Mesh, *names: str | None, rules: Rules = RULES) -> NamedSharding
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Says how an activation is laid out; outside `use` (one device) only the names are checked."""
+  """Says how an activation is laid out; outside `use` (one device) only the names are checked.
+
+  A length that does not divide over its axes, such as the one token of a decoding step, is on all of their devices.
+  """
   if len(names) != x.ndim:
     raise ValueError(f"{len(names)} logical names {names} for an array of shape {x.shape}")
   current = _current.get()
@@ -136,12 +158,72 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     spec(names)
     return x
   mesh, rules = current
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules)))
+  if jax.sharding.get_abstract_mesh().manual_axes:  # inside `per_device`, where x is what one device holds
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec_of(x, names, mesh, rules)))
+
+
+def _spec_of(x: Any, names: Names, mesh: Mesh, rules: Rules) -> PartitionSpec:
+  """`spec`, but of a length that does not divide."""
+  fits = (
+    None if name == "act_len" and size % _parts(mesh, rules, name) else name for size, name in zip(x.shape, names)
+  )
+  return spec(tuple(fits), rules)
+
+
+def _parts(mesh: Mesh, rules: Rules, name: str) -> int:
+  """Into how many parts a dimension is cut."""
+  return math.prod(mesh.shape[axis] for axis in _as_tuple(rules[name]))
+
+
+def parts(name: str) -> int:
+  """Into how many parts the mesh in use cuts dimensions of this logical name; 1 without one."""
+  current = _current.get()
+  return 1 if current is None else _parts(*current, name)
+
+
+def platform() -> str:
+  """ "cpu", "gpu" or "tpu": of the mesh in use, which may be of another machine; without one, of the default device."""
+  current = _current.get()
+  return jax.default_backend() if current is None else str(current[0].devices.flat[0].platform)
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+  """The axes of the mesh in use, longer than 1, that cut dimensions of this logical name; none without one."""
+  current = _current.get()
+  if current is None:
+    return ()
+  mesh, rules = current
+  return tuple(axis for axis in _as_tuple(rules[name]) if mesh.shape[axis] > 1)
+
+
+def per_device(function: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
+  """A function of what each device holds of its arguments; the function itself where no mesh is in use.
+
+  Args:
+    arguments: a tuple of the logical names of each argument's dimensions; of a tree, a tree of them, or one for all.
+    results: the same of what it returns.
+  """
+  current = _current.get()
+  if current is None:
+    return function
+  mesh, rules = current
+
+  def specs(names: Any) -> Any:
+    return jax.tree.map(lambda each: spec(each, rules), names, is_leaf=_is_names)
+
+  return jax.shard_map(
+    function, mesh=mesh, in_specs=tuple(map(specs, arguments)), out_specs=specs(results), check_vma=False
+  )
+
+
+def _is_names(x: Any) -> bool:
+  return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
 
 
 def parameters(model: nn.Module) -> tuple[Any, Any]:
   """A model's parameters as ShapeDtypeStructs, and the same tree of their logical axes. Computes nothing."""
-  boxed = jax.eval_shape(lambda key: model.init(key, probe())["params"], jax.random.key(0))
+  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), probe())["params"])
   axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
   return nn.unbox(boxed), axes
 
@@ -172,4 +254,4 @@ def param_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) ->
 
 def batch_size_over(mesh: Mesh, rules: Rules = RULES) -> int:
   """Into how many parts the batch is cut."""
-  return math.prod(mesh.shape[a] for a in _as_tuple(rules["act_batch"]))
+  return _parts(mesh, rules, "act_batch")

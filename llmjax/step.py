@@ -15,6 +15,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from llmjax.config import ConfigError
 from llmjax.finetune import join, split
 from llmjax.types import Array, Batch, Forward, Metrics, Objective, Outputs, Sums
 
@@ -60,9 +61,11 @@ Auxiliary = Mapping[str, tuple[nn.Module, Any]]  # {name: a frozen model with it
 class ModelForward(Forward):
   """A Linen module with its parameters, and frozen ones beside it."""
 
-  def __init__(self, model: nn.Module, params: Any, chunks: int = 1, auxiliary: Auxiliary | None = None):
-    self.model, self.params, self.chunks = model, params, chunks
-    self.auxiliary = {name: ModelForward(*each, chunks) for name, each in (auxiliary or {}).items()}
+  def __init__(
+    self, model: nn.Module, params: Any, chunks: int = 1, auxiliary: Auxiliary | None = None, tiles: int = 1
+  ):
+    self.model, self.params, self.chunks, self.tiles = model, params, chunks, tiles
+    self.auxiliary = {name: ModelForward(*each, chunks, tiles=tiles) for name, each in (auxiliary or {}).items()}
 
   def __call__(self, batch: Batch, rngs: Mapping[str, Array], **kwargs: Any) -> Outputs:
     return cast(Outputs, self.model.apply({"params": self.params}, batch, rngs=dict(rngs), **kwargs))
@@ -72,6 +75,24 @@ class ModelForward(Forward):
 
   def sentence_logits(self, hidden: Array) -> Array:
     return cast(Array, self.model.apply({"params": self.params}, hidden, method="sentence_logits"))
+
+  def per_token(self, function: Callable[..., Any], out: Outputs, *aligned: Array) -> Any:
+    if self.tiles == 1:
+      return super().per_token(function, out, *aligned)
+    length = out.hidden.shape[1]
+    if length % self.tiles:
+      raise ConfigError(
+        f"logit_tiles={self.tiles} must divide the {length} tokens of a sequence; change it, or seq_len"
+      )
+
+    def cut(x: Array) -> Array:  # strided, so that a sequence that lies on several devices stays there
+      return jnp.moveaxis(x.reshape(x.shape[0], length // self.tiles, self.tiles, *x.shape[2:]), 2, 0)
+
+    def tile(parts: tuple[Array, ...]) -> Any:
+      return function(self.unembed(parts[0]), *parts[1:])
+
+    each = jax.lax.map(jax.checkpoint(tile), tuple(map(cut, (out.hidden, *aligned))))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], length), each)
 
   def in_chunks(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
     if self.chunks == 1:
@@ -103,13 +124,14 @@ def gradients(
   accum: int,
   frozen: Any = None,
   auxiliary: Auxiliary | None = None,
+  tiles: int = 1,
 ) -> tuple[Any, Metrics]:
   """The gradient of the objective on the whole global batch by `params`, and its metrics."""
   weights = objective.weights(batch)
   chunks, accum = (accum, 1) if objective.whole_batch else (1, accum)
 
   def loss(params: Any, micro: Batch) -> tuple[Array, Metrics]:
-    forward = ModelForward(model, join(params, frozen), chunks, auxiliary)
+    forward = ModelForward(model, join(params, frozen), chunks, auxiliary, tiles)
     sums, metrics = objective.loss(forward, micro, {"dropout": key})
     value = objective_value(sums, weights, objective)
     return value, metrics | ({"objective": (value, jnp.zeros(()))} if len(sums) > 1 or "loss" not in metrics else {})
@@ -144,6 +166,7 @@ def train_step(
   accum: int,
   ema_decay: float | None,
   auxiliary: Mapping[str, nn.Module] | None = None,
+  tiles: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer update.
 
@@ -155,6 +178,7 @@ def train_step(
     tx: gives a direction; parameters move by -learning_rate times it.
     accum: microbatches, computed one after the other.
     ema_decay: of the average of parameters, None for none.
+    tiles: parts of every sequence whose logits are made one after the other.
   """
   key = jax.random.fold_in(key, state.step)
   others = {name: (other, (auxiliary_params or {})[name]) for name, other in (auxiliary or {}).items()}
@@ -167,6 +191,7 @@ def train_step(
     accum=accum,
     frozen=state.frozen,
     auxiliary=others,
+    tiles=tiles,
   )
   direction, opt_state = tx.update(grads, state.opt_state, state.params)
   updates = jax.tree.map(lambda d: -learning_rate * d, direction)
@@ -191,10 +216,11 @@ def evaluate(
   model: nn.Module,
   objective: Objective,
   auxiliary: Mapping[str, nn.Module] | None = None,
+  tiles: int = 1,
 ) -> tuple[Sums, Metrics]:
   """The objective's sums, and its metrics as (sum, weight), of a batch without dropout."""
   others = {name: (other, (auxiliary_params or {})[name]) for name, other in (auxiliary or {}).items()}
-  return objective.loss(ModelForward(model, params, auxiliary=others), batch, {})
+  return objective.loss(ModelForward(model, params, auxiliary=others, tiles=tiles), batch, {})
 
 
 def objective_sums(*arguments: Any, **settings: Any) -> Sums:

@@ -134,6 +134,11 @@ class Forward(abc.ABC):
   def sentence_logits(self, hidden: Array) -> Array:
     """Float[B L C], what the sentence head says of hidden states [B L D]."""
 
+  def per_token(self, function: Callable[..., Any], out: Outputs, *aligned: Array) -> Any:
+    """`function` of logits and of what is aligned with them [B L], a tree of [B L]; where config.logit_tiles says so of
+    a part of the logits at a time, which are made again for the gradient."""
+    return function(out.logits, *aligned)
+
   @abc.abstractmethod
   def in_chunks(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
     """`function` of strided chunks of a batch, one after the other, whose activations are not kept but made again for

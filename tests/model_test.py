@@ -10,14 +10,10 @@ from flax import linen as nn
 
 from llmjax.config import ConfigError
 from llmjax.models import layers
-from llmjax.models.attention import (
-  attention_mask,
-  cross_mask,
-  dot_product_attention,
-  relative_buckets,
-)
 from llmjax.models.config import TransformerConfig
+from llmjax.models.kernels import xla
 from llmjax.models.rotary import angles, frequencies, rotate
+from llmjax.models.scores import Settings, attention_mask, relative_buckets
 from llmjax.models.transformer import Transformer, make_transformer
 from llmjax.types import Batch, Tokens
 
@@ -47,13 +43,13 @@ MASKS = {  # name: (attention_mask's settings, what a query at position p may se
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", [*MASKS, "cross"])
 def test_attention_is_softmax_of_scaled_scores_in_float64(kind, kv_heads):
-  """Masks by their definition, one query and key after the other; scores with a bias and a scale of their own."""
+  """Masks by their definition, one query and key after the other; scores with biases and a scale of their own."""
   rng = np.random.default_rng(0)
   queries = keys = packed_rows(12, 0, prefix="prefix" in kind)
   rule = (lambda p, k: True) if kind == "cross" else MASKS[kind][1]
   if kind == "cross":
     keys = packed_rows(9, 1)
-    mask = cross_mask(queries, keys)
+    mask = attention_mask(queries, keys, causal=False)
   else:
     mask = attention_mask(queries, keys, **MASKS[kind][0])
   L, S = queries.ids.shape[1], keys.ids.shape[1]
@@ -61,16 +57,24 @@ def test_attention_is_softmax_of_scaled_scores_in_float64(kind, kv_heads):
     same = queries.segments[b, i] == keys.segments[b, j] > 0
     assert bool(mask[b, i, j]) == (same and bool(rule(queries.positions[b, i], keys.positions[b, j])))
 
-  query, bias = rng.normal(size=(2, L, 4, 8)), rng.normal(size=(2, 4, L, S))
+  query, table = rng.normal(size=(2, L, 4, 8)), rng.normal(size=(8, 4))
   key, value = rng.normal(size=(2, 2, S, kv_heads, 8))
-  arrays = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
-  got = dot_product_attention(*arrays, mask, scale=0.3, bias=jnp.asarray(bias, jnp.float32))
-  plain = dot_product_attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)), mask)
+  *arrays, biases = (jnp.asarray(x, jnp.float32) for x in (query, key, value, table))
+  relative = {"num_buckets": 8, "max_distance": 16}
+  bias = table[relative_buckets(queries.positions, keys.positions, bidirectional=True, **relative)]
+  got = xla(*arrays, queries, keys, mask, Settings(0.3, buckets=8, max_distance=16), biases)
+  plain = xla(*arrays, queries, keys, mask, Settings(8**-0.5))
+  capped = xla(*arrays, queries, keys, mask, Settings(8**-0.5, softcap=0.7))
   sees = np.asarray(mask).any(-1)
   for head in range(4):
     shared = head // (4 // kv_heads)
     dots = np.einsum("bld,bsd->bls", query[:, :, head], key[:, :, shared])
-    for out, scores in ((got, 0.3 * dots + bias[:, head]), (plain, dots / np.sqrt(8))):
+    scaled = dots / np.sqrt(8)
+    for out, scores in (
+      (got, 0.3 * dots + bias[..., head]),
+      (plain, scaled),
+      (capped, 0.7 * np.tanh(scaled / 0.7)),
+    ):
       weights = np.where(mask, np.exp(scores), 0)
       want = (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)) @ value[:, :, shared]
       np.testing.assert_allclose(np.asarray(out)[:, :, head][sees], want[sees], atol=2e-6)
@@ -107,8 +111,9 @@ def test_relative_buckets_are_t5s(bidirectional, buckets, reach):
 
 
 def test_a_query_that_may_attend_to_nothing_is_finite():
-  x = jnp.ones((1, 2, 2, 4))
-  assert jnp.isfinite(dot_product_attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
+  x, zeros = jnp.ones((1, 2, 2, 4)), jnp.zeros((1, 2), jnp.int32)
+  padding = Tokens(zeros, zeros, zeros)
+  assert jnp.isfinite(xla(x, x, x, padding, padding, jnp.zeros((1, 2, 2), bool), Settings(1.0))).all()
 
 
 def test_rotary_positions_are_complex_rotations_and_only_differences_count():

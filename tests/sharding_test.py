@@ -11,7 +11,7 @@ from llmjax.config import ConfigError, load_config, to_dict
 
 def test_one_axis_takes_what_is_left_and_axes_are_auto():
   mesh = sharding.make_mesh({"data": -1, "tensor": 2})
-  assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
   assert set(mesh.axis_types) == {AxisType.Auto}
 
 

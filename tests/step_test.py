@@ -25,9 +25,8 @@ from cases import (
   with_dropout,
 )
 
-import llmjax.models.attention
 import llmjax.models.layers
-import llmjax.models.transformer
+import llmjax.models.scores
 from llmjax import optim, sharding, step
 from llmjax.data import packing
 from llmjax.models.layout import stack, unstack
@@ -57,7 +56,7 @@ def assert_identical(got, want):
 
 def forget(monkeypatch, **fields):
   """Masks are made of tokens whose `fields` are these constants instead."""
-  real = llmjax.models.attention.attention_mask
+  real = llmjax.models.scores.attention_mask
 
   def broken(query, key, **settings):
     blind = [
@@ -65,8 +64,7 @@ def forget(monkeypatch, **fields):
     ]
     return real(*blind, **settings)
 
-  for module in (llmjax.models.transformer, llmjax.models.attention):
-    monkeypatch.setattr(module, "attention_mask", broken)
+  monkeypatch.setattr(llmjax.models.scores, "attention_mask", broken)
 
 
 def fresh(case):
@@ -226,15 +224,20 @@ def test_seeing_too_much_or_too_little_would_be_seen(name, forgotten, monkeypatc
 
 
 def test_an_encoder_that_looks_back_alone_would_be_seen(monkeypatch):
-  real = llmjax.models.transformer.attention_mask
-  monkeypatch.setattr(llmjax.models.transformer, "attention_mask", lambda q, k, **s: real(q, k, **s | {"causal": True}))
+  real = llmjax.models.scores.attention_mask
+  monkeypatch.setattr(llmjax.models.scores, "attention_mask", lambda q, k, **s: real(q, k, **s | {"causal": True}))
   with pytest.raises(AssertionError):
     test_a_token_sees_what_its_kind_of_attention_says("encoder")
 
 
 def test_a_target_that_sees_other_inputs_would_be_seen(monkeypatch):
-  everything = lambda q, k: jnp.ones((*q.ids.shape, k.ids.shape[1]), bool)  # noqa: E731
-  monkeypatch.setattr(llmjax.models.transformer, "cross_mask", everything)
+  real = llmjax.models.scores.attention_mask
+
+  def everything(query, key, **settings):
+    mask = real(query, key, **settings)
+    return mask if query is key else jnp.ones_like(mask)
+
+  monkeypatch.setattr(llmjax.models.scores, "attention_mask", everything)
   with pytest.raises(AssertionError):
     test_a_target_sees_all_of_its_input_and_earlier_targets()
 

@@ -115,7 +115,8 @@ class Family:
 # What is of no account for what a model computes.
 TRAINING_ONLY = (
   *("dropout", "attention_dropout", "mlp_dropout", "init_stddev", "embedding_stddev", "residual_init"),
-  *("dtype", "param_dtype", "scan", "remat", "bidirectional_prompt"),
+  *("dtype", "param_dtype", "scan", "remat", "attention", "bidirectional_prompt"),
+  "expert_capacity",
   *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
 )
 

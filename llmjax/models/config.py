@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from jax import checkpoint_policies
+
 from llmjax.config import ConfigError, nearest
-from llmjax.models import layers
+from llmjax.models import blockwise, kernels, layers
 from llmjax.models.rotary import RotaryScaling
 
 # What a rematerialised layer keeps for the backward pass; everything else is computed again.
 REMAT = {
   "none": None,  # keep all: no rematerialisation
-  "full": "nothing_saveable",
-  "dots": "dots_saveable",
-  "weight_dots": "dots_with_no_batch_dims_saveable",
+  "full": checkpoint_policies.nothing_saveable,
+  "attention": checkpoint_policies.save_only_these_names(blockwise.NAME),  # what "ring", "chunked" and "splash" name
+  "dots": checkpoint_policies.dots_saveable,
+  "weight_dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 CHOICES = {
   "norm": ("layernorm", "rmsnorm"),
   "norm_placement": ("pre", "post", "sandwich"),
   "positions": ("learned", "rotary", "relative", "none"),
+  "attention": ("auto", *kernels.KERNELS),
   "activation": tuple(layers.ACTIVATIONS),
   "head": ("lm", "sequence", "token", "span"),
   "pooling": ("first", "last", "mean"),
@@ -60,6 +64,8 @@ class TransformerConfig:
     relative_buckets, relative_max_distance: R, and from where on all distances are one; see `relative_buckets`.
     attention_pattern: "global" or "local" for each layer, repeated over the stack. `window`: what a local layer sees,
       the latest keys in a decoder, half as many on either side in an encoder; see `attention_mask`.
+    attention: the kernel, a name in `kernels.KERNELS`; "auto" takes "ring" where lengths are cut over devices, else the
+      device's own where that supports the model, else "xla", or "chunked" for long sequences. Decoding is "xla".
     attention_scale: of query-key products, None = 1 / sqrt(A); `attention_softcap`: of the scores, None = no bound;
       `logit_softcap`: of the logits, likewise.
     token_types: entries of the table of token types (BERT's sentences A and B), 0 = none.
@@ -69,7 +75,9 @@ class TransformerConfig:
       (T5 v1.0).
     num_experts: E of a mixture in the place of each MLP, 0 = none; `experts_per_token`: how many of them a token goes
       through; `expert_d_ff`: F of each, None = d_ff; `normalize_router`: whether the weights of those sum to 1;
-      `shared_expert_d_ff`: of one that all tokens go through besides (Qwen2-MoE), None = there is none.
+      `shared_expert_d_ff`: of one that all tokens go through besides (Qwen2-MoE), None = there is none;
+      `expert_capacity`: a device sends each other at most so many times its fair share of tokens, and the rest skip
+      that expert, which saves memory and makes results depend on the mesh; None = none is ever lost.
     head: what logits are of: "lm", the vocabulary, Float[B L V]; `num_classes` C of a "sequence", Float[B C], or of a
       "token", Float[B L C]; the beginning and the end of a "span", Float[B L 2].
     pooling: which hidden state stands for a sequence: the first, the last or the mean of its real tokens.
@@ -118,6 +126,7 @@ class TransformerConfig:
   relative_max_distance: int = 128
   attention_pattern: tuple[str, ...] = ("global",)
   window: int | None = None
+  attention: str = "auto"
   attention_scale: float | None = None
   attention_softcap: float | None = None
   logit_softcap: float | None = None
@@ -133,6 +142,7 @@ class TransformerConfig:
   expert_d_ff: int | None = None
   normalize_router: bool = True
   shared_expert_d_ff: int | None = None
+  expert_capacity: float | None = None
   tie_embeddings: bool = True
   scale_tied_logits: bool = False
   head: str = "lm"
@@ -187,7 +197,7 @@ class TransformerConfig:
     for field in ("init_stddev", "embedding_stddev"):
       if getattr(self, field) is not None and not getattr(self, field) >= 0:  # nan is not either
         raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
-    for field in ("attention_softcap", "logit_softcap"):
+    for field in ("attention_softcap", "logit_softcap", "expert_capacity"):
       if getattr(self, field) is not None and not getattr(self, field) > 0:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be positive, or none")
     for field in ("dropout", "attention_dropout", "mlp_dropout", "lora_dropout"):

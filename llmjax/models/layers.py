@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from llmjax.sharding import constrain
+from llmjax.sharding import constrain, parts
 
 if TYPE_CHECKING:
   from llmjax.models.config import TransformerConfig
@@ -84,16 +84,17 @@ class Projection(nn.Module):
     kernel = parameter(self, "kernel", normal(stddev), self.axes, inputs + self.features, self.param_dtype)
     matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
     x = x.astype(self.dtype)
-    y = x.reshape(-1, math.prod(inputs)) @ matrix
+    rows = batch if parts("act_len") > 1 else (-1,)  # a length that is cut would be gathered to be flattened
+    y = x.reshape(*rows, math.prod(inputs)) @ matrix
     if self.lora is not None and re.fullmatch(self.lora.targets, "/".join(self.path)):
-      y = y + self.adapt(dropout(x, self.lora.dropout, keys).reshape(-1, math.prod(inputs)), inputs)
+      y = y + self.adapt(dropout(x, self.lora.dropout, keys).reshape(*rows, math.prod(inputs)), inputs)
     y = y.reshape(*batch, *self.features)
     if self.use_bias:
       bias = parameter(self, "bias", nn.initializers.zeros, self.axes[n:], self.features, self.param_dtype)
       y = y + bias.astype(self.dtype).reshape((1,) * len(batch) + self.features)
     return y
 
-  def adapt(self, x: Float[Array, "T I"], inputs: tuple[int, ...]) -> Float[Array, "T O"]:
+  def adapt(self, x: Float[Array, "*T I"], inputs: tuple[int, ...]) -> Float[Array, "*T O"]:
     """alpha / rank * x A B of a low-rank adapter (Hu et al. 2021); B begins as zeros."""
     assert self.lora is not None
     rank, n = self.lora.rank, self.contracted

@@ -29,15 +29,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from llmjax.config import ConfigError, nearest
-from llmjax.models import layers
-from llmjax.models.attention import (
-  Attention,
-  CachedMemory,
-  CachedTokens,
-  Context,
-  attention_mask,
-  cross_mask,
-)
+from llmjax.models import kernels, layers, scores
+from llmjax.models.attention import Attention, CachedMemory, CachedTokens, Context
 from llmjax.models.config import REMAT, TransformerConfig
 from llmjax.models.moe import MixtureMlp, Routing
 from llmjax.models.rotary import angles, frequencies, make_scaling
@@ -132,8 +125,7 @@ class Stack(nn.Module):
     c = self.cfg
     block = Block
     if c.remat != "none":
-      policy = getattr(jax.checkpoint_policies, str(REMAT[c.remat]))
-      block = nn.remat(Block, prevent_cse=not c.scan, policy=policy)
+      block = nn.remat(Block, prevent_cse=not c.scan, policy=REMAT[c.remat])
     make = functools.partial(block, c, cross=self.cross)
     if c.positions == "relative":
       table = layers.Embedding(
@@ -281,19 +273,31 @@ class Transformer(nn.Module):
     key, index = (tokens, None) if cache_length is None else self.seen(tokens, cache_length)
     if stack.cross and cache_length is not None:
       memory_tokens = self.read(memory_tokens)
-    kinds = {c.kind(i) for i in range(stack.depth)}
-    windows = {kind: c.window if kind == "local" else None for kind in sorted(kinds)}
+    kinds = sorted({c.kind(i) for i in range(stack.depth)})
+    kernel = cross_kernel = "xla"
+    if cache_length is None and not self.is_initializing():
+      choose = functools.partial(kernels.choose, c, tokens, training=keys is not None)
+      kernel = choose(key, causal=causal)
+      cross_kernel = kernel if memory_tokens is None else choose(memory_tokens, cross=True)
+    masks = {}
+    if kernel in kernels.MASKED:
+      windows = {kind: c.window if kind == "local" else None for kind in kinds}
+      masks = {kind: scores.attention_mask(tokens, key, causal=causal, window=windows[kind]) for kind in kinds}
+    if memory_tokens is not None and cross_kernel in kernels.MASKED:
+      masks["cross"] = scores.attention_mask(tokens, memory_tokens, causal=False)
     ctx = Context(
       query=tokens,
       key=key,
-      masks={kind: attention_mask(tokens, key, causal=causal, window=window) for kind, window in windows.items()},
-      rotary={kind: self.rotary(tokens, kind) for kind in windows} if c.positions == "rotary" else {},
+      masks=masks,
+      rotary={kind: self.rotary(tokens, kind) for kind in kinds} if c.positions == "rotary" else {},
       dropout_keys=layers.fold(keys, 0),
       memory=memory,
-      memory_mask=cross_mask(tokens, memory_tokens) if memory_tokens is not None else None,
+      memory_tokens=memory_tokens,
       cache_index=index,
       cache_length=cache_length,
       causal=causal,
+      kernel=kernel,
+      cross_kernel=cross_kernel,
     )
     x = embedded = self.embed(tokens, layers.fold(keys, 1))
     x, each = stack(x, ctx)

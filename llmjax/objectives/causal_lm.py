@@ -68,7 +68,7 @@ class CausalLM(Objective):
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     out = forward(batch, rngs=rngs)
-    sums, metrics = self.token_loss(out.logits, batch)
+    sums, metrics = self.token_loss(forward, out, batch)
     if self.balance:
       count = _tokens(batch)
       sums["balance"] = count * sum(map(balance_loss, out.routing))

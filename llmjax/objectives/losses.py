@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmjax.config import ConfigError
-from llmjax.types import Batch, Metrics, Sums
+from llmjax.types import Batch, Forward, Metrics, Outputs, Sums
 
 
 def label_logits(logits: Float[Array, "B L V"], labels: Int[Array, "B L"]) -> Float[Array, "B L"]:
@@ -88,16 +89,28 @@ class TokenLoss:
   def weights(self, batch: Batch) -> Sums:
     return dict.fromkeys(self.coefficients, jnp.sum(batch.weights[self.term]))
 
-  def __call__(self, logits: Float[Array, "B L V"], batch: Batch) -> tuple[Sums, Metrics]:
-    """Sums of loss and z-loss; metrics loss, accuracy and bits_per_byte."""
+  def __call__(
+    self, forward: Forward, out: Outputs, batch: Batch, parts: Mapping[str, Float[Array, "B L"]] | None = None
+  ) -> tuple[Sums, Metrics]:
+    """Sums of loss and z-loss; metrics loss, accuracy and bits_per_byte.
+
+    Args:
+      out: what `forward` gave for the batch.
+      parts: {metric: weights} of further accuracies.
+    """
     labels, weight = batch.labels[self.term], batch.weights[self.term]
-    smoothed, nll, log_z = cross_entropy(logits, labels, self.label_smoothing)
+
+    def each(logits: Array, labels: Array) -> tuple[Array, ...]:
+      return *cross_entropy(logits, labels, self.label_smoothing), correct(logits, labels)
+
+    smoothed, nll, log_z, right = forward.per_token(each, out, labels)
     sums = {self.term: jnp.sum(smoothed * weight)}
     if self.z_loss:
       sums["z_loss"] = jnp.sum(jnp.square(log_z) * weight)
     total, tokens = jnp.sum(nll * weight), jnp.sum(weight)
-    right = correct(logits, labels) * weight
-    metrics = {"loss": (total, tokens), "accuracy": (jnp.sum(right), tokens)}
+    metrics = {"loss": (total, tokens)}
+    for name, weights in {"accuracy": weight, **(parts or {})}.items():
+      metrics[name] = (jnp.sum(right * weights), jnp.sum(weights))
     if self.tokenizer is not None:
       lengths = jnp.take(jnp.asarray(self.tokenizer.byte_lengths(), jnp.float32), labels, axis=0)
       metrics["bits_per_byte"] = (total / math.log(2), jnp.sum(lengths * weight))

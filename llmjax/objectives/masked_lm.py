@@ -210,7 +210,7 @@ class MaskedLM(Objective):
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     out = forward(batch, rngs=rngs)
-    sums, metrics = TokenLoss("mlm")(out.logits, batch)
+    sums, metrics = TokenLoss("mlm")(forward, out, batch)
     metrics["masked_accuracy"] = metrics.pop("accuracy")
     if self.pairs:
       logits = forward.sentence_logits(out.hidden)

@@ -237,7 +237,6 @@ def answer_log_probs(forward: Forward, batch: Batch, rngs: Mapping[str, Array]) 
   together = dataclasses.replace(
     together, rows=interleave(*(view.rows * len(views) + i for i, view in enumerate(views)))
   )
-  logits = forward(together, rngs=rngs).logits
-  _, nll, _ = cross_entropy(logits, together.labels["nll"])
+  _, nll, _ = forward.per_token(cross_entropy, forward(together, rngs=rngs), together.labels["nll"])
   sums = -jnp.sum(nll * together.weights["nll"], axis=1)
   return sums.reshape(-1, len(views)).T

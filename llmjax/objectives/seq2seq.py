@@ -177,7 +177,7 @@ class Seq2Seq(Task):
     return self.token_loss.weights(batch)
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
-    return self.token_loss(forward(batch, rngs=rngs).logits, batch)
+    return self.token_loss(forward, forward(batch, rngs=rngs), batch)
 
   # host
 

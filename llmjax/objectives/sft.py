@@ -168,7 +168,7 @@ class InstructionTuning(Task):
     return self.token_loss.weights(batch)
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
-    return self.token_loss(forward(batch, rngs=rngs).logits, batch)
+    return self.token_loss(forward, forward(batch, rngs=rngs), batch)
 
   # host
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from llmjax.config import ConfigError
-from llmjax.objectives.losses import TokenLoss, correct
+from llmjax.objectives.losses import TokenLoss
 from llmjax.types import Batch, Features, Forward, Metrics, Objective, Sums
 
 
@@ -121,13 +121,10 @@ class SpanCorruption(Objective):
     return self.token_loss.weights(batch)
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
-    logits = forward(batch, rngs=rngs).logits
-    sums, metrics = self.token_loss(logits, batch)
     # Where spans begin and end is easier than what is in them, and not what one wants to know.
     ordinary = jnp.take(jnp.asarray(~self.tokenizer.special, jnp.float32), batch.labels["nll"], axis=0)
-    weight = batch.weights["nll"] * ordinary
-    metrics["span_accuracy"] = (jnp.sum(correct(logits, batch.labels["nll"]) * weight), jnp.sum(weight))
-    return sums, metrics
+    spans = {"span_accuracy": batch.weights["nll"] * ordinary}
+    return self.token_loss(forward, forward(batch, rngs=rngs), batch, spans)
 
 
 def random_lengths(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
