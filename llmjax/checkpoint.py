@@ -12,7 +12,7 @@ import contextlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from llmjax import hosts
 from llmjax.config import ConfigError, default_config
 
 FORMAT_VERSION = 1
@@ -148,11 +149,15 @@ class Checkpoints:
     }
     self.manager.save(step, args=ocp.args.Composite(**parts), metrics=dict(metrics), force=True)
 
-  def set_aside(self, step: int) -> None:
-    """Moves a damaged checkpoint to WORKDIR/damaged, so that another can take its place."""
-    target = self.folder.parent / "damaged" / f"{step}-{time.time_ns()}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    (self.folder / str(step)).rename(target)
+  def set_aside(self, steps: Iterable[int]) -> None:
+    """Moves damaged checkpoints to WORKDIR/damaged, so that others can take their place."""
+    hosts.meet("set_aside/begin", timeout=600)  # no process still reads what is moved, nor goes on before it is
+    if hosts.leader():
+      for step in steps:
+        target = self.folder.parent / "damaged" / f"{step}-{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / str(step)).rename(target)
+    hosts.meet("set_aside/end", timeout=600)
     self.manager.reload()
 
   def newest_manifest(self) -> tuple[int, dict[str, Any]] | None:

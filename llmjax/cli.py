@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmjax import config as cfglib
+from llmjax import hosts
 from llmjax.config import ConfigError
 
 DESCRIPTION = "Train, evaluate and use Transformers in JAX."
@@ -55,6 +58,17 @@ cannot be read becomes {"line": its number, "error": why}, and the exit code 2.
 """
 SHOWN = 10  # bad lines
 
+VERIFY_NOTES = """\
+The config, shrunk and in float32, makes its initial parameters, loss, every gradient, held-out metrics and its
+parameters after three steps of gradient descent on one device and on each mesh. The exit code is 1 where anything but
+rounding differs. A model, objective or optimizer of your own is run as it is.
+
+  llmjax verify --config=gpt:size=nano
+  llmjax verify --config=my.py --meshes="data=8;fsdp=2,tensor=4" --processes=2
+
+"""
+DISTRIBUTED = ("train", "evaluate", "generate", "embed", "predict")  # run in several processes
+
 EMBED_NOTES = """\
 The array is float32 [texts, width] in the order of the input; each row has length 1, so that a product of rows is a
 cosine. FILE.ids.txt has a line for each: the record's field `id` where it has one, else its number, from 0.
@@ -86,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
       allow_abbrev=False,
     )
     command.set_defaults(function=function)
+    if name in DISTRIBUTED:
+      add_hosts(command)
     return command
 
   config_notes = (
@@ -136,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
   )
   generate.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
   generate.add_argument("--seed", type=int, default=0)
+  generate.add_argument("--mesh", help="devices to share the parameters, such as tensor=4 (default: one device)")
   generate.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   embed = add("embed", "vectors of texts, as a NumPy file", run_embed, EMBED_NOTES)
@@ -164,6 +181,14 @@ def parser() -> argparse.ArgumentParser:
   predict.add_argument("--batch_tokens", type=int, help="rows times length of a batch (default: 16384)")
   predict.add_argument("--mesh", default="data=-1", help="devices, such as data=-1,tensor=2 (default: %(default)s)")
   predict.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
+
+  verify = add("verify", "whether a config gives the same on every mesh", run_verify, VERIFY_NOTES + config_notes)
+  verify.add_argument(
+    "--meshes", help="such as 'data=8;fsdp=2,tensor=4' (default: those that the config can be cut over)"
+  )
+  verify.add_argument("--processes", help="numbers of processes to run it in as well, such as 2,4 (default: none)")
+  verify.add_argument("--devices", type=int, default=8, help="simulated ones of a CPU (default: %(default)s)")
+  verify.add_argument("--worker", help=argparse.SUPPRESS)  # where one of --processes writes what it measured
 
   import_ = add("import", "a Hugging Face folder to a checkpoint of ours", run_import, IMPORT_NOTES)
   import_.add_argument("--hf", required=True, help="a folder, or a hub name such as gpt2 or org/name@revision")
@@ -198,26 +223,52 @@ def parser() -> argparse.ArgumentParser:
   return main
 
 
+def add_hosts(command: argparse.ArgumentParser) -> None:
+  """The flags of a command that several processes can run together."""
+  group = command.add_argument_group(
+    "several processes", "TPU VMs, SLURM and Kubernetes are asked; elsewhere every process is started with these"
+  )
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (or LLMJAX_COORDINATOR)")
+  group.add_argument("--num_processes", metavar="N", help="1: whatever is found, one (or LLMJAX_NUM_PROCESSES)")
+  group.add_argument("--process_id", metavar="I", help="which this is, from 0 (or LLMJAX_PROCESS_ID)")
+  group.add_argument(
+    "--start_timeout", type=float, default=hosts.TIMEOUT, help="seconds to wait for the others (default: %(default)g)"
+  )
+
+
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command; returns its exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+  """Runs a command; returns its exit code: 0, 1 where `verify` finds a difference, 2 for what the user can mend, 130
+  when interrupted.
+
+  One of several processes that fails ends here, with such a code, or 1 where the user can mend nothing.
+  """
   arguments, rest = parser().parse_known_args(argv)
+  code, said = 0, ""
   try:
-    if rest and arguments.command not in ("train", "evaluate"):
+    if rest and arguments.command not in ("train", "evaluate", "verify"):
       raise ConfigError(f"unknown argument {rest[0]!r}; see `llmjax {arguments.command} --help`")
-    arguments.function(arguments, rest)
+    code = arguments.function(arguments, rest) or 0
   except BrokenPipeError:  # the reader, such as `head`, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except hosts.Disagreement as error:
+    code, said = 2, str(error) if hosts.leader() else ""
   except (ConfigError, OSError) as error:
-    print(f"llmjax: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    code, said = 2, " ".join(str(error).split())
   except KeyboardInterrupt as error:
-    print(f"llmjax: {error or 'interrupted'}", file=sys.stderr)
-    return 130
-  return 0
+    code, said = 130, str(error) or "interrupted"
+  except Exception as error:
+    if not hosts.several():
+      raise
+    code, said = 1, hosts.lost(error) or traceback.format_exc()
+  if code and hosts.several():
+    hosts.leave(code, said)
+  if said:
+    print(f"llmjax: {said}", file=sys.stderr)
+  return code
 
 
-def start_jax() -> None:
-  """Settings of the process, before JAX is used."""
+def start_jax(arguments: argparse.Namespace | None = None, config: Any = None) -> None:
+  """Settings of the process, before JAX is used; joins the other processes of a command that several can run."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   import jax
   from absl import flags
@@ -228,11 +279,31 @@ def start_jax() -> None:
     flags.FLAGS.mark_as_parsed()
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+  if arguments is None:
+    return
+  hosts.start(
+    arguments.coordinator,
+    arguments.num_processes,
+    arguments.process_id,
+    timeout=arguments.start_timeout,
+    preemptible=arguments.command == "train",
+  )
+
+  def facts() -> dict[str, Any]:
+    from llmjax.checkpoint import versions
+
+    own = ("function", *hosts.ASKED, "start_timeout")
+    given = {name: value for name, value in vars(arguments).items() if name not in own}
+    return hosts.surroundings() | {"versions": versions(), "flags": given, "config": cfglib.to_dict(config or {})}
+
+  hosts.preflight(facts)
+  if not hosts.leader():
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # what all would say, process 0 says
 
 
 def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
   config = cfglib.load_config(rest)
-  start_jax()
+  start_jax(arguments, config)
   if arguments.dry_run:
     from llmjax.preview import preview
 
@@ -244,6 +315,25 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
     run(config, arguments.workdir or default_workdir(rest), fresh=arguments.fresh)
   except Diverged as error:
     raise ConfigError(str(error)) from error
+
+
+def run_verify(arguments: argparse.Namespace, rest: list[str]) -> int:
+  config = cfglib.load_config(rest)
+  counts = [int(count) for count in re.findall(r"\d+", arguments.processes or "")]
+  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is what takes time
+  import jax
+
+  jax.config.update("jax_num_cpu_devices", arguments.devices)
+  jax.config.update("jax_default_matmul_precision", "highest")
+  start_jax()
+  from llmjax import verify
+
+  if arguments.worker:
+    hosts.start()
+    verify.work(config, arguments.worker)
+    return 0
+  meshes = arguments.meshes.split(";") if arguments.meshes else None
+  return 0 if verify.verify(config, meshes, counts, rest) else 1
 
 
 def default_workdir(rest: list[str]) -> str:
@@ -267,7 +357,7 @@ def run_evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
     config, path = cfglib.load_config(rest), arguments.workdir
   else:
     raise ConfigError("evaluate takes --config=... --workdir=DIR, or --model=PATH --data=FILE")
-  start_jax()
+  start_jax(arguments, config)
   from llmjax.evaluate import evaluate_checkpoint
 
   for name, value in evaluate_checkpoint(path, config=config, data=arguments.data, trust=arguments.trust).items():
@@ -286,16 +376,23 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
     raise ConfigError("--stop is empty; give the text to end before, or leave it out")
   if arguments.system is not None and not arguments.chat:
     raise ConfigError("--system is for --chat; add that, or leave it out")
-  start_jax()
+  start_jax(arguments)
+  if arguments.prompt is None and hosts.several():
+    raise ConfigError("several processes cannot share standard input; give --prompt")
+  from llmjax import sharding
   from llmjax.data import chat
   from llmjax.generation import encode_prompt, until
   from llmjax.objectives.sft import end_tokens
   from llmjax.pretrained import open_path
 
   with open_path(arguments.model) as source:
+    hosts.preflight(lambda: {"model": hosts.digest(source.manifest)})
     settings = generation_settings(source, arguments)
     source.tokenizer(arguments.trust)  # says what is missing
-    pretrained = source.load(arguments.trust)
+    sizes = arguments.mesh or ("data=-1" if hosts.several() else None)
+    mesh = None if sizes is None else sharding.make_mesh(sharding.parse_mesh(sizes))
+    rules = {**sharding.RULES, **source.config["rules"]}
+    pretrained = source.load(arguments.trust, mesh, rules)
   prompt = read_prompt(arguments.prompt)
   config, tokenizer = pretrained.model.cfg, pretrained.tokenizer
   separate = config.stacks == "both"  # the decoder has a text of its own, which does not go on from the prompt
@@ -315,9 +412,10 @@ def run_generate(arguments: argparse.Namespace, rest: list[str]) -> None:
   ids, count = fit(ids, config.max_len, arguments.max_new_tokens, separate, settings.pop("max_new_tokens", 200))
   settings = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "start_id": tokenizer.pad_id} | settings
   sys.stdout.write("" if separate or arguments.chat else shown(prompt))
-  for text in until(continuation(pretrained, ids, count, settings), tuple(arguments.stop)):
-    sys.stdout.write(shown(text))
-    sys.stdout.flush()
+  with contextlib.nullcontext() if mesh is None else sharding.use(mesh, rules):
+    for text in until(continuation(pretrained, ids, count, settings), tuple(arguments.stop)):
+      sys.stdout.write(shown(text))
+      sys.stdout.flush()
   sys.stdout.write("\n")
 
 
@@ -409,7 +507,7 @@ def continuation(pretrained: Any, ids: Any, count: int, settings: dict[str, Any]
 
 
 def run_embed(arguments: argparse.Namespace, rest: list[str]) -> None:
-  start_jax()
+  start_jax(arguments)
   from llmjax.embeddings import BATCH_TOKENS, embed_file
   from llmjax.sharding import parse_mesh
 
@@ -428,7 +526,7 @@ def run_embed(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def run_predict(arguments: argparse.Namespace, rest: list[str]) -> None:
-  start_jax()
+  start_jax(arguments)
   from llmjax.embeddings import BATCH_TOKENS
   from llmjax.predict import predict_file
   from llmjax.sharding import parse_mesh

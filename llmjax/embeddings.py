@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llmjax import sharding
+from llmjax import hosts, sharding
 from llmjax.config import ConfigError, nearest
 from llmjax.data.records import fields
 from llmjax.data.source import files, kind_of
@@ -231,6 +231,7 @@ def embed_file(
     raise ConfigError(f"--output={output} must be a file FILE.npy in a folder that exists")
   texts, ids = read_texts(input, column)
   with open_path(path) as source:
+    hosts.preflight(lambda: {"model": hosts.digest(source.manifest), "input": hosts.digest((texts, ids))})
     config = source.config
     devices, rules = sharding.make_mesh(mesh), {**sharding.RULES, **config["rules"]}
     if pooling is None:

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from llmjax import hosts, optim, sharding, task_metrics
 from llmjax import metrics as metriclib
-from llmjax import optim, sharding, task_metrics
 from llmjax.config import ConfigError, build, resolve, to_dict
 from llmjax.data import pipeline
 from llmjax.data.records import fields
@@ -328,6 +328,8 @@ def evaluate_checkpoint(
       config["schedule"] = {"name": "constant", "warmup": None}
       config["mesh"] = {"data": -1}
     program = make_program(config, tokenizer=source.tokenizer(trust))
+    heldout = open_source(program.config, program.config["data"]["eval"])
+    hosts.preflight(lambda: {"model": hosts.digest(source.manifest), "data": heldout.fingerprint})
     params = source.read_params(program.model, program.abstract_params, None)
   results = {}
   for name, entry in program.config["evals"].items():

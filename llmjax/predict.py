@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llmjax import sharding
+from llmjax import hosts, sharding
 from llmjax.config import ConfigError
 from llmjax.data import packing
 from llmjax.embeddings import BATCH_TOKENS, batches, in_batches, place
@@ -232,6 +232,7 @@ def predict_file(
     lines = list(_read_lines(source_file, task))
     if not lines:
       raise ConfigError(f"--input={input}: the file is empty")
+    hosts.preflight(lambda: {"model": hosts.digest(source.manifest), "input": hosts.digest(lines)})
     rules = {**sharding.RULES, **source.config["rules"]}
     devices = sharding.make_mesh(mesh or {"data": -1})
     loaded: Pretrained = source.load(trust, devices, rules)

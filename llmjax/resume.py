@@ -20,7 +20,10 @@ FIXED = (
   *("trainable", "auxiliary"),
 )
 # What of it may change all the same.
-FREE = ("model.remat", "model.dtype", "model.dropout", "model.attention_dropout", "model.mlp_dropout")
+FREE = (
+  *("model.attention", "model.remat", "model.dtype"),
+  *("model.dropout", "model.attention_dropout", "model.mlp_dropout"),
+)
 
 
 def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int, Any]:
@@ -35,8 +38,8 @@ def restore(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int
       failures.append(step)
       print(f"{error}; trying an older one")
       continue
-    for damaged in failures:
-      checkpoints.set_aside(damaged)
+    if failures:
+      checkpoints.set_aside(failures)
     return state, step, cursor
   if failures:
     raise ConfigError(f"no checkpoint of {failures} in {checkpoints.folder} can be read; --fresh starts anew")

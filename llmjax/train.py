@@ -6,18 +6,20 @@ import contextlib
 import functools
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from llmjax import hosts, sharding
 from llmjax import metrics as metriclib
-from llmjax import sharding
-from llmjax.checkpoint import Checkpoints, make_manifest
+from llmjax.checkpoint import Checkpoints, make_manifest, versions
 from llmjax.config import ConfigError, build, to_dict
 from llmjax.data.pipeline import TrainStream, merge_cursors
 from llmjax.early_stopping import EarlyStopping, check_metric, value_of
@@ -50,6 +52,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   config = program.config
   steps = program.steps
   source = open_source(config, config["data"]["train"])
+  hosts.preflight(lambda: facts(program, source))
   kept = {k: earlier[k] for k in INHERITED if k in earlier} if earlier else inherited(config["init_from"])
   manifest = make_manifest(program) | kept | {"data_fingerprint": source.fingerprint}
   changed = check_same(earlier, manifest, workdir) if earlier else {}
@@ -61,6 +64,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   check_metric(stopper.metric, stopper.best_is, evals, "early_stopping.metric")
   if fresh and leader:
     set_aside(workdir)
+  hosts.preflight(lambda: {"fresh": fresh})  # nobody looks into the folder before it is moved
   checkpoints = Checkpoints(
     workdir,
     keep=config["checkpoint"]["keep"],
@@ -99,7 +103,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   writer = metriclib.Writer(workdir if leader else None, start_step=first, tensorboard=config["log"]["tensorboard"])
   progress = metriclib.Progress(total, first, tokens_per_step) if leader else None
   meter = Meter(program, writer, progress, tokens_per_step)
-  key = jax.device_put(jax.random.key(config["seed"]), program.replicated)
+  key = jax.jit(lambda: jax.random.key(config["seed"]), out_shardings=program.replicated)()
   auxiliary = program.auxiliary_params
   results: dict[str, float] = {}  # the last of every evaluation
   measured: tuple[int, dict[str, float]] = (-1, {})  # at which step, and what
@@ -143,14 +147,14 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
       for step in range(first, first if enough else total):
         profile(step)
         batch = program.put(next(stream), config["batch_size"])
-        rate = jax.device_put(np.float32(program.learning_rate(step)), program.replicated)
+        rate = replicate(np.float32(program.learning_rate(step)), program)
         if step == first:
           meter.step_flops = program.step_flops(batch)
         with jax.transfer_guard("disallow"):
           state, new = program.train_step(state, batch, key, rate, auxiliary)
         done = step + 1
         meter.add(done, new, done % log_every == 0 or step == first or done == total)
-        stopping = interrupted() and done < total
+        stopping = interrupted(done) and done < total
         if not stopping and any(when(done) for _, when in evals.values()):
           with meter.paused(done):
             try:
@@ -159,8 +163,9 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
               if enough:
                 evaluate(done, lambda when, step: not when(step))
             except Exception:  # what was trained must outlive a broken evaluator
-              save(done)
-              checkpoints.wait()
+              if hosts.meet(f"evaluation/{done}", timeout=60):  # all save, or none
+                save(done)
+                checkpoints.wait()
               raise
         if stopping or enough or done == total or done % save_every == 0:
           with meter.paused(done):
@@ -266,6 +271,11 @@ def make_stream(program: Program, source: Any, *, prefetch: int) -> TrainStream:
   )
 
 
+def replicate(value: np.generic, program: Program) -> jax.Array:
+  """A number on every device; `jax.device_put` would have the processes compare theirs first, and wait for that."""
+  return jax.make_array_from_process_local_data(program.replicated, np.asarray(value), ())
+
+
 def period(program: Program, *keys: str) -> int:
   """The `every` of a part of the config, in steps; longer than the run where it is None."""
   key = ".".join((*keys, "every"))
@@ -292,29 +302,47 @@ def gather(cursor: Any) -> list[Any]:
   """Every process's cursor."""
   if jax.process_count() == 1:
     return [cursor]
-  from jax.experimental import multihost_utils
-
   data = np.frombuffer(json.dumps(cursor).encode(), np.uint8)
   longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(data)))))
   padded = np.pad(data, (0, longest - len(data)), constant_values=ord(" "))
   return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
+def facts(program: Program, source: Any) -> dict[str, Any]:
+  """What has to be the same on all processes, before anything is compiled."""
+  shapes = jax.tree_util.tree_leaves_with_path(program.abstract_state)
+  layout = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), str(leaf.sharding)) for path, leaf in shapes]
+  return hosts.surroundings() | {
+    "versions": versions(),
+    "config": program.config,
+    "data": {"fingerprint": source.fingerprint, "records": len(source)},
+    "tokenizer": hosts.digest(sorted(program.tokenizer.to_files().items())),
+    "program": hosts.digest((layout, program.mesh.devices.tolist())),
+  }
+
+
 @contextlib.contextmanager
-def interruption() -> Iterator[Any]:
-  """Turns the first Ctrl-C or SIGTERM into a request that the loop answers by saving; the second acts at once."""
+def interruption() -> Iterator[Callable[[int], bool]]:
+  """Turns the first Ctrl-C or SIGTERM into a request that the loop answers by saving; the second acts at once.
+
+  Gives the question whether to stop after a step. Several processes stop after the same one: JAX hears a SIGTERM to any
+  of them and agrees on a step that none has passed.
+  """
+  alone = jax.process_count() == 1
   asked: list[int] = []
   previous: dict[int, Any] = {}
 
   def handle(number, frame):
     asked.append(number)
     signal.signal(number, previous[number])
+    if not alone:
+      os.kill(os.getpid(), signal.SIGTERM)
 
   with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
-    for asking in (signal.SIGINT, signal.SIGTERM):
+    for asking in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
       previous[asking] = signal.signal(asking, handle)
   try:
-    yield lambda: bool(asked)
+    yield (lambda step: bool(asked)) if alone else multihost_utils.reached_preemption_sync_point
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
