@@ -30,7 +30,9 @@ def main() -> None:
   start_jax()
   workdir = Path(arguments.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  print(json.dumps(annotate(arguments, flags, workdir), indent=2))
+  results = annotate(arguments, flags, workdir)
+  print(json.dumps(results, indent=2))
+  draw({name: value for name, value in results.items() if "held-out" in name}, workdir / "annotation.png")
 
 
 def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> dict[str, float]:
@@ -81,6 +83,21 @@ def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> 
       truths["held_out"], list(np.random.default_rng(0).integers(count, size=len(held_out)))
     ),
   }
+
+
+def draw(results: dict[str, float], path: Path) -> None:
+  import matplotlib
+
+  matplotlib.use("agg")
+  from matplotlib import pyplot
+
+  figure, axis = pyplot.subplots(figsize=(7, 2.2), layout="constrained")
+  names = [name.removeprefix("NMI of ").removesuffix(", held-out functions") for name in reversed(results)]
+  axis.bar_label(axis.barh(names, list(reversed(results.values()))), fmt="%.3f", padding=3)
+  axis.set_xlim(0, 1)
+  axis.set_xlabel("normalised mutual information with the true packages")
+  axis.spines[["top", "right"]].set_visible(False)
+  figure.savefig(path, dpi=130)
 
 
 def cluster(vectors: np.ndarray, other: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
