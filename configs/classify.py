@@ -1,7 +1,8 @@
 """Classes of texts:  llmjax train --config=classify
 
 As it stands, a small encoder from scratch learns which package of Python's library a function is from. Labels are
-those of the training data, and are saved with the model. The argument chooses, separated by commas:
+those of the training data, or of the classifier that init_from names, if it knows them all, and are saved with the
+model. The argument chooses, separated by commas:
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
   size=NAME       without one, an encoder of configs/sizes.py to start from scratch (nano)
   train=FILES     your own data: a file or glob of JSONL, CSV, TSV or Parquet

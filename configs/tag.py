@@ -1,8 +1,8 @@
 """Tags of words:  llmjax train --config=tag
 
 As it stands, a small encoder from scratch learns what the names in Python code are: what is called, defined, imported.
-Tags are those of the training data, and are saved with the model; spans (B-X I-X) never break their scheme. The
-argument chooses, separated by commas:
+Tags are those of the training data, or of the tagger that init_from names, if it knows them all, and are saved with the
+model; spans (B-X I-X) never break their scheme. The argument chooses, separated by commas:
   crf             a linear-chain CRF: scores of one tag after another besides
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
   size=NAME       without one, an encoder of configs/sizes.py to start from scratch (nano)

@@ -186,7 +186,9 @@ def parser() -> argparse.ArgumentParser:
   verify.add_argument(
     "--meshes", help="such as 'data=8;fsdp=2,tensor=4' (default: those that the config can be cut over)"
   )
-  verify.add_argument("--processes", help="numbers of processes to run it in as well, such as 2,4 (default: none)")
+  verify.add_argument(
+    "--processes", default="", help="numbers of processes on this machine to run it in as well, such as 2,4"
+  )
   verify.add_argument("--devices", type=int, default=8, help="simulated ones of a CPU (default: %(default)s)")
   verify.add_argument("--worker", help=argparse.SUPPRESS)  # where one of --processes writes what it measured
 
@@ -319,7 +321,9 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def run_verify(arguments: argparse.Namespace, rest: list[str]) -> int:
   config = cfglib.load_config(rest)
-  counts = [int(count) for count in re.findall(r"\d+", arguments.processes or "")]
+  if not re.fullmatch(r"(\d+(,\d+)*)?", arguments.processes):
+    raise ConfigError(f"--processes={arguments.processes} must be numbers, such as 2,4")
+  counts = [int(count) for count in arguments.processes.split(",") if count]
   os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is what takes time
   import jax
 
@@ -330,7 +334,7 @@ def run_verify(arguments: argparse.Namespace, rest: list[str]) -> int:
 
   if arguments.worker:
     hosts.start()
-    verify.work(config, arguments.worker)
+    verify.work(config, arguments.meshes, arguments.worker)
     return 0
   meshes = arguments.meshes.split(";") if arguments.meshes else None
   return 0 if verify.verify(config, meshes, counts, rest) else 1
@@ -532,7 +536,7 @@ def run_predict(arguments: argparse.Namespace, rest: list[str]) -> None:
   from llmjax.sharding import parse_mesh
 
   names = ("max_new_tokens", "num_beams", "length_penalty")
-  written, bad = predict_file(
+  written, count, bad = predict_file(
     arguments.model,
     arguments.input,
     arguments.output,
@@ -547,7 +551,7 @@ def run_predict(arguments: argparse.Namespace, rest: list[str]) -> None:
     print(f"llmjax: {error}", file=sys.stderr)
   if bad:
     more = f" ({len(bad) - SHOWN} more are not shown)" if len(bad) > SHOWN else ""
-    raise ConfigError(f"{len(bad)} lines of {arguments.input} could not be read{more}; all others were answered")
+    raise ConfigError(f"{len(bad)} of {count} lines of {arguments.input} could not be read{more}")
 
 
 def run_import(arguments: argparse.Namespace, rest: list[str]) -> None:

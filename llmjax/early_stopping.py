@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,15 +12,29 @@ from llmjax.config import ConfigError, nearest
 
 DIRECTIONS = ("least", "most")
 
+# Metrics of which it is known what is best, by their names in an evaluation; the first that matches counts.
+HIGH = "accuracy|f1|precision|recall|exact|mrr|rouge(1|2|L|Lsum)|bleu|chrf|matthews|pearson|spearman|nmi|ari"
+KNOWN = {
+  "most": rf"(.+[/_])?({HIGH})(_macro|_micro|_match|_at_\d+|/.+)?",
+  "least": r"(.+[/_])?(loss|perplexity|bits_per_byte|mse)",
+}
+
 
 def check_metric(name: str | None, best_is: str, evals: Mapping[str, Any], key: str) -> None:
   """Raises ConfigError where a metric, or what is best in it, cannot be; `key` is the config key of the metric."""
+  part = key.partition(".")[0]
   if best_is not in DIRECTIONS:
-    part = key.partition(".")[0]
     raise ConfigError(f"{part}.best_is={best_is!r} must be 'least' or 'most'")
   if name is not None and name.split("/")[:2] not in [["eval", entry] for entry in evals]:
     known = ", ".join(f"eval/{entry}/..." for entry in evals)
     raise ConfigError(f"{key}={name!r} is none of the run's measurements: {known or 'there are no evals'}")
+  what = "" if name is None else "/".join(name.split("/")[2:])
+  known = next((direction for direction, names in KNOWN.items() if re.fullmatch(names, what)), best_is)
+  if best_is != known:
+    raise ConfigError(
+      f"{key}={name!r} with {part}.best_is={best_is!r} would take the worst for the best; set "
+      f"--config.{part}.best_is={known}"
+    )
 
 
 def value_of(metric: str, measured: Mapping[str, float], key: str) -> float | None:

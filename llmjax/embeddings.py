@@ -229,6 +229,8 @@ def embed_file(
   target = Path(output)
   if target.suffix != ".npy" or not target.parent.is_dir():
     raise ConfigError(f"--output={output} must be a file FILE.npy in a folder that exists")
+  target = check_output(target, input)
+  names = check_output(target.with_suffix(".ids.txt"), input)
   texts, ids = read_texts(input, column)
   with open_path(path) as source:
     hosts.preflight(lambda: {"model": hosts.digest(source.manifest), "input": hosts.digest((texts, ids))})
@@ -247,9 +249,36 @@ def embed_file(
     rules=rules,
   )
   if jax.process_index() == 0:
-    np.save(target, vectors)
-    target.with_suffix(".ids.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-  return target.with_suffix(".ids.txt"), vectors.shape
+    with replacing(target) as partial, partial.open("wb") as file:
+      np.save(file, vectors)
+    with replacing(names) as partial:
+      partial.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+  return Path(output).with_suffix(".ids.txt"), vectors.shape
+
+
+def check_output(output: str | Path, input: str | Path) -> Path:
+  """Where an output is written, links followed.
+
+  Raises:
+    ConfigError: it is the input, which would be lost, or no file.
+  """
+  target = Path(output).resolve()
+  if target == Path(input).resolve():
+    raise ConfigError(f"--output would write {output} over --input={input}; give another name")
+  if target.exists() and not target.is_file():
+    raise ConfigError(f"--output={output} is there, and is no file; give another name")
+  return target
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+  """A file to write that takes the place of `target` once it is whole; where writing fails, that stays as it is."""
+  partial = target.with_name(f".{target.name}.partial")
+  try:
+    yield partial
+    partial.replace(target)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def read_texts(path: str, column: str | None = None) -> tuple[list[str], list[str]]:

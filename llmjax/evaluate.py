@@ -8,8 +8,10 @@ returns {name: number}, or {name: text to show}, see `record`. A new one is a fu
 from __future__ import annotations
 
 import functools
+import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from llmjax.objectives.seq2seq import Seq2Seq
 from llmjax.objectives.task import Task
 from llmjax.objectives.weighted_sum import WeightedSum
 from llmjax.predict import Settings, check_task, predict
-from llmjax.pretrained import open_path
+from llmjax.pretrained import any_kernel, open_path
 from llmjax.program import Program, make_program, open_source
 from llmjax.types import Batch, Objective
 
@@ -198,11 +200,11 @@ def answered(program: Program, task: Task, split: str | None, limit: int | None)
   source = open_source(program.config, split)
   count = len(source) if limit is None else min(limit, len(source))
   which = np.linspace(0, len(source) - 1, count).astype(np.int64)
-  for index in which:
+  for index, record in enumerate(source):
     try:
-      task.check(source[int(index)], labelled=True)
+      task.check(record, labelled=True)
     except ConfigError as error:
-      raise ConfigError(f"record {index} (from 0) of split {split!r}: {error}") from error
+      raise ConfigError(f"{source.place(index)}, of split {split!r}: {error}") from error
 
   @functools.cache
   def records() -> list[Any]:
@@ -310,9 +312,8 @@ def evaluate_checkpoint(
     if config is not None:
       config = to_dict(config)
       known = source.config["objective"]
-      if (
-        known is not None and known["name"] == config["objective"]["name"]
-      ):  # what a run has found out counts, not what its data say now
+      # What a run has found out counts, not what its data say now.
+      if known is not None and known["name"] == config["objective"]["name"]:
         config["objective"] |= {k: known[k] for k, v in config["objective"].items() if v is None and k in known}
     else:
       config = source.config
@@ -327,9 +328,9 @@ def evaluate_checkpoint(
       config["optim"] = {k: config["optim"][k] for k in ("name", *optim.COMMON)}
       config["schedule"] = {"name": "constant", "warmup": None}
       config["mesh"] = {"data": -1}
+      config["model"] = any_kernel(config["model"])
     program = make_program(config, tokenizer=source.tokenizer(trust))
-    heldout = open_source(program.config, program.config["data"]["eval"])
-    hosts.preflight(lambda: {"model": hosts.digest(source.manifest), "data": heldout.fingerprint})
+    hosts.preflight(lambda: {"model": hosts.digest(source.manifest), "data": fingerprint(program, data)})
     params = source.read_params(program.model, program.abstract_params, None)
   results = {}
   for name, entry in program.config["evals"].items():
@@ -337,6 +338,13 @@ def evaluate_checkpoint(
     found = build(spec, EVALUATORS, f"evals.{name}", program=program)(params)
     results.update({record(name, what).removeprefix("eval/"): value for what, value in found.items()})
   return results
+
+
+def fingerprint(program: Program, data: str | None) -> str:
+  """Of what is measured: the files of `data`, or the config's held-out split."""
+  if data is not None:
+    return hosts.digest([(path.name, path.read_bytes()) for path in map(Path, sorted(glob.glob(data)))])
+  return open_source(program.config, program.config["data"]["eval"]).fingerprint
 
 
 def data_evals(data: str, objective: Objective, column: str = "text") -> tuple[dict[str, Any], dict[str, Any]]:

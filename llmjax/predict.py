@@ -22,7 +22,9 @@ from jax.sharding import Mesh
 from llmjax import hosts, sharding
 from llmjax.config import ConfigError
 from llmjax.data import packing
-from llmjax.embeddings import BATCH_TOKENS, batches, in_batches, place
+from llmjax.data.files import json_error
+from llmjax.data.source import kind_of
+from llmjax.embeddings import BATCH_TOKENS, batches, check_output, in_batches, place, replacing
 from llmjax.generation import generate
 from llmjax.objectives.task import Record, Result, Task
 from llmjax.pretrained import Pretrained, open_path
@@ -203,7 +205,7 @@ def predict_file(
   mesh: Mapping[str, int] | None = None,
   generation: Mapping[str, Any] | None = None,
   trust: bool = False,
-) -> tuple[int, list[str]]:
+) -> tuple[int, int, list[str]]:
   """Writes a line of JSON for every line of a JSONL file, in their order.
 
   Args:
@@ -215,13 +217,16 @@ def predict_file(
     mesh: sizes of `sharding.make_mesh`.
     generation: keywords of `llmjax.generate`.
   Returns:
-    how many lines were written with an answer, and what is wrong with the bad lines.
+    how many lines were written with an answer, how many there are, and what is wrong with the bad ones.
   """
-  source_file, target = Path(input), Path(output)
+  source_file = Path(input)
   if not source_file.is_file():
     raise ConfigError(f"--input={input}: there is no such file")
-  if not target.parent.is_dir():
-    raise ConfigError(f"--output={output}: there is no folder {target.parent}")
+  if kind_of(source_file) not in ("jsonl", "text"):
+    raise ConfigError(f"--input={input}: predict reads JSONL, an object a line, and this is none by its ending")
+  if not Path(output).parent.is_dir():
+    raise ConfigError(f"--output={output}: there is no folder {Path(output).parent}")
+  target = check_output(output, input)
   if min_confidence is not None and not 0 <= min_confidence <= 1:
     raise ConfigError(f"--min_confidence={min_confidence} must be from 0 to 1")
   with open_path(path) as source:
@@ -251,18 +256,21 @@ def predict_file(
       sure = answer["confidence"] >= min_confidence
       out += [{**record, **{k: v for k, v in answer.items() if k != "scores"}}] if sure else []
   if jax.process_index() == 0:
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in out), encoding="utf-8")
-    partial.replace(target)
-  return len(out) - (len(bad) if min_confidence is None else 0), bad
+    with replacing(target) as partial:
+      partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in out), encoding="utf-8")
+  return len(out) - (len(bad) if min_confidence is None else 0), len(lines), bad
 
 
 def _read_lines(path: Path, task: Task) -> Iterable[tuple[int, dict[str, Any] | None, str]]:
-  """(line number from 1, record or None, what is wrong with it) of every line that is not blank."""
+  """(line number from 1, record or None, what is wrong with it) of every line; blank ones at the end are none."""
   with path.open("rb") as file:
+    blank = 0
     for number, line in enumerate(file, 1):
       if not line.strip():
+        blank += 1
         continue
+      yield from ((number - before, None, "the line is blank") for before in range(blank, 0, -1))
+      blank = 0
       try:
         record = json.loads(line.decode("utf-8"))
         if not isinstance(record, dict):
@@ -273,7 +281,7 @@ def _read_lines(path: Path, task: Task) -> Iterable[tuple[int, dict[str, Any] | 
       except UnicodeDecodeError as error:
         yield number, None, f"byte {error.start} is not UTF-8"
       except json.JSONDecodeError as error:
-        yield number, None, f"not a JSON object: {error.msg} at column {error.colno}"
+        yield number, None, f"not a JSON object: {json_error(error)}"
       except ConfigError as error:
         yield number, None, str(error)
       else:

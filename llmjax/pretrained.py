@@ -25,6 +25,7 @@ from llmjax.models.config import TransformerConfig
 from llmjax.models.layout import HEADS
 from llmjax.models.transformer import MODELS
 from llmjax.objectives import OBJECTIVES, tag_scheme
+from llmjax.objectives.task import FRESH_HEAD, NOTHING
 from llmjax.types import Objective
 
 HEAD_FIELDS = (  # of a config: what is behind the last layer
@@ -71,7 +72,7 @@ class Source:
 
   def make_model(self, trust: bool = False, **changes: Any) -> nn.Module:
     """The model, with some of its config's fields changed."""
-    return build({**self.manifest["model"], **changes}, MODELS, "model", trust=trust)
+    return build({**any_kernel(self.manifest["model"]), **changes}, MODELS, "model", trust=trust)
 
   def load(
     self, trust: bool = False, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES, **changes: Any
@@ -97,6 +98,11 @@ class Source:
     if not trust:
       check_trusted(spec)
     return make_objective(spec, self.tokenizer(trust), self.config["seq_len"], self.manifest["model"])
+
+
+def any_kernel(spec: Mapping[str, Any]) -> dict[str, Any]:
+  """A model's config for other devices and lengths than it learned with: the kernel is chosen again."""
+  return {**spec, "attention": "auto"} if "attention" in spec else dict(spec)
 
 
 @contextlib.contextmanager
@@ -238,16 +244,36 @@ def inherited(path: str | Path | None) -> dict[str, Any]:
     return {key: source.manifest[key] for key in INHERITED if key in source.manifest}
 
 
-def make_objective(spec: Any, tokenizer: Any, seq_len: int, model: Mapping[str, Any], records: Any = None) -> Objective:
+def learned_labels(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The objective of init_from, with the "path", where a config that names no labels goes on with the head of some;
+  else nothing."""
+  path, ours = config["init_from"], config["objective"]
+  if path is None or ours.get("labels", ()) is not None or name_there(config["init_map"], "head/kernel") is None:
+    return NOTHING
+  with open_path(path) as source:
+    theirs = source.config["objective"] or {}
+  return {**theirs, "path": path} if theirs.get("labels") and theirs["name"] == ours["name"] else NOTHING
+
+
+def make_objective(
+  spec: Any,
+  tokenizer: Any,
+  seq_len: int,
+  model: Mapping[str, Any],
+  records: Any = None,
+  learned: Mapping[str, Any] = NOTHING,
+) -> Objective:
   """The objective of a config.
 
   Args:
     model: config.model, of which the kind of stacks is looked at.
     records: opens the training split, for what the config leaves open.
+    learned: see `learned_labels`.
   """
   encoder, decoder = model.get("encoder_layers"), model.get("decoder_layers")
   stacks = "both" if encoder and decoder else "encoder" if encoder else "decoder"
-  return build(spec, OBJECTIVES, "objective", tokenizer=tokenizer, seq_len=seq_len, stacks=stacks, records=records)
+  runtime = {"tokenizer": tokenizer, "seq_len": seq_len, "stacks": stacks, "records": records, "learned": learned}
+  return build(spec, OBJECTIVES, "objective", **runtime)
 
 
 def with_head(
@@ -387,8 +413,8 @@ def _open_own(path: str, checkpoints: checkpoint.Checkpoints, step: int, manifes
 
 def _other_head(path: str, name: str, ours: Any, theirs: Any) -> ConfigError:
   return ConfigError(
-    f"init_from={path}: {name} is of size {list(theirs)} there and {list(ours)} here, a head for other classes; to "
-    """start it afresh, --config.init_map='((".*head.*|crf/.*", None),)'"""
+    f"init_from={path}: {name} is of size {list(theirs)} there and {list(ours)} here, a head for other classes; "
+    f"{FRESH_HEAD}"
   )
 
 

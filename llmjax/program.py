@@ -25,7 +25,16 @@ from llmjax.data.source import SOURCES, parse_split
 from llmjax.models import kernels
 from llmjax.models.transformer import MODELS
 from llmjax.objectives.task import Task
-from llmjax.pretrained import SAME, abstract_params, load_params, make_objective, open_path, same_model, with_head
+from llmjax.pretrained import (
+  SAME,
+  abstract_params,
+  learned_labels,
+  load_params,
+  make_objective,
+  open_path,
+  same_model,
+  with_head,
+)
 from llmjax.types import Batch, Objective, probe
 
 
@@ -160,16 +169,17 @@ def count_examples(config: Mapping[str, Any], objective: Objective, tokenizer: A
   Reads and tokenises all of the split.
 
   Raises:
-    ConfigError: a record that cannot be learned from, with its number.
+    ConfigError: a record that cannot be learned from, with its place.
   """
   if objective.packing != "never" and (config["data"]["pack"] or not isinstance(objective, Task)):
     return None
   count = 0
-  for index, record in enumerate(open_source(config, config["data"]["train"])):
+  source = open_source(config, config["data"]["train"])
+  for index, record in enumerate(source):
     try:
       count += sum(1 for _ in objective.examples(record, tokenizer, config["seq_len"], False))
     except ConfigError as error:
-      raise ConfigError(f"record {index} (from 0) of data.train: {error}") from error
+      raise ConfigError(f"{source.place(index)}: {error}") from error
   return count
 
 
@@ -313,6 +323,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
     config["seq_len"],
     spec,
     records=lambda: open_source(config, labelled_split(config["data"]["train"])),
+    learned=learned_labels(config),
   )
   config["objective"] |= objective.decided
   spec = with_head(spec, objective.head, family, config["model"])

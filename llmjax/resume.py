@@ -79,6 +79,16 @@ def kept_tokenizer(config: Any, earlier: dict[str, Any] | None) -> Any:
   return kept
 
 
+def kept_labels(config: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+  """What the run in this workdir found out of its labels, of the keys of config.objective that are None: what it
+  started from has no more say in them."""
+  if earlier is None or config["init_from"] is None:
+    return {}
+  known, ours = earlier["config"]["objective"], config["objective"]
+  same = known["name"] == ours.get("name")
+  return {key: known[key] for key in ("labels", "scheme") if same and key in known and ours.get(key, ()) is None}
+
+
 def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path) -> dict[str, tuple[Any, Any]]:
   """What changed since the run in `workdir`, as {key: (old, new)}; refuses what it cannot be continued with."""
   changed = differences(earlier["config"], manifest["config"])

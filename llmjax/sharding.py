@@ -103,13 +103,13 @@ def resolve(sizes: Mapping[str, int | None], count: int) -> dict[str, int]:
   return shape
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str, flag: str = "--mesh") -> dict[str, int]:
   """The sizes in "data=2,tensor=4"; where none of them is -1, `data` takes what they leave."""
   sizes = {}
   for part in text.split(","):
     match = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part)
     if match is None:
-      raise ConfigError(f"--mesh={text}: {part!r} is no AXIS=SIZE, such as data=-1; axes are {', '.join(AXES)}")
+      raise ConfigError(f"{flag}={text}: {part!r} is no AXIS=SIZE, such as data=-1; axes are {', '.join(AXES)}")
     sizes[match[1]] = int(match[2])
   return {"data": 1 if -1 in sizes.values() else -1} | sizes
 
@@ -186,6 +186,11 @@ def platform() -> str:
   """ "cpu", "gpu" or "tpu": of the mesh in use, which may be of another machine; without one, of the default device."""
   current = _current.get()
   return jax.default_backend() if current is None else str(current[0].devices.flat[0].platform)
+
+
+def fitting(name: str, size: int) -> str | None:
+  """The logical name of a dimension, or None where the mesh in use cannot cut it into equal parts."""
+  return None if size % parts(name) else name
 
 
 def axes_of(name: str) -> tuple[str, ...]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +22,13 @@ from jax.experimental import multihost_utils
 from llmjax import hosts, sharding
 from llmjax import metrics as metriclib
 from llmjax.checkpoint import Checkpoints, make_manifest, versions
-from llmjax.config import ConfigError, build, to_dict
+from llmjax.config import ConfigError, build, flatten, to_dict
 from llmjax.data.pipeline import TrainStream, merge_cursors
 from llmjax.early_stopping import EarlyStopping, check_metric, value_of
 from llmjax.evaluate import EVALUATORS, WHEN, record
 from llmjax.pretrained import INHERITED, inherited
 from llmjax.program import Program, make_program, open_source
-from llmjax.resume import check_same, finished, kept_tokenizer, read_earlier, restore, set_aside
+from llmjax.resume import check_same, finished, kept_labels, kept_tokenizer, read_earlier, restore, set_aside
 
 
 class Diverged(RuntimeError):
@@ -48,6 +50,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   leader = jax.process_index() == 0
   config = to_dict(config)
   earlier = None if fresh else read_earlier(workdir)
+  config["objective"] |= kept_labels(config, earlier)
   program = make_program(config, tokenizer=kept_tokenizer(config, earlier))
   config = program.config
   steps = program.steps
@@ -74,6 +77,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     best_is=best_is,
   )
   stream = make_stream(program, source, prefetch=config["data"]["prefetch"])
+  empty, seen = (0, 0) if program.objective.fields == ("text",) else stream.plan.left_out()
 
   state, first, cursor = restore(program, checkpoints)
   if cursor is not None:
@@ -95,6 +99,8 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     part = "" if program.num_trainable == program.num_params else f"{program.num_trainable:,} of "
     count = f"{part}{program.num_params:,} parameters"
     say(f"training {count} for {total:,} steps of {tokens_per_step:,} tokens on {corpus}")
+    if empty:
+      say(f"of {seen:,} records looked at {empty:,} are left out: {program.objective.nothing}")
     say(f"in {workdir}; interrupted, the same command goes on where it was")
   if leader:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -317,8 +323,16 @@ def facts(program: Program, source: Any) -> dict[str, Any]:
     "config": program.config,
     "data": {"fingerprint": source.fingerprint, "records": len(source)},
     "tokenizer": hosts.digest(sorted(program.tokenizer.to_files().items())),
+    "modules": {name: hosts.digest(code) for name, code in own_modules(program.config).items()},
     "program": hosts.digest((layout, program.mesh.devices.tolist())),
   }
+
+
+def own_modules(config: Any) -> dict[str, bytes]:
+  """The source of the modules that a config names as "module:function"."""
+  named = (re.fullmatch(r"([\w.]+):[\w.]+", value) for value in flatten(config).values() if isinstance(value, str))
+  specs = {match[1]: importlib.util.find_spec(match[1]) for match in named if match}
+  return {name: Path(spec.origin).read_bytes() for name, spec in specs.items() if spec and spec.origin}
 
 
 @contextlib.contextmanager

@@ -166,6 +166,7 @@ class Objective(abc.ABC):
     decided: {key of its config: value} of what it found out where the config says None.
     auxiliary: names of the frozen models that it needs in config.auxiliary.
     fields: of a record that it reads.
+    nothing: why a record may give no features, for messages.
   """
 
   packing: str = "whole"
@@ -176,6 +177,10 @@ class Objective(abc.ABC):
   @property
   def fields(self) -> tuple[str, ...]:
     return ("text",)
+
+  @property
+  def nothing(self) -> str:
+    return "the texts are empty or too short for the objective"
 
   @property
   def head(self) -> Mapping[str, Any]:

@@ -31,7 +31,9 @@ from llmjax import finetune, sharding
 from llmjax import metrics as metriclib
 from llmjax.config import ConfigError, build, to_dict
 from llmjax.optim import COMMON, OPTIMIZERS
-from llmjax.program import Program, make_program, open_source
+from llmjax.program import Program, make_program, make_tokenizer, open_source
+from llmjax.resume import kept_tokenizer
+from llmjax.step import TrainState
 from llmjax.train import make_stream, replicate
 from llmjax.types import Batch
 
@@ -39,17 +41,8 @@ TOLERANCE = 1e-5  # of a leaf's norm
 FLOOR = 1e-3  # of the whole tree's norm: a leaf that is smaller than this is mostly rounding, as a key's bias is
 STEPS = 3
 LENGTH = 128  # tokens of a sequence at most
-MESHES = (
-  "data=8",
-  "fsdp=8",
-  "tensor=2,data=4",
-  "data=2,fsdp=2,tensor=2",
-  "context=8",
-  "data=2,context=2,tensor=2",
-  "expert=4,data=2",
-  "fsdp=2,expert=2,tensor=2",
-  "fsdp=2,expert=2,context=2",
-)
+NOISE = 0.02  # what is added to every parameter: behind one that is 0, gradients are 0, and any two are the same
+PARTS = ("initial", "held out", "loss", "gradient", "after")
 say = functools.partial(print, flush=True)
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 Sizes = Mapping[str, int]
@@ -59,9 +52,19 @@ Sizes = Mapping[str, int]
 class Measured:
   """What a config gave under a mesh."""
 
-  parts: dict[str, dict[str, np.ndarray]]  # {"initial", "loss", "gradient", "held out", "after"}: {name: array}
+  parts: dict[str, dict[str, np.ndarray]]  # {each of PARTS: {name: array}}
   rows: dict[str, str]  # {"STEP/ROW of the global batch": a hash of what it holds}, those of this process
   collectives: dict[str, int]  # in the compiled train step
+
+
+def meshes_of(devices: int) -> list[str]:
+  """Every axis, and products of them, over so many devices."""
+  found = [f"{axis}={devices}" for axis in ("data", "fsdp", "context")]
+  if devices % 2 == 0:
+    found += ["tensor=2", "expert=2"]
+  if devices % 4 == 0:
+    found += ["fsdp=2,tensor=2", "context=2,tensor=2", "fsdp=2,expert=2", "expert=2,context=2"]
+  return found
 
 
 def shrink(config: Any, devices: int) -> dict[str, Any]:
@@ -116,7 +119,10 @@ def measure(config: Mapping[str, Any], sizes: Sizes, devices: Sequence[Any] | No
   """Runs a shrunk config on a mesh. Of several processes, each measures the same, and its own rows."""
   count = len(jax.devices() if devices is None else devices)
   config = {**config, "mesh": sharding.resolve(sizes, count)}
-  program = make_program(config, devices=None if devices is None else list(devices))
+  tokenizer = kept_tokenizer(config, None) or make_tokenizer(config)
+  if config["model"]["name"] == "transformer" and config["init_from"] is None and config["model"]["vocab_size"] is None:
+    config["model"] = {**config["model"], "vocab_size": -(-tokenizer.vocab_size // 8) * 8}  # so that it can be cut
+  program = make_program(config, tokenizer=tokenizer, devices=None if devices is None else list(devices))
   settings = program.config
   stream = make_stream(program, open_source(settings, settings["data"]["train"]), prefetch=0)
   local = [uneven(next(stream)) for _ in range(STEPS)]
@@ -126,12 +132,13 @@ def measure(config: Mapping[str, Any], sizes: Sizes, devices: Sequence[Any] | No
   rate = replicate(np.float32(settings["optim"]["lr"]), program)
   auxiliary = program.auxiliary_params
   state = program.init(program.starting_params()[0])
-  parts = {"initial": fetched(program, program.eval_params(state))}
+  parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
+  parts["initial"] = fetched(program, program.eval_params(state))
+  state = shaken(program, state)
   with sharding.use(program.mesh, program.rules):
     held_out = program.eval_step(program.eval_params(state), batches[1], auxiliary)
     parts["held out"] = ratios(held_out)
     train_step = program.train_step.lower(state, batches[0], key, rate, auxiliary).compile()
-    parts["loss"] = {}
     for i, batch in enumerate(batches):  # one program for all of them: it would refuse a state that lies elsewhere
       state, metrics = train_step(state, batch, key, rate, auxiliary)
       parts["loss"] |= {f"{name} of step {i}": value for name, value in ratios(metrics).items()}
@@ -142,12 +149,33 @@ def measure(config: Mapping[str, Any], sizes: Sizes, devices: Sequence[Any] | No
   return Measured(parts, rows, count_collectives(train_step.as_text()))
 
 
+def shaken(program: Program, state: TrainState) -> TrainState:
+  """The state with a little noise on every parameter."""
+
+  def shake(tree: Any, key: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves)) if leaves else ()
+    noise = (NOISE * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves))
+    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise)])
+
+  def run(state: TrainState) -> TrainState:
+    learned, frozen = jax.random.split(jax.random.key(1))
+    average = None if state.ema is None else shake(state.ema, learned)
+    return dataclasses.replace(
+      state, params=shake(state.params, learned), ema=average, frozen=shake(state.frozen, frozen)
+    )
+
+  with sharding.use(program.mesh, program.rules):
+    return jax.jit(run, out_shardings=program.state_shardings)(state)
+
+
 def uneven(batch: Batch) -> Batch:
-  """A host's batch whose rows bear loss in unlike numbers of places: else a mean of means would be the mean."""
+  """A host's batch whose rows bear loss in unlike numbers of places, or unlike loss: else a mean of means would be the
+  mean. A contrastive loss has no weights, and sees the whole batch."""
 
   def thin(weight: np.ndarray) -> np.ndarray:
     if weight.ndim < 2:
-      return weight
+      return weight * (1 + np.asarray(batch.rows) % 4).astype(weight.dtype)
     kept = weight.shape[1] - np.asarray(batch.rows) % 4 * weight.shape[1] // 8
     return weight * (np.arange(weight.shape[1]) < kept[:, None]).reshape(kept.shape[0], -1, *[1] * (weight.ndim - 2))
 
@@ -240,38 +268,52 @@ def verify(
 
   Args:
     config: a config like configs/base.py.
-    meshes: such as "data=2,tensor=4"; None is those of MESHES that the config can be cut over.
+    meshes: such as "data=2,tensor=4"; None is those of `meshes_of` that the config can be cut over.
     processes: numbers of processes, each with its part of the devices, which `flags` of the command line configure.
+      They are compared on all of `meshes`, and where it is None, on some.
   Raises:
     ConfigError: a config that cannot run, or a mesh of `meshes` that it cannot be cut over.
   """
   devices = jax.devices()
+  for count in processes:
+    if count < 2 or len(devices) % count:
+      raise ConfigError(f"--processes={count} must be at least 2 and divide the {len(devices)} devices")
+  if processes and devices[0].platform != "cpu":
+    raise ConfigError("--processes is for simulated devices of a CPU; set JAX_PLATFORMS=cpu")
   small_config = shrink(config, len(devices))
   want = measure(small_config, {}, devices[:1])
-  say(f"{len(want.parts['gradient'])} parameters' gradients, {STEPS} steps, against one device; off by how many times")
-  say(f"the tolerance ({TOLERANCE:g} of a leaf's norm, of at least {FLOOR:g} of the whole tree's)\n")
-  say(f"{'':<28}{'initial':>9}{'loss':>9}{'gradient':>9}{'held out':>9}{'after':>9}  ")
-  sound = True
-  for text in MESHES if meshes is None else meshes:
+  gradient = want.parts["gradient"]
+  zero = [name for name, array in gradient.items() if not np.any(array)]
+  say(f"{len(gradient)} parameters' gradients, {STEPS} steps, against one device; off by how many times the tolerance")
+  say(f"({TOLERANCE:g} of a leaf's norm, of at least {FLOOR:g} of the whole tree's)")
+  if zero:
+    say(f"zero, and so hardly compared: the gradients of {', '.join(zero)}")
+  say(f"\n{'':<28}" + "".join(f"{part:>9}" for part in PARTS))
+  sound, compared = True, []
+  for text in meshes_of(len(devices)) if meshes is None else meshes:
     try:
-      got = measure(small_config, sharding.parse_mesh(text), devices)
+      got = measure(small_config, sharding.parse_mesh(text, "--meshes"), devices)
     except ConfigError as error:
       if meshes is not None:
         raise
       say(f"{text:<28}not for this config: {error}")
       continue
     sound &= report(text, want, got)
+    compared.append(text)
   for count in processes:
-    for got in measure_processes(flags, count, len(devices)):
-      sound &= report(f"{count} processes", want, got)
-  say("\nthe same everywhere" if sound else "\nNOT the same")
+    for mesh in compared if meshes is not None else compared[1::4]:
+      for got in measure_processes(flags, count, mesh, len(devices)):
+        sound &= report(f"{count} processes, {mesh}", want, got)
+  if not compared:
+    raise ConfigError(f"nothing was compared: none of the meshes is for this config on {len(devices)} devices")
+  say(f"\nthe same on {len(compared)} meshes" if sound else "\nNOT the same")
   return sound
 
 
 def report(title: str, want: Measured, got: Measured) -> bool:
   """Prints a line, and of what is wrong the worst; whether nothing is."""
   found = differences(want, got)
-  worst = {part: max((d.excess for d in found if d.part == part), default=0.0) for part in want.parts}
+  worst = {part: max((d.excess for d in found if d.part == part), default=0.0) for part in PARTS}
   counts = ", ".join(f"{count} {name}" for name, count in got.collectives.items())
   say(f"{title:<28}" + "".join(f"{value:>9.2g}" for value in worst.values()) + f"  {counts or 'no collectives'}")
   wrong = [d for d in found if not d.excess <= 1]
@@ -286,45 +328,36 @@ def report(title: str, want: Measured, got: Measured) -> bool:
 # Several processes on this machine.
 
 
-def measure_processes(flags: Sequence[str], count: int, devices: int) -> list[Measured]:
+def measure_processes(flags: Sequence[str], count: int, mesh: str, devices: int) -> list[Measured]:
   """What `count` new processes on this machine measure together, each with its part of so many simulated devices."""
-  if devices % count:
-    raise ConfigError(f"--processes={count} must divide the {devices} devices")
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-  with tempfile.TemporaryDirectory() as folder:
-    running = []
-    for index in range(count):
-      environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "LLMJAX_COORDINATOR": coordinator,
-        "LLMJAX_NUM_PROCESSES": str(count),
-        "LLMJAX_PROCESS_ID": str(index),
-      }
-      command = [
-        sys.executable,
-        "-m",
-        "llmjax",
-        "verify",
-        *flags,
-        f"--devices={devices // count}",
-        f"--worker={folder}",
-      ]
-      running.append(
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-      )
-    said = [process.communicate()[0] for process in running]
-    for index, process in enumerate(running):
-      if process.returncode:
-        last = (said[index].strip().splitlines() or ["it said nothing"])[-1]
-        raise ConfigError(f"process {index} of {count} ended with {process.returncode}: {last}")
-    return [load(Path(folder), index) for index in range(count)]
+  command = [sys.executable, "-m", "llmjax", "verify", *flags, f"--devices={devices // count}", f"--meshes={mesh}"]
+  running: list[subprocess.Popen[bytes]] = []
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    try:
+      for index in range(count):
+        place = {"COORDINATOR": coordinator, "NUM_PROCESSES": str(count), "PROCESS_ID": str(index)}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | {f"LLMJAX_{key}": value for key, value in place.items()}
+        with open(folder / f"{index}.log", "wb") as log:
+          asked = [*command, f"--worker={folder}"]
+          running.append(subprocess.Popen(asked, env=environment, stdout=log, stderr=subprocess.STDOUT))
+      codes = [process.wait() for process in running]
+    finally:
+      for process in running:
+        process.kill()
+    if any(codes):
+      logs = [(folder / f"{index}.log").read_text(errors="replace").strip() for index in range(count)]
+      last = [f"process {index} of {count}: {log.splitlines()[-1]}" for index, log in enumerate(logs) if log]
+      raise ConfigError("; ".join(last) or f"processes ended with {codes}, and said nothing")
+    return [load(folder, index) for index in range(count)]
 
 
-def work(config: Any, folder: str | Path) -> None:
+def work(config: Any, mesh: str, folder: str | Path) -> None:
   """What one of several processes does for `measure_processes`."""
-  got = measure(shrink(config, jax.device_count()), {"fsdp": 2, "data": -1})
+  got = measure(shrink(config, jax.device_count()), sharding.parse_mesh(mesh))
   index = jax.process_index()
   arrays = {f"{part}:{name}": array for part, leaves in got.parts.items() for name, array in leaves.items()}
   said = {"rows": got.rows, "collectives": got.collectives}

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from llmjax import train
+from llmjax import evaluate, train
 from llmjax.config import ConfigError, load_config
-from llmjax.early_stopping import EarlyStopping
+from llmjax.early_stopping import EarlyStopping, check_metric
 from llmjax.pretrained import locate, open_checkpoint
 
 
@@ -32,9 +32,36 @@ def test_patience_counts_evaluations_that_did_not_beat_the_best():
     EarlyStopping("a", "least", 0)
 
 
+@pytest.mark.parametrize(
+  ("metric", "direction"),
+  [
+    *((f"heldout/{name}", "least") for name in ("loss", "perplexity", "bits_per_byte", "sft_loss", "mlm/loss")),
+    *(
+      (f"answers/{name}", "most")
+      for name in ("f1", "f1_macro", "f1/loss", "no_answer_accuracy", "exact_match", "rougeLsum")
+    ),
+  ],
+)
+@pytest.mark.parametrize("key", ["checkpoint.best", "early_stopping.metric"])
+def test_the_worst_is_not_taken_for_the_best(metric, direction, key):
+  evals, [other] = {"heldout": 0, "answers": 0}, {"least", "most"} - {direction}
+  check_metric(f"eval/{metric}", direction, evals, key)
+  way_out = f"would take the worst for the best; set --config.{key.partition('.')[0]}.best_is={direction}"
+  with pytest.raises(ConfigError, match=way_out):
+    check_metric(f"eval/{metric}", other, evals, key)
+  check_metric("eval/answers/alignment", direction, evals, key)
+  check_metric(None, other, evals, key)
+
+
+def likelihood(program, **settings):
+  """An evaluator with a number that rises, of which nothing is known."""
+  measure = evaluate.loss(program, **settings)
+  return lambda params: {"loss": (loss := measure(params)["loss"]), "likelihood": -loss}
+
+
 FLAGS = [
   *("--config=gpt:debug", "--config.total_steps=9", "--config.evals.heldout.every=1", "--config.batch_size=8"),
-  *("--config.early_stopping.metric=eval/heldout/loss", "--config.early_stopping.best_is=most"),  # it falls
+  *("--config.early_stopping.metric=eval/heldout/likelihood", f"--config.evals.heldout.name={__name__}:likelihood"),
   *("--config.early_stopping.patience=3", "--config.checkpoint.best=eval/heldout/loss", "--config.checkpoint.every=1"),
 ]
 
@@ -65,7 +92,7 @@ def test_a_run_stops_early_and_an_interrupted_one_at_the_same_step(home, capsys,
 
   @contextlib.contextmanager
   def signal():
-    yield lambda: next(calls) == 3
+    yield lambda done: next(calls) == 3
 
   interruption = train.interruption
   monkeypatch.setattr(train, "interruption", signal)

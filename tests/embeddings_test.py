@@ -179,6 +179,23 @@ def get_config(arg=None):
 """
 
 
+def test_an_output_is_whole_or_as_it_was_and_never_the_input(tmp_path):
+  target = tmp_path / "out.npy"
+  target.write_text("old")
+  assert embeddings.check_output(target, tmp_path / "in.txt") == target.resolve()
+  with pytest.raises(OSError, match="full"), embeddings.replacing(target) as partial:
+    partial.write_text("half")
+    raise OSError("disk full")
+  assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.npy"]
+  with embeddings.replacing(target) as partial:
+    partial.write_text("new")
+  assert target.read_text() == "new"
+  with pytest.raises(ConfigError, match="over --input"):
+    embeddings.check_output(target, tmp_path / "." / "out.npy")
+  with pytest.raises(ConfigError, match="is no file"):
+    embeddings.check_output(tmp_path, target)
+
+
 def test_the_command_embeds_a_file_with_what_was_trained(home, monkeypatch, capsys):
   monkeypatch.chdir(home)
   (home / "tiny.py").write_text(CONFIG)

@@ -98,10 +98,10 @@ def classes(data):
   return data / "classes"
 
 
-def commands(data, classes, home):
+def commands(data, classes, home, mesh="data=2,fsdp=2"):
   """Everything that several processes can do, with a run in `home`."""
   return [
-    train(data, home / "run"),
+    train(data, home / "run", mesh=mesh),
     ["evaluate", f"--model={home / 'run'}", f"--data={data / 't.txt'}"],
     ["generate", f"--model={home / 'run'}", "--prompt=the quick", "--max_new_tokens=12", "--seed=3"],
     ["embed", f"--model={home / 'run'}", f"--input={data / 't.jsonl'}", f"--output={home / 'v.npy'}"],
@@ -148,13 +148,19 @@ def numbers(text):
 
 
 def test_what_two_processes_measure_write_embed_and_predict_is_what_one_does(runs):
-  (_, evaluated, written, *_), (_, alone, written_alone, *_) = spoken(runs[2]), spoken(runs[1])
-  assert numbers(evaluated) == pytest.approx(numbers(alone), rel=1e-5) and "data/loss" in numbers(alone)
+  assert_same_outputs(runs[2], runs[1])
+
+
+def assert_same_outputs(home, alone):
+  """Of all `commands` but the first."""
+  (_, evaluated, written, *_), (_, evaluated_alone, written_alone, *_) = spoken(home), spoken(alone)
+  assert numbers(evaluated) == pytest.approx(numbers(evaluated_alone), rel=1e-5)
+  assert "data/loss" in numbers(evaluated)
   assert written == written_alone and written.startswith("the quick")
-  vectors, expected = np.load(runs[2] / "v.npy"), np.load(runs[1] / "v.npy")
+  vectors, expected = np.load(home / "v.npy"), np.load(alone / "v.npy")
   assert vectors.shape == expected.shape == (40, 32)
   np.testing.assert_allclose(vectors, expected, atol=1e-5)
-  answers, theirs = ([json.loads(x) for x in (runs[n] / "p.jsonl").read_text().splitlines()] for n in (2, 1))
+  answers, theirs = ([json.loads(x) for x in (each / "p.jsonl").read_text().splitlines()] for each in (home, alone))
   assert [a["id"] for a in answers] == list(range(40))
   assert [a["label"] for a in answers] == [t["label"] for t in theirs]
   assert [a["confidence"] for a in answers] == pytest.approx([t["confidence"] for t in theirs], abs=1e-5)
@@ -455,12 +461,12 @@ def test_an_interrupted_pair_goes_on_and_ends_when_one_is_killed(data, tmp_path)
 
 
 @pytest.mark.slow
-def test_four_processes_are_as_one_and_go_on_where_two_were(data, tmp_path):
+def test_four_processes_are_as_one_and_go_on_where_two_were(data, classes, tmp_path):
   homes = {count: tmp_path / str(count) for count in (1, 2, 4)}
   processes = []
   for count, home in homes.items():
     home.mkdir()
-    command = json.dumps([train(data, home / "run", mesh="data=4,fsdp=2")])
+    command = json.dumps(commands(data, classes, home, mesh="data=4,fsdp=2"))
     processes += launch_all(home, count, "tests.hosts_worker", str(home), command, devices=8 // count)
   for code, _, said in finish(processes, 4 * WAIT):
     assert code == 0, said
@@ -468,6 +474,7 @@ def test_four_processes_are_as_one_and_go_on_where_two_were(data, tmp_path):
   assert ledgers[0] == ledgers[1] == ledgers[2]
   for one, other in itertools.combinations(homes.values(), 2):
     assert_same_curves(one / "run", other / "run")
+    assert_same_outputs(one, other)
   resume(data, [homes[1], homes[2]], 4, 2, "data=4,fsdp=2")
   assert_same_curves(homes[1] / "run", homes[2] / "run")
   assert len(curves(homes[2] / "run")["train/loss"]) == 6

@@ -19,7 +19,7 @@ from llmjax.config import ConfigError
 from llmjax.models import blockwise, kernels, layers, scores
 from llmjax.models.scores import Settings
 from llmjax.models.transformer import Transformer
-from llmjax.types import Tokens
+from llmjax.types import Batch, Tokens
 
 SCALE = 0.4
 ROWS, LENGTH, HEADS, WIDTH, BUCKETS = 4, 64, 4, 8, 8
@@ -198,6 +198,19 @@ def test_splash_attention_interpreted_is_the_reference(name, monkeypatch):
     assert_same(case, jax.device_get(compiled("splash", case)(*example(case)[:-1])))
 
 
+@pytest.mark.parametrize("name", ["packed", "prefix", "grouped heads", "relative both ways"])
+def test_cudnn_attention_lowers_for_gpus_both_ways(name, monkeypatch):
+  """Where there is no GPU, the library's version and the device's capability are not asked for."""
+  for question, answer in {"check_cudnn_version": 91000, "check_compute_capability": True}.items():
+    monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{question}", lambda *_, answer=answer: answer)
+  arrays, *others, _ = example(CASES[name])
+  arrays = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
+  traced = jax.jit(functools.partial(run, "cudnn", CASES[name])).trace(arrays, *others)
+  lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert len(re.findall(r"@__cudnn\$fmha\w*Softmax\(", lowered)) == 1
+  assert len(re.findall(r"@__cudnn\$fmha\w*Backward\(", lowered)) == 1
+
+
 def test_a_forgotten_sum_over_devices_and_a_mask_of_the_wrong_keys_would_be_seen(monkeypatch):
   """Tables of biases are whole on every device, and tokens travel with their keys."""
   case = CASES["relative"]
@@ -256,6 +269,18 @@ def test_nothing_grows_with_the_square_of_the_length_and_a_ring_gathers_no_keys(
   assert "collective-permute" in ring and "all-gather" not in ring
   vectors = ROWS * case.length * HEADS * WIDTH
   assert max(largest(ring), largest(text("chunked"))) <= vectors < largest(text("xla")) // 8
+
+
+def test_scanned_layers_do_not_make_the_masks_of_all_blocks_beforehand():
+  """What layers share is known before their loop, and Flax computes there whatever follows from it alone."""
+  length, cfg = 512, dataclasses.replace(GPT, attention="chunked", max_len=512)
+  params, _ = parameters(cfg)
+  tokens = jnp.zeros((1, length), jnp.int32)
+  batch = Batch.from_tokens(tokens)
+  batch = dataclasses.replace(batch, labels={"nll": tokens}, weights={"nll": jnp.ones((1, length))})
+  function = gradient_function(ModelCase(cfg, MODELS["llama causal_lm"].objective))
+  text = function.lower(params, batch, jax.random.key(0)).compile().as_text()
+  assert largest(text) < length**2
 
 
 def largest(text):

@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.config import ConfigError
 from llmjax.data.character_tokenizer import bytes_
-from llmjax.data.pipeline import TrainStream, eval_batches, merge_cursors, permuted
+from llmjax.data.pipeline import TrainStream, eval_batches, make_plan, merge_cursors, permuted
 from llmjax.data.source import Source, join
 from llmjax.objectives.causal_lm import CausalLM
 
@@ -257,6 +257,19 @@ def test_documents_without_features_are_skipped_and_a_corpus_of_them_is_an_error
   made.close()
   with pytest.raises(ConfigError, match="no record"):
     eval_batches(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
+
+
+def test_a_look_ahead_counts_what_gives_no_features():
+  def look(texts, most):
+    source = Source(len(texts), lambda i: {"text": texts[i]}, "some")
+    settings = {"streams": 1, "seq_len": 3, "seed": 0}
+    return make_plan(source, bytes_(special=False), NextToken(), pack=True, **settings).left_out(most)
+
+  assert look(["", "ab", "", "bc", ""], 64) == (3, 5)
+  assert look([""] * 9 + ["bc"], 2) == (1, 2)
+  assert look([""] * 9, 4) == (4, 4)  # others may give some
+  with pytest.raises(ConfigError, match="none of 9 records gives features; the texts are empty or too short"):
+    look([""] * 9, 64)
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])

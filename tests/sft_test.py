@@ -10,6 +10,8 @@ from cases import GPT, TOKENIZER, Case, gradients, parameters, with_dropout
 from llmjax.config import ConfigError
 from llmjax.data import packing, tokenizer
 from llmjax.data.hf_tokenizer import from_folder
+from llmjax.data.pipeline import make_plan
+from llmjax.data.source import Source
 from llmjax.objectives import sft
 from llmjax.objectives.sft import InstructionTuning
 
@@ -117,6 +119,10 @@ def test_long_chats_lose_their_first_turns_then_their_end():
   cut = encoded(InstructionTuning(made, short))
   assert len(cut["inputs"]["ids"]) == short and made.decode(learned(cut)[0]) == "4, o"
   assert InstructionTuning(made, 20).encode({"messages": CHAT}, labelled=True) == []  # nothing of the answer is left
+  settings = {"pack": True, "streams": 1, "seq_len": 20, "seed": 0}
+  chats = Source(3, lambda index: {"messages": CHAT}, "chats")
+  with pytest.raises(ConfigError, match=r"none of 3 records gives features; they are too long, .* seq_len=20 tokens"):
+    make_plan(chats, made, InstructionTuning(made, 20), **settings).left_out()
   prompt = encoded(InstructionTuning(made, 40, response_len=10), CHAT[:2], labelled=False)["inputs"]["ids"]
   assert len(prompt) == 30 and prompt[0] == BOS and made.decode(prompt).endswith("Hi there!\n<|assistant|>\n")
 

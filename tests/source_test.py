@@ -219,6 +219,31 @@ def test_files_of_splits_and_in_an_order_of_chance(write):
   assert len(open_("files", files=write("c.jsonl", '{"text": "a"}\n{"text": "b"}'), columns=("id",))) == 2
 
 
+def test_records_have_a_place_in_their_files(write):
+  lines = write("a.jsonl", "\n\n" + "\n".join(f'{{"text": "{i}", "n": {i}}}' for i in range(9)))
+  more = write("b.jsonl", '{"text": "9", "n": 9}')
+  for spec in ({"split": "[50%:]"}, {"split": "[50%:]", "shuffle": True}):
+    found = open_("files", spec.pop("split"), files=(lines, more), **spec)
+    for i, record in enumerate(found):
+      expected = f"{more}:1" if record["n"] == 9 else f"{lines}:{3 + record['n']}"
+      assert found.place(i) == expected and join([thin(found, 10**6)], [1]).place(i) == expected
+  rows = write("c.csv", "text\n" + "\n".join("abcd"))
+  found = open_("files", "[1:]", files=rows, shuffle=True)
+  assert [found.place(i) for i in range(3)] == [
+    f"record {'abcd'.index(record['text'])} (from 0) of {rows}" for record in found
+  ]
+  assert Source(1, lambda i: {}, "x").place(0) == "record 0 (from 0)"
+
+
+def test_an_ending_that_nobody_knows_is_no_table(write):
+  path = write("a.out", "text,label\nx,1\n")
+  with pytest.raises(ConfigError, match=r"a\.out' is plain text by its ending, .* reads 'label'; known are \.jsonl, "):
+    open_("files", files=path, column=None, columns=("label",))
+  assert open_("files", files=path)[0]["text"].startswith("text,label")
+  with pytest.raises(ConfigError, match=r"h\.csv: no rows"):
+    open_("files", files=write("h.csv", "text,label\n"), column=None, columns=("label",))
+
+
 def test_parquet(write, home):
   import pyarrow
   from pyarrow import parquet

@@ -152,7 +152,11 @@ def test_answers_are_as_computed_by_hand():
   spans = {"a": 1, "ab": 3, "b": 2, "c": 1}  # b is in both, with the same score
   total = sum(map(math.exp, spans.values()))
   expected = {"answer": "ab", "start": 0, "end": 2, "score": 3.0, "confidence": round(math.exp(3) / total, 6)}
+  expected["answers"] = [{"text": "ab", "start": 0}]
   assert answer([first, second]) == expected
+  SpanQA(TOKENIZER, 7, stride=2, max_question=1).check(
+    {"question": "q", "context": "ab c", **expected}, labelled=True
+  )  # what was predicted can be learned
   assert answer([first, second], max_answer=1)["answer"] == "b"
   assert answer([first, ([0.0, x, x, 1, x, 5, x], second[1])])["answer"] == "ab"  # a tie is the earlier window's
   assert answer([first, ([0.0, x, x, 1, x, 6, x], second[1])])["answer"] == "c"
@@ -162,7 +166,7 @@ def test_answers_are_as_computed_by_hand():
   total += math.exp(3)
   assert given == expected | {k: round(math.exp(3) / total, 6) for k in ("confidence", "no_answer_probability")}
   none = answer([first, second], no_answer=True, no_answer_threshold=-0.1)
-  assert none == given | {"answer": "", "start": 0, "end": 0}
+  assert none == given | {"answers": [], "answer": "", "start": 0, "end": 0}
   higher = [([b[0] + 2, *b[1:]], e) for b, e in (first, second)]
   assert answer(higher, no_answer=True)["answer"] == ""
   assert answer(higher, no_answer=True, no_answer_threshold=2.0)["answer"] == "ab"

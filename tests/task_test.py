@@ -18,6 +18,8 @@ from llmjax.models.transformer import Transformer
 from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.classification import classification
 from llmjax.objectives.tagging import tagging
+from llmjax.objectives.task import FRESH_HEAD
+from llmjax.resume import kept_labels
 from llmjax.step import ModelForward
 from llmjax.types import probe
 
@@ -61,6 +63,37 @@ def test_labels_are_found_and_sorted_as_numbers_or_words():
   declared = Source(1, lambda i: {"text": "x", "label": "no"}, "f", labels={"label": ("yes", "no")})
   found = classification(tokenizer=TOKENIZER, seq_len=32, records=lambda: declared)
   assert found.labels == ("yes", "no") and found.decided == {"labels": ("yes", "no")}
+
+
+def test_a_head_that_is_gone_on_with_keeps_its_labels_or_is_refused():
+  head = {"path": "runs/a", "labels": ["zz", "1", "3", "5"], "scheme": None}
+  found = classifier(REVIEWS[:2], learned=head)
+  assert found.labels == ("zz", "1", "3", "5") and found.target({"label": 5}) == 3
+  assert classifier(REVIEWS, labels=("5", "3", "1"), learned=head).labels == ("5", "3", "1")  # asked for by name
+  assert classifier(REVIEWS, kind="regression", learned=head).labels == ()
+  other = [{"text": "x", "label": label} for label in ("aa", "1")]
+  with pytest.raises(
+    ConfigError, match=r"init_from=runs/a .* labels 'zz', '1', '3', '5', and .* has '1', 'aa'; "
+  ) as error:
+    classifier(other, learned=head)
+  assert str(error.value).endswith(FRESH_HEAD) and "\n" not in str(error.value)
+  tags = {"path": "runs/a", "labels": ["O", "B-PER", "I-PER", "B-LOC"], "scheme": "none"}
+  found = tagger(SENTENCES[1:], learned=tags)
+  assert found.labels == ("O", "B-PER", "I-PER", "B-LOC") and found.scheme == "none"
+  with pytest.raises(ConfigError, match="has a head for the labels 'O', 'B-PER'"):
+    tagger(SENTENCES, learned={**tags, "labels": ["O", "B-PER"]})
+
+
+def test_a_resumed_run_has_the_labels_that_it_began_with():
+  earlier = {"config": {"objective": {"name": "tagging", "labels": ["a", "b"], "scheme": "none"}}}
+  ours = {"name": "tagging", "labels": None, "scheme": "iob2"}
+  assert kept_labels({"init_from": "runs/a", "objective": ours}, earlier) == {"labels": ["a", "b"]}
+  for config, run in (
+    ({"init_from": None, "objective": ours}, earlier),
+    ({"init_from": "runs/a", "objective": ours}, None),
+    ({"init_from": "runs/a", "objective": {**ours, "name": "classification"}}, earlier),
+  ):
+    assert kept_labels(config, run) == {}
 
 
 def log_softmax(x):
@@ -250,16 +283,17 @@ def test_from_a_table_to_answers_and_back_to_training(home, capsys):
   assert cli.main(["evaluate", f"--model={run}", f"--data={home / 'my.csv'}"]) == 0
   assert "answers/accuracy" in capsys.readouterr().out
 
-  lines = ['{"id": 7, "review": "good"}', "oops", '{"text": "x"}', '{"review": "bad"}']
+  lines = ['{"id": 7, "review": "good"}', "", '{"text": "x\t"}', '{"text": "x"}', '{"review": "bad"}', "", ""]
   (home / "in.jsonl").write_text("\n".join(lines))
   command = ["predict", f"--model={run}", f"--input={home / 'in.jsonl'}", f"--output={home / 'out.jsonl'}"]
   assert cli.main(command) == 2
   said = capsys.readouterr().err
-  assert "in.jsonl:2: not a JSON object" in said and "in.jsonl:3: there is no field 'review'" in said
+  assert "in.jsonl:2: the line is blank" in said and "in.jsonl:4: there is no field 'review'" in said
+  assert "in.jsonl:3: not a JSON object: Invalid control character at column 12" in said and "3 of 5 lines" in said
   out = [json.loads(line) for line in (home / "out.jsonl").read_text().splitlines()]
-  assert out[0]["id"] == 7 and out[0]["stars"] in ("1", "5") and [o.get("line") for o in out] == [None, 2, 3, None]
+  assert out[0]["id"] == 7 and out[0]["stars"] in ("1", "5") and [o.get("line") for o in out] == [None, 2, 3, 4, None]
 
-  (home / "in.jsonl").write_text("\n".join([lines[0], lines[3]] * 8))
+  (home / "in.jsonl").write_text("\n".join([lines[0], lines[4]] * 8))
   assert cli.main([*command, "--min_confidence=0"]) == 0
   kept = list(files("train", str(home / "out.jsonl"), None, ("review", "stars")))
   numbers = classification(tokenizer=TOKENIZER, seq_len=32, kind="regression")
@@ -268,4 +302,50 @@ def test_from_a_table_to_answers_and_back_to_training(home, capsys):
   assert cli.main(["predict", f"--model={run}", f"--input={home / 'empty.jsonl'}", f"--output={home / 'o.jsonl'}"]) == 2
   assert cli.main([*command, "--num_beams=2"]) == 2
   assert "num_beams=2 is for tasks that write texts" in capsys.readouterr().err
+  (home / "link.jsonl").symlink_to(home / "in.jsonl")
+  before = (home / "in.jsonl").read_text(), (home / "out.jsonl").read_text()
+  assert cli.main([*command[:3], f"--output={home / 'link.jsonl'}"]) == 2
+  assert "over --input" in capsys.readouterr().err
+  assert cli.main([*command[:2], f"--input={home / 'my.csv'}", command[3]]) == 2
+  assert "predict reads JSONL" in capsys.readouterr().err
+  assert before == ((home / "in.jsonl").read_text(), (home / "out.jsonl").read_text())
   assert len(kept) == 16 and {r["stars"] for r in kept} <= {"1", "5"} and all("scores" not in r for r in kept)
+
+
+def test_pseudo_labels_of_plain_text_train_the_tagger_again(home, capsys):
+  """All from a run: its labels where the new data lack some, a resumed run alike, others refused, a place for each."""
+
+  def write(name, records):
+    (home / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return home / name
+
+  def train(argument, workdir, *flags):
+    small = ("--config.data.tokenizer.vocab_size=300", "--config.total_steps=1", *flags)
+    status = cli.main(["train", f"--config=tag:crf,debug,{argument}", f"--workdir={home / workdir}", *small])
+    return status, capsys.readouterr().err
+
+  gold = write("gold.jsonl", SENTENCES * 8)
+  assert train(f"train={gold}", "first")[0] == 0
+  texts = [{"text": f"Ada  met ({name})."} for name in ("Rome", "Ada", "no one") * 5]
+  plain, sure = write("plain.jsonl", texts), home / "sure.jsonl"
+  command = ["predict", f"--model={home / 'first'}", f"--input={plain}", f"--output={sure}", "--min_confidence=0"]
+  assert cli.main(command) == 0
+  kept = [json.loads(line) for line in sure.read_text().splitlines()]
+  assert [r["text"] for r in kept] == [r["text"] for r in texts]
+  for record in kept:
+    assert len(record["tokens"]) == len(record["tags"]) and "".join(record["tokens"]) == record["text"].replace(" ", "")
+    assert all(record["text"][s["start"] : s["end"]] == s["text"] for s in record["spans"])
+
+  again = f"init_from={home / 'first'}"
+  few = write("few.jsonl", [{"tokens": ["no", "one"], "tags": ["O", "O"]}] * 16)
+  for name, file in (("second", sure), ("third", few)):
+    assert train(f"{again},train={file}", name)[0] == 0
+    with pretrained.open_path(home / name) as found:
+      assert list(found.config["objective"]["labels"]) == ["B-LOC", "B-PER", "I-PER", "O"]
+  assert train(f"{again},train={few}", "third", "--config.total_steps=2")[0] == 0
+  strange = [{"tokens": ["it"], "tags": ["B-ORG"]}]
+  bad = write("bad.jsonl", [*SENTENCES, *strange])
+  status, said = train(f"{again},train={bad}", "fourth")
+  assert status == 2 and "has a head for the labels" in said and "'B-ORG'" in said
+  status, said = train(f"{again},train={gold},eval={bad}", "fourth", "--config.evals.answers.limit=1")
+  assert status == 2 and "bad.jsonl:4, of split 'validation': 'tags': 'B-ORG' is none of" in said

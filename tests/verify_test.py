@@ -3,19 +3,23 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from llmjax import cli, sharding, verify
 from llmjax.config import load_config, to_dict
+from llmjax.models import blockwise
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.losses import cross_entropy
 from llmjax.optim import COMMON
+from llmjax.types import Batch
 
 GOLDEN = Path(__file__).parent / "testdata" / "collectives.json"  # written anew with LLMJAX_UPDATE_GOLDEN=1
 
@@ -55,8 +59,9 @@ def test_any_mesh_gives_what_one_device_gives(kind, mesh):
   if os.environ.get("LLMJAX_UPDATE_GOLDEN"):
     golden.setdefault(jax.__version__, {}).setdefault(kind, {})[mesh] = got.collectives
     GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
-  if jax.__version__ in golden:  # another compiler chooses otherwise
-    assert got.collectives == golden[jax.__version__][kind][mesh]
+  if jax.__version__ not in golden:
+    pytest.skip(f"the same; of collectives there is no record for jax {jax.__version__}, whose compiler may differ")
+  assert got.collectives == golden[jax.__version__][kind][mesh]
 
 
 # What is planted, each beside the same without the mistake.
@@ -126,6 +131,32 @@ def test_a_planted_mistake_is_found(mistake, right, capsys):
   assert said.rstrip().endswith("NOT the same") and "times the tolerance" in said
 
 
+@pytest.mark.parametrize("kind", ["decoder", "adapters"])
+def test_a_gradient_that_is_wrong_inside_attention_is_found_in_every_kind(kind, monkeypatch):
+  right = blockwise._backward
+
+  def wrong(*arguments):
+    query, *others = right(*arguments)
+    return 1.5 * query, *others
+
+  monkeypatch.setattr(blockwise, "_backward", wrong)
+  got = verify.measure(shrunk(kind), {"context": 8}, jax.devices())
+  found = {difference.part for difference in verify.differences(one_device(kind), got) if difference.excess > 1}
+  assert "gradient" in found and "held out" not in found
+
+
+def test_loss_of_whole_rows_is_uneven_too():
+  labels = {"class": np.zeros(8, np.int32)}
+  batch = Batch(inputs=None, labels=labels, weights={"class": np.ones(8, np.float32)}, rows=np.arange(8))
+  assert len(set(verify.uneven(batch).weights["class"])) > 1
+
+
+@pytest.mark.parametrize("devices", [2, 4, 6, 8])
+def test_there_are_meshes_for_any_number_of_devices(devices):
+  for mesh in verify.meshes_of(devices):
+    assert math.prod(sharding.resolve(sharding.parse_mesh(mesh), devices).values()) == devices
+
+
 def test_a_capacity_loses_tokens_and_is_told_from_none(capsys):
   tight = load_config([*KINDS["experts"], "--config.model.expert_capacity=0.5"])
   assert not verify.verify(tight, ["expert=4"])
@@ -138,7 +169,8 @@ def test_a_capacity_loses_tokens_and_is_told_from_none(capsys):
   [
     (["--meshes=data=3"], "mesh"),
     (["--meshes=dta=8"], "data"),
-    (["--processes=3"], "--processes=3 must divide the 8 devices"),
+    (["--processes=3"], "divide the 8 devices"),
+    (["--processes=two"], "--processes=two must be numbers"),
   ],
 )
 def test_what_cannot_be_verified_is_said_in_one_line(flags, words, capsys):

@@ -77,7 +77,7 @@ def jsonl(split: str, files: Files, text: str | None = "text", columns: Sequence
     try:
       record = json.loads(joined.text(start, stop))
     except json.JSONDecodeError as error:
-      raise ConfigError(f"{joined.where(start)}: not a JSON object: {error.msg} at column {error.colno}") from error
+      raise ConfigError(f"{joined.where(start)}: not a JSON object: {json_error(error)}") from error
     if not isinstance(record, dict):
       raise ConfigError(f"{joined.where(start)}: not a JSON object but a {type(record).__name__}")
     for field in columns:
@@ -103,6 +103,16 @@ def jsonl(split: str, files: Files, text: str | None = "text", columns: Sequence
   for index in sorted({0, len(source) - 1}):  # a wrong field shows before training, not in it
     source[index]
   return source
+
+
+def in_files(paths: Sequence[Path], first: int) -> Callable[[int], str]:
+  """`Source.where` of records that are numbered through, from `first`, whatever files they are from."""
+  return lambda index: f"record {first + index} (from 0) of {paths[0]}{', ...' if len(paths) > 1 else ''}"
+
+
+def json_error(error: json.JSONDecodeError) -> str:
+  """What is wrong with a line, and where in it."""
+  return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _no_field(field: str, key: str, record: Mapping[str, Any]) -> str:
@@ -240,7 +250,13 @@ def _span_source(joined: Joined, parse: Any, settings: Any, split: str, *, whole
   def read(index: int) -> dict[str, Any]:
     return parse(joined, int(joined.starts[start + index]), int(joined.stops[start + index]))
 
-  return Source(stop - start, read, digest(settings, joined.digest, start, stop), whole=whole)
+  return Source(
+    stop - start,
+    read,
+    digest(settings, joined.digest, start, stop),
+    whole=whole,
+    where=lambda index: joined.where(int(joined.starts[start + index])),
+  )
 
 
 def _as_text(joined: Joined, start: int, stop: int) -> dict[str, Any]:

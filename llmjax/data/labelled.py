@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError
-from llmjax.data.files import Files, expand, file_digest, read_text
+from llmjax.data.files import Files, expand, file_digest, in_files, json_error, read_text
 from llmjax.data.source import Source, digest, parse_split, select, shuffled
 
 # What records hold, by the source; of `parallel` it is what its arguments say.
@@ -89,7 +89,7 @@ def _questions(path: Path) -> Iterator[dict[str, Any]]:
   try:
     content = json.loads(read_text(path))
   except json.JSONDecodeError as error:
-    raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    raise ConfigError(f"{path}:{error.lineno}: not JSON: {json_error(error)}") from error
   form = 'is not SQuAD\'s {"data": [{"paragraphs": [{"context": ..., "qas": [{"id", "question", "answers"}]}]}]}'
   try:
     for article in content["data"]:
@@ -177,4 +177,4 @@ def _source(split: str, paths: list[Path], records: Records, settings: Any) -> S
   start, stop = select(split, len(records))
   chosen = records[start:stop]
   fingerprint = digest(settings, [file_digest(p) for p in paths], start, stop)
-  return Source(stop - start, lambda index: dict(chosen[index]), fingerprint)
+  return Source(stop - start, lambda index: dict(chosen[index]), fingerprint, where=in_files(paths, start))

@@ -113,11 +113,12 @@ class Plan:
 
   def examples(self, part: int, index: int, *, whole: bool) -> Iterator[dict[str, Any]]:
     """What a record is learned from, see `Objective.examples`."""
+    record = self.parts[part][index]
     try:
-      yield from self.objective.examples(self.parts[part][index], self.tokenizer, self.seq_len, whole)
+      yield from self.objective.examples(record, self.tokenizer, self.seq_len, whole)
     except ConfigError as error:
       which = f" of part {part} of the mixture" if len(self.parts) > 1 else ""
-      raise ConfigError(f"record {index} (from 0){which}: {error}") from error
+      raise ConfigError(f"{self.parts[part].place(index)}{which}: {error}") from error
 
   def pieces(self, example: dict[str, Any], rng: np.random.Generator, part: int) -> list[Piece]:
     """The example's features, if they have tokens in every stream."""
@@ -138,9 +139,25 @@ class Plan:
       if row.pieces:
         return part
       self.finish(row, part)
-    raise ConfigError(
-      f"data.corpus: {patience} records in a row gave no features; the texts are empty or too short for the objective"
-    )
+    raise ConfigError(f"data.corpus: {patience} records in a row gave no features; {self.objective.nothing}")
+
+  def left_out(self, most: int = 64) -> tuple[int, int]:
+    """(how many records give no features, of how many), of a few that are evenly spaced over every part.
+
+    Raises:
+      ConfigError: none of a part gives any, and these are all of it; a record that cannot be learned from.
+    """
+    empty, seen = 0, 0
+    for part, records in enumerate(self.parts):
+      which = np.unique(np.linspace(0, len(records) - 1, most).astype(np.int64)).tolist()
+      found = [
+        any(self.pieces(x, generator(self.seed, EVAL, part, i), part) for x in self.examples(part, i, whole=False))
+        for i in which
+      ]
+      if not any(found) and len(found) == len(records):
+        raise ConfigError(f"data.train: none of {len(records)} records gives features; {self.objective.nothing}")
+      empty, seen = empty + found.count(False), seen + len(found)
+    return empty, seen
 
   def finish(self, row: Row, part: int) -> None:
     row.counts[part] += 1
@@ -396,9 +413,7 @@ def eval_batches(
       example = example or next(iter(pieces), None)
       dealt.get(number, []).extend(pieces)
   if example is None:
-    raise ConfigError(
-      "data.eval: no record of the split gives features; the texts are empty or too short for the objective"
-    )
+    raise ConfigError(f"data.eval: no record of the split gives features; {objective.nothing}")
   alone = objective.packing == "never"
   filled = {
     number: [[piece] for piece in pieces] if alone else packing.best_fit(pieces, plan.sizes)

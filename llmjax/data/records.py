@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError, nearest
-from llmjax.data.files import NO_TEXT, Files, expand, file_digest
+from llmjax.data.files import NO_TEXT, Files, expand, file_digest, in_files
 from llmjax.data.labelled import FIELDS
 from llmjax.data.source import Source, cache_dir, cached, digest, kind_of, select
 
@@ -120,13 +120,15 @@ def _columns(kind: str, split: str, files: Files, text: str | None, columns: tup
   except pyarrow.ArrowException as error:
     raise ConfigError(f"data.corpus.files={files!r} do not fit together: {str(error).splitlines()[0]}") from error
   table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+  if not table.num_rows:
+    raise ConfigError(f"{paths[0]}{' and the others' if len(paths) > 1 else ''}: no rows (data.corpus.files)")
   start, stop = select(split, table.num_rows)
 
   def read(index: int) -> dict[str, Any]:
     record = {column: table.column(column)[start + index].as_py() for column in wanted}
     return record if text is None else {**record, "text": record[text] or ""}
 
-  return Source(stop - start, read, digest(name, start, stop))
+  return Source(stop - start, read, digest(name, start, stop), where=in_files(paths, start))
 
 
 def _open_parquet(path: Path, text: str | None, wanted: tuple[str, ...]) -> Any:

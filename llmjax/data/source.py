@@ -51,6 +51,7 @@ class Source:
     parts, weights: the sources of a mixture and how often each is drawn; empty for any other source.
     whole: the source that this one is a slice of, where there is one.
     labels: {field: the names of its classes, in their order}, where the data itself declares them.
+    where: index -> the file and line of a record, where they are known; see `place`.
   """
 
   size: int
@@ -60,6 +61,7 @@ class Source:
   weights: tuple[float, ...] = ()
   whole: Source | None = None
   labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  where: Callable[[int], str] | None = None
 
   def __len__(self) -> int:
     return self.size
@@ -71,6 +73,10 @@ class Source:
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return map(self.read, range(self.size))
+
+  def place(self, index: int) -> str:
+    """Where a record is to be found, for messages."""
+    return f"record {index} (from 0)" if self.where is None else self.where(int(index))
 
 
 def digest(*content: Any) -> str:
@@ -187,6 +193,12 @@ def files(
   chosen = files.get(name, "") if isinstance(files, Mapping) else files
   chosen = chosen if isinstance(chosen, (str, Path)) else next(iter(chosen), "")
   kind = kind_of(chosen)
+  if kind == "text" and (column is None or columns):
+    wanted = ", ".join(map(repr, columns)) or "fields"
+    raise ConfigError(
+      f"data.corpus.files={str(chosen)!r} is plain text by its ending, and the objective reads {wanted}; known are "
+      f"{', '.join(ENDINGS)}: rename it"
+    )
   settings: dict[str, Any] = {"text": column}
   if kind in ("text", "conll", "squad"):
     settings = {"max_bytes": max_bytes} if kind == "text" else {}
@@ -204,7 +216,14 @@ def shuffled(whole: Source, split: str) -> Source:
   # Only raw bits of a generator: NumPy promises that those never change.
   order = np.argsort(np.random.Philox(key=0).random_raw(len(whole)), kind="stable")[start:stop]
   fingerprint = digest("shuffled", whole.fingerprint, start, stop)
-  return Source(stop - start, lambda i: whole[int(order[i])], fingerprint, whole=whole.whole, labels=whole.labels)
+  return Source(
+    stop - start,
+    lambda i: whole[int(order[i])],
+    fingerprint,
+    whole=whole.whole,
+    labels=whole.labels,
+    where=lambda i: whole.place(int(order[i])),
+  )
 
 
 def thin(source: Source, max_bytes: int) -> Source:
@@ -214,7 +233,13 @@ def thin(source: Source, max_bytes: int) -> Source:
   count = len(source) if mean * len(source) <= max_bytes else max(int(max_bytes / mean), 1)
   which = np.linspace(0, len(source) - 1, count).astype(np.int64)
   fingerprint = digest(source.fingerprint, count)
-  return Source(count, lambda index: source[int(which[index])], fingerprint, labels=source.labels)
+  return Source(
+    count,
+    lambda index: source[int(which[index])],
+    fingerprint,
+    labels=source.labels,
+    where=lambda index: source.place(int(which[index])),
+  )
 
 
 def mixture(split: str, sources: Mapping[str, Mapping[str, Any]]) -> Source:
@@ -245,11 +270,20 @@ def join(parts: Iterable[Source], weights: Iterable[float]) -> Source:
   parts, weights = tuple(parts), tuple(float(w) for w in weights)
   starts = [sum(len(p) for p in parts[:i]) for i in range(len(parts) + 1)]
 
-  def read(index: int) -> dict[str, Any]:
+  def find(index: int) -> tuple[Source, int]:
     which = next(i for i in range(len(parts)) if index < starts[i + 1])
-    return parts[which][index - starts[which]]
+    return parts[which], index - starts[which]
+
+  def read(index: int) -> dict[str, Any]:
+    part, own = find(index)
+    return part[own]
+
+  def where(index: int) -> str:
+    part, own = find(index)
+    return part.place(own)
 
   labels = {
     field: names for field, names in parts[0].labels.items() if all(p.labels.get(field) == names for p in parts)
   }
-  return Source(starts[-1], read, digest([p.fingerprint for p in parts], weights), parts, weights, labels=labels)
+  fingerprint = digest([p.fingerprint for p in parts], weights)
+  return Source(starts[-1], read, fingerprint, parts, weights, labels=labels, where=where)

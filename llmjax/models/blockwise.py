@@ -74,6 +74,9 @@ def attention(
   multiple = 2 * sharding.parts("act_len") if ring else 1
   query, queries = _padded((query, scores.indexed(queries)), multiple)
   key, value, keys = _padded((key, value, scores.indexed(keys)), multiple)
+  # A scan over layers computes what does not differ between them beforehand: the masks of all blocks, in full. Tokens
+  # that come out together with queries are known no earlier than these.
+  query, queries, keys = lax.optimization_barrier((query, queries, keys))
   out = _attention(settings, layout, query, key, value, relative, queries, keys, jnp.arange(heads), dropout_keys)
   return out[:, :length]
 
@@ -82,7 +85,7 @@ def fit(query: Float[Array, "B L H A"], key: Array, value: Array) -> tuple[str |
   """The logical names of rows and heads where they divide over devices, else None; and keys and values with each head
   as many times as lets every device hold those of its own query heads."""
   heads, shared = query.shape[2], key.shape[2]
-  batch = "act_batch" if query.shape[0] % sharding.parts("act_batch") == 0 else None
+  batch = sharding.fitting("act_batch", query.shape[0])
   parts = sharding.parts("act_heads")
   if heads % parts:
     return batch, None, key, value

@@ -37,6 +37,7 @@ FEATURES = {  # what a kernel may not support: what asks for it
   "dropout": "model.attention_dropout",
   "lengths cut over devices": "mesh.context",
   "lengths that are no multiple of 128": "of this batch",
+  "odd lengths": "of this batch",
   "heads wider than 128 or no multiple of 8": "model.head_dim",
 }
 ALL = frozenset(FEATURES)
@@ -49,7 +50,8 @@ KERNELS = {  # what each supports; all know segments
   "cudnn": SOFTMAX
   | {"gpu devices", "bfloat16", "float16", "prefixes", "relative biases", "lengths that are no multiple of 128"},
   "splash": SOFTMAX
-  | {"tpu devices", "float32", "bfloat16", "float16", "softcaps", "heads wider than 128 or no multiple of 8"},
+  | {"tpu devices", "float32", "bfloat16", "float16", "softcaps", "heads wider than 128 or no multiple of 8"}
+  | {"odd lengths"},
 }
 MASKED = ("xla", "cudnn")  # these read a mask [B L S], made once for all layers
 
@@ -90,6 +92,8 @@ def choose(
   lengths = query.segments.shape[1], key.segments.shape[1]
   if any(length % 128 for length in lengths):
     needs |= {"lengths that are no multiple of 128"}
+  if any(length % 2 for length in lengths):
+    needs |= {"odd lengths"}
   # A model that learned on another kind of device is used with a kernel of this one.
   if cfg.attention != "auto" and _device() in KERNELS[cfg.attention]:
     _refuse(cfg.attention, needs)

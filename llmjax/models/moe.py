@@ -155,7 +155,7 @@ class MixtureMlp(nn.Module):
     shapes = {"up": (D, F, "embed", "mlp"), "gate": (D, F, "embed", "mlp"), "down": (F, D, "mlp", "embed")}
     kernels = {name: kernel(name, *shapes[name]) for name in names}
     cut = {name: ("experts", *(None if axis == "embed" else axis for axis in shapes[name][2:])) for name in names}
-    tokens = ("act_batch", "act_len", None)
+    tokens = (sharding.fitting("act_batch", B), sharding.fitting("act_len", L), None)
     apply: Callable[..., Array] = functools.partial(
       mixture, activation=layers.ACTIVATIONS[c.activation], capacity=c.expert_capacity
     )

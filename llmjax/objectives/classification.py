@@ -15,7 +15,18 @@ from jaxtyping import Array
 from llmjax import task_metrics
 from llmjax.config import ConfigError, nearest
 from llmjax.objectives.losses import correct, cross_entropy
-from llmjax.objectives.task import Record, Records, Result, Task, class_of, label_text, sort_labels, text_field
+from llmjax.objectives.task import (
+  NOTHING,
+  Record,
+  Records,
+  Result,
+  Task,
+  class_of,
+  keep_labels,
+  label_text,
+  sort_labels,
+  text_field,
+)
 from llmjax.types import Batch, Features, Forward, Metrics, Outputs, Sums
 
 KINDS = ("single", "multi", "regression")
@@ -199,10 +210,12 @@ def classification(
   label: str = "label",
   label_smoothing: float = 0.0,
   records: Records | None = None,
+  learned: Mapping[str, Any] = NOTHING,
 ) -> Classification:
-  """From config: `labels` None are those of the training split, all of which is read for that."""
+  """From config: `labels` None are those of the training split, all of which is read for that; see `keep_labels`."""
   if labels is None:
-    labels = () if kind == "regression" else find_labels(records, label, many=kind == "multi")
+    many = kind == "multi"
+    labels = () if kind == "regression" else keep_labels(find_labels(records, label, many=many), learned)
   names = tuple(map(label_text, labels))
   return Classification(tokenizer, seq_len, names, kind, text, pair, label, label_smoothing)
 
@@ -222,12 +235,12 @@ def find_labels(records: Records | None, field: str, *, many: bool = False) -> t
   found: set[str] = set()
   for number, record in enumerate(source):
     if field not in record:
-      raise ConfigError(f"record {number} (from 0): there is no field {field!r}; {nearest(field, record)}")
+      raise ConfigError(f"{source.place(number)}: there is no field {field!r}; {nearest(field, record)}")
     try:
       if record[field] is not None:
         found.update(label_list(record[field], field) if many else [label_text(record[field])])
     except ConfigError as error:
-      raise ConfigError(f"record {number} (from 0): {field!r}: {error}") from error
+      raise ConfigError(f"{source.place(number)}: {field!r}: {error}") from error
   if len(found) > MOST:
     raise ConfigError(
       f"{field!r} has {len(found)} different values, which can hardly be labels; for numbers set "

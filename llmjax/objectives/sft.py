@@ -113,6 +113,13 @@ class InstructionTuning(Task):
 
   # host
 
+  @property
+  def nothing(self) -> str:
+    return (
+      f"they are too long, as no answer begins within the seq_len={self.seq_len} tokens of a row; raise "
+      "--config.seq_len, or shorten what stands before the answers"
+    )
+
   def check(self, record: Record, *, labelled: bool) -> None:
     super().check(record, labelled=labelled)
     if self.prompt is not None and self.response is not None:

@@ -175,7 +175,8 @@ class SpanQA(Task):
   # host
 
   def result(self, record: Record, features: Sequence[Features], decoded: Sequence[Mapping[str, np.ndarray]]) -> Result:
-    """{"answer": context[start:end], "start", "end", "score": the sum of its two logits, "confidence"}.
+    """{"answer": context[start:end], "start", "end", "score": the sum of its two logits, "confidence"}, and the answer
+    as records have it.
 
     The confidence is its share in a softmax over the best spans of all windows; a span that several have counts once.
     With `no_answer`, that there is none is one of them, and its share is "no_answer_probability": "" from 0 to 0.
@@ -203,6 +204,7 @@ class SpanQA(Task):
     choice = -1 if self.no_answer and none - best[0][1] > self.no_answer_threshold else 0
     (start, stop), score = best[choice]
     result = {
+      self.answer: [{"text": context[start:stop], "start": start}] if stop else [],
       "answer": context[start:stop],
       "start": start,
       "end": stop,

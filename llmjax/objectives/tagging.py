@@ -17,7 +17,7 @@ from llmjax import task_metrics
 from llmjax.config import ConfigError, nearest
 from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.losses import correct, cross_entropy
-from llmjax.objectives.task import Record, Records, Result, Task, sort_labels, text_field
+from llmjax.objectives.task import NOTHING, Record, Records, Result, Task, keep_labels, sort_labels, text_field
 from llmjax.types import Batch, Features, Forward, Metrics, Outputs, Sums
 
 
@@ -75,6 +75,10 @@ class Tagging(Task):
     return ("sklearn",) if self.scheme == "none" else ("seqeval",)
 
   # host
+
+  @property
+  def nothing(self) -> str:
+    return f"their words have no tokens, or a span is longer than the seq_len={self.seq_len} tokens of a row"
 
   def check(self, record: Record, *, labelled: bool) -> None:
     if not labelled and self.tokens not in record and "text" in record:
@@ -201,7 +205,8 @@ class Tagging(Task):
   # host
 
   def result(self, record: Record, features: Sequence[Features], decoded: Sequence[Mapping[str, np.ndarray]]) -> Result:
-    """{tags, "spans": [{"start", "end", "label", "text"}], "confidence": the least of any word}.
+    """{tags, "spans": [{"start", "end", "label", "text"}], "confidence": the least of any word}, and the words that
+    these are of where the record has no list of them.
 
     Places count characters of the record's text, or of its words with a space between them. A word without tokens is
     tagged "O" (or the first of the labels).
@@ -218,7 +223,8 @@ class Tagging(Task):
     for start, stop, kind in tag_scheme.spans(tags, self.scheme):
       first, last = int(starts[start]), int(starts[stop - 1]) + len(words[stop - 1])
       spans.append({"start": first, "end": last, "label": kind, "text": text[first:last]})
-    return {self.tags: tags, "spans": spans, "confidence": round(confidence, 6)}
+    answer = {self.tags: tags, "spans": spans, "confidence": round(confidence, 6)}
+    return answer if self.tokens in record else {self.tokens: words, **answer}
 
   def measure(self, records: Sequence[Record], results: Sequence[Result]) -> dict[str, float]:
     """Of spans; of other tags, by words."""
@@ -259,12 +265,14 @@ def tagging(
   tokens: str = "tokens",
   tags: str = "tags",
   records: Records | None = None,
+  learned: Mapping[str, Any] = NOTHING,
 ) -> Tagging:
   """From config: `labels` None are those of the training split, all of which is read for that, and `scheme` None is
-  the one that they could be of, see `tag_scheme.guess`."""
-  if labels is None or scheme is None:
-    labels = find_tags(records, tags) if labels is None else labels
-    scheme = tag_scheme.guess(labels) if scheme is None else scheme
+  that of `learned`, see `keep_labels`, or the one that they could be of, see `tag_scheme.guess`."""
+  if labels is None:
+    labels = keep_labels(find_tags(records, tags), learned)
+    scheme = learned.get("scheme") if scheme is None else scheme
+  scheme = tag_scheme.guess(labels) if scheme is None else scheme
   return Tagging(tokenizer, seq_len, tuple(labels), scheme, use_crf, tokens, tags)
 
 
@@ -273,11 +281,12 @@ def find_tags(records: Records | None, field: str) -> tuple[str, ...]:
   if records is None:
     raise ConfigError("objective.labels=None takes the tags of a training split, and there is none; name them")
   found: set[str] = set()
-  for number, record in enumerate(records()):
+  source = records()
+  for number, record in enumerate(source):
     if field not in record:
-      raise ConfigError(f"record {number} (from 0): there is no field {field!r}; {nearest(field, record)}")
+      raise ConfigError(f"{source.place(number)}: there is no field {field!r}; {nearest(field, record)}")
     try:
       found.update(text_list(record, field))
     except ConfigError as error:
-      raise ConfigError(f"record {number} (from 0): {error}") from error
+      raise ConfigError(f"{source.place(number)}: {error}") from error
   return sort_labels(found)

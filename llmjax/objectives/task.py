@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,10 @@ class Task(Objective):
   def fields(self) -> tuple[str, ...]:
     return (*self.inputs, *self.answers)
 
+  @property
+  def nothing(self) -> str:
+    return f"they have no tokens in {_named(self.inputs)}, or no answer in {_named(self.answers)}"
+
   def check(self, record: Record, *, labelled: bool) -> None:
     """Raises ConfigError where a record cannot be read, or, with `labelled`, not be learned from. It tokenises nothing,
     so that whole splits can be looked at before anything compiles."""
@@ -111,7 +116,37 @@ class Task(Objective):
     """{metric: number} of results against the records' own answers."""
 
 
-Records = Callable[[], Iterable[Record]]  # opens the training split
+Records = Callable[[], Any]  # opens the training split, a `llmjax.data.source.Source`
+
+
+def _named(fields: Iterable[str]) -> str:
+  return " and ".join(map(repr, fields))
+
+
+NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+FRESH_HEAD = """to start it afresh, --config.init_map='((".*head.*|crf/.*", None),)'"""
+
+
+def keep_labels(found: Sequence[str], learned: Mapping[str, Any]) -> tuple[str, ...]:
+  """The labels of a training split; all of the head that is gone on with, in its order, where it knows these.
+
+  Args:
+    learned: the "labels" of that head, and the "path" that it is from; empty where there is none.
+  Raises:
+    ConfigError: it knows others.
+  """
+  known = tuple(learned.get("labels", ()))
+  if not known or set(found) <= set(known):
+    return known or tuple(found)
+  raise ConfigError(
+    f"init_from={learned['path']} has a head for the labels {_shown(known)}, and the training split has "
+    f"{_shown(found)}; {FRESH_HEAD}"
+  )
+
+
+def _shown(labels: Sequence[str]) -> str:
+  more = f", ... ({len(labels)} in all)" if len(labels) > 6 else ""
+  return ", ".join(map(repr, labels[:6])) + more
 
 
 def text_field(record: Record, field: str, *, empty: bool = False) -> str:
