@@ -43,6 +43,7 @@ STEPS = 3
 LENGTH = 128  # tokens of a sequence at most
 NOISE = 0.02  # what is added to every parameter: behind one that is 0, gradients are 0, and any two are the same
 PARTS = ("initial", "held out", "loss", "gradient", "after")
+TITLE = 44  # characters of a line before its numbers
 say = functools.partial(print, flush=True)
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 Sizes = Mapping[str, int]
@@ -288,7 +289,7 @@ def verify(
   say(f"({TOLERANCE:g} of a leaf's norm, of at least {FLOOR:g} of the whole tree's)")
   if zero:
     say(f"zero, and so hardly compared: the gradients of {', '.join(zero)}")
-  say(f"\n{'':<28}" + "".join(f"{part:>9}" for part in PARTS))
+  say(f"\n{'':<{TITLE}}" + "".join(f"{part:>9}" for part in PARTS))
   sound, compared = True, []
   for text in meshes_of(len(devices)) if meshes is None else meshes:
     try:
@@ -296,14 +297,14 @@ def verify(
     except ConfigError as error:
       if meshes is not None:
         raise
-      say(f"{text:<28}not for this config: {error}")
+      say(f"{text:<{TITLE}}not for this config: {error}")
       continue
     sound &= report(text, want, got)
     compared.append(text)
   for count in processes:
     for mesh in compared if meshes is not None else compared[1::4]:
-      for got in measure_processes(flags, count, mesh, len(devices)):
-        sound &= report(f"{count} processes, {mesh}", want, got)
+      for index, got in enumerate(measure_processes(flags, count, mesh, len(devices))):
+        sound &= report(f"{mesh}, process {index} of {count}", want, got)
   if not compared:
     raise ConfigError(f"nothing was compared: none of the meshes is for this config on {len(devices)} devices")
   say(f"\nthe same on {len(compared)} meshes" if sound else "\nNOT the same")
@@ -315,7 +316,7 @@ def report(title: str, want: Measured, got: Measured) -> bool:
   found = differences(want, got)
   worst = {part: max((d.excess for d in found if d.part == part), default=0.0) for part in PARTS}
   counts = ", ".join(f"{count} {name}" for name, count in got.collectives.items())
-  say(f"{title:<28}" + "".join(f"{value:>9.2g}" for value in worst.values()) + f"  {counts or 'no collectives'}")
+  say(f"{title:<{TITLE}}" + "".join(f"{value:>9.2g}" for value in worst.values()) + f"  {counts or 'no collectives'}")
   wrong = [d for d in found if not d.excess <= 1]
   for difference in wrong[:5]:
     say(f"  {difference.part} {difference.name}: {difference.excess:.3g} times the tolerance")
