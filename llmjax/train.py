@@ -77,9 +77,13 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     best_is=best_is,
   )
   stream = make_stream(program, source, prefetch=config["data"]["prefetch"])
-  empty, seen = (0, 0) if program.objective.fields == ("text",) else stream.plan.left_out()
-
-  state, first, cursor = restore(program, checkpoints)
+  try:
+    empty, seen = (0, 0) if program.objective.fields == ("text",) else stream.plan.left_out()
+    state, first, cursor = restore(program, checkpoints)
+  except BaseException:  # threads of both would complain at the exit
+    stream.close()
+    checkpoints.close()
+    raise
   if cursor is not None:
     stream.restore(cursor)
   before: dict[str, Any] = checkpoints.read(first, "manifest") if first else {}

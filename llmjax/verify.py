@@ -281,6 +281,8 @@ def verify(
       raise ConfigError(f"--processes={count} must be at least 2 and divide the {len(devices)} devices")
   if processes and devices[0].platform != "cpu":
     raise ConfigError("--processes is for simulated devices of a CPU; set JAX_PLATFORMS=cpu")
+  for text in meshes or ():
+    sharding.resolve(sharding.parse_mesh(text, "--meshes"), len(devices))
   small_config = shrink(config, len(devices))
   want = measure(small_config, {}, devices[:1])
   gradient = want.parts["gradient"]

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import MIXTRAL
+from flax import linen as nn
 
 from llmjax import cli, sharding, verify
 from llmjax.config import load_config, to_dict
 from llmjax.models import blockwise
+from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.losses import cross_entropy
 from llmjax.optim import COMMON
@@ -162,6 +165,18 @@ def test_a_capacity_loses_tokens_and_is_told_from_none(capsys):
   assert not verify.verify(tight, ["expert=4"])
   ample = load_config([*KINDS["experts"], "--config.model.expert_capacity=4"])
   assert verify.verify(ample, ["expert=4"])
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "expert=4,data=2", "context=8", "expert=2,context=2,tensor=2"])
+def test_experts_take_batches_that_no_mesh_can_cut(mesh):
+  """Three rows of ten tokens, as a prompt has them."""
+  model = Transformer(MIXTRAL)
+  batch = Batch.from_tokens(np.random.default_rng(0).integers(0, MIXTRAL.vocab_size, (3, 10)))
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
+  want = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)(params, batch)
+  with sharding.use(sharding.make_mesh(sharding.parse_mesh(mesh))):
+    got = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)(params, batch)
+  np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
