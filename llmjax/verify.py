@@ -141,7 +141,7 @@ def measure(config: Mapping[str, Any], sizes: Sizes, devices: Sequence[Any] | No
     parts["held out"] = ratios(held_out)
     train_step = program.train_step.lower(state, batches[0], key, rate, auxiliary).compile()
     for i, batch in enumerate(batches):  # one program for all of them: it would refuse a state that lies elsewhere
-      state, metrics = train_step(state, batch, key, rate, auxiliary)
+      state, metrics = jax.block_until_ready(train_step(state, batch, key, rate, auxiliary))
       parts["loss"] |= {f"{name} of step {i}": value for name, value in ratios(metrics).items()}
       if i == 0:
         parts["gradient"] = fetched(program, recorded(program, state))
