@@ -151,14 +151,18 @@ class Checkpoints:
 
   def set_aside(self, steps: Iterable[int]) -> None:
     """Moves damaged checkpoints to WORKDIR/damaged, so that others can take their place."""
-    hosts.meet("set_aside/begin", timeout=600)  # no process still reads what is moved, nor goes on before it is
+    self._meet("begin")  # no process still reads what is moved
     if hosts.leader():
       for step in steps:
         target = self.folder.parent / "damaged" / f"{step}-{time.time_ns()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         (self.folder / str(step)).rename(target)
-    hosts.meet("set_aside/end", timeout=600)
+    self._meet("end")
     self.manager.reload()
+
+  def _meet(self, when: str) -> None:
+    if not hosts.meet(f"{self.folder}/set_aside/{when}", timeout=600):
+      raise ConfigError(f"{self.folder}: not all processes came to set damaged checkpoints aside; run again")
 
   def newest_manifest(self) -> tuple[int, dict[str, Any]] | None:
     """The newest step whose manifest can be read, and that; None if there is no checkpoint at all.

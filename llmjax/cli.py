@@ -183,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
   predict.add_argument("--trust", action="store_true", help="allow the checkpoint to run code outside llmjax")
 
   verify = add("verify", "whether a config gives the same on every mesh", run_verify, VERIFY_NOTES + config_notes)
+  verify.usage = "llmjax verify --config=CONFIG [--config.KEY=VALUE ...] [--meshes=...] [--processes=...]"
   verify.add_argument(
     "--meshes", help="such as 'data=8;fsdp=2,tensor=4' (default: those that the config can be cut over)"
   )

@@ -160,15 +160,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   mesh, rules = current
   if jax.sharding.get_abstract_mesh().manual_axes:  # inside `per_device`, where x is what one device holds
     return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec_of(x, names, mesh, rules)))
-
-
-def _spec_of(x: Any, names: Names, mesh: Mesh, rules: Rules) -> PartitionSpec:
-  """`spec`, but of a length that does not divide."""
-  fits = (
-    None if name == "act_len" and size % _parts(mesh, rules, name) else name for size, name in zip(x.shape, names)
-  )
-  return spec(tuple(fits), rules)
+  fits = (fitting(name, size) if name == "act_len" else name for name, size in zip(names, x.shape))
+  return jax.lax.with_sharding_constraint(x, named(mesh, *fits, rules=rules))
 
 
 def _parts(mesh: Mesh, rules: Rules, name: str) -> int:
