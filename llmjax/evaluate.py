@@ -8,10 +8,8 @@ returns {name: number}, or {name: text to show}, see `record`. A new one is a fu
 from __future__ import annotations
 
 import functools
-import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ from llmjax import hosts, optim, sharding, task_metrics
 from llmjax import metrics as metriclib
 from llmjax.config import ConfigError, build, resolve, to_dict
 from llmjax.data import pipeline
+from llmjax.data.files import expand, file_digest
 from llmjax.data.records import fields
 from llmjax.data.source import thin
 from llmjax.embeddings import BATCH_TOKENS, contrastive_part
@@ -343,7 +342,7 @@ def evaluate_checkpoint(
 def fingerprint(program: Program, data: str | None) -> str:
   """Of what is measured: the files of `data`, or the config's held-out split."""
   if data is not None:
-    return hosts.digest([(path.name, path.read_bytes()) for path in map(Path, sorted(glob.glob(data)))])
+    return hosts.digest([file_digest(path) for path in expand(data, "")])
   return open_source(program.config, program.config["data"]["eval"]).fingerprint
 
 

@@ -369,18 +369,9 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
   )
   others = {name: jax.tree.map(lambda x: x.sharding, abstract_params(m, mesh, rules)) for name, m in auxiliary.items()}
   batches = sharding.named(mesh, "act_batch", rules=rules)
+  shared = {"model": model, "objective": objective, "auxiliary": auxiliary, "tiles": config["logit_tiles"]}
   train = functools.partial(
-    step.train_step,
-    model=model,
-    objective=objective,
-    tx=tx,
-    accum=config["accum"],
-    ema_decay=config["optim"]["ema_decay"],
-    auxiliary=auxiliary,
-    tiles=config["logit_tiles"],
-  )
-  measure = functools.partial(
-    step.eval_step, model=model, objective=objective, auxiliary=auxiliary, tiles=config["logit_tiles"]
+    step.train_step, tx=tx, accum=config["accum"], ema_decay=config["optim"]["ema_decay"], **shared
   )
   return Program(
     config=config,
@@ -404,7 +395,7 @@ def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | Non
       out_shardings=(state_shardings, replicated),
     ),
     eval_step=jax.jit(
-      measure,
+      functools.partial(step.eval_step, **shared),
       in_shardings=(where, batches, others),
       out_shardings=replicated,
     ),

@@ -244,8 +244,8 @@ def differences(want: Measured, got: Measured) -> list[Difference]:
   infinitely far off.
   """
   found = []
-  for part in {**want.parts, **got.parts}:
-    ours, theirs = got.parts.get(part, {}), want.parts.get(part, {})
+  for part in PARTS:
+    ours, theirs = got.parts[part], want.parts[part]
     tree = 0.0 if part in ("loss", "held out") else np.sqrt(sum(norm(x) ** 2 for x in theirs.values()))
     for name in sorted({**ours, **theirs}):
       if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
@@ -370,9 +370,9 @@ def work(config: Any, mesh: str, folder: str | Path) -> None:
 
 def load(folder: Path, index: int) -> Measured:
   """What `work` of a process wrote."""
-  parts: dict[str, dict[str, np.ndarray]] = {}
+  parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
   with np.load(folder / f"{index}.npz") as file:
     for key in file.files:
       part, name = key.split(":", 1)
-      parts.setdefault(part, {})[name] = file[key]
+      parts[part][name] = file[key]
   return Measured(parts, **json.loads((folder / f"{index}.json").read_text(encoding="utf-8")))

@@ -7,7 +7,6 @@ FOLDER/said.I.json is a list of what the commands said; FOLDER/rows.I.json of [w
 """
 
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -15,10 +14,10 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from llmjax import cli, hosts, train
 from llmjax.data.pipeline import TrainStream
+from llmjax.verify import row_hashes
 
 ROWS: list = []
 
@@ -34,10 +33,7 @@ class Recorded(TrainStream):
 
   def __next__(self):
     batch, step = super().__next__(), next(self.steps)
-    leaves = [np.asarray(x) for x in jax.tree.leaves(batch)]
-    for i, row in enumerate(batch.rows.tolist()):
-      digest = hashlib.sha256(b"".join(x[i].tobytes() for x in leaves)).hexdigest()
-      ROWS.append([self.training, step, row, digest])
+    ROWS.extend([self.training, step, row, name] for row, name in row_hashes(batch))
     return batch
 
 
