@@ -37,11 +37,13 @@ KINDS = {
   "adapters": ["--config=lora:debug"],
 }
 TENSOR, CONTEXT, EXPERT = "data=2,fsdp=2,tensor=2", "context=4,tensor=2", "fsdp=2,expert=2,context=2"
-COMBINATIONS = [
-  *(("decoder", mesh) for mesh in ("data=8", TENSOR, CONTEXT)),
-  *(("experts", mesh) for mesh in (TENSOR, EXPERT, "expert=4,tensor=2")),
-  *((kind, mesh) for kind in ("encoder", "both", "contrastive", "adapters") for mesh in (TENSOR, CONTEXT)),
+MESHES = ["data=8", "fsdp=8", "data=4,tensor=2", "context=8", "data=2,fsdp=2,context=2", TENSOR, CONTEXT]
+MATRIX = [
+  *((kind, mesh) for kind in KINDS for mesh in MESHES),
+  *(("experts", mesh) for mesh in (EXPERT, "data=2,expert=4", "expert=4,tensor=2")),
 ]
+FAST = {("decoder", "data=8"), ("experts", EXPERT), *((kind, mesh) for kind in KINDS for mesh in (TENSOR, CONTEXT))}
+COMBINATIONS = [pytest.param(*c, marks=[] if c in FAST else pytest.mark.slow) for c in MATRIX]
 
 
 @functools.cache
