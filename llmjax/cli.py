@@ -67,6 +67,17 @@ rounding differs. A model, objective or optimizer of your own is run as it is.
   llmjax verify --config=my.py --meshes="data=8;fsdp=2,tensor=4" --processes=2
 
 """
+SWEEP_NOTES = """\
+A sweep file has `get_sweep()`, which gives an llmjax.trials.Sweep, and `get_config(argument)`, as a config has. Every
+trial is a `llmjax train` of its own in WORKDIR/TRIAL; all are looked at before any starts. The same command goes on
+where an earlier one was cut off, and writes sweep.html, sweep.png, results.csv and results.parquet.
+
+  llmjax sweep --config=experiments/optimizers/sweep.py --workdir=runs/optimizers --max_parallel=2
+  llmjax sweep --config=my_sweep.py --workdir=/shared/x --launcher=slurm --launcher_flags="--gpus_per_node=1"
+  llmjax sweep --config=my_sweep.py --workdir=x --launcher=tpu_vm --trials_in=gs://bucket/x \\
+    --launcher_flags="--zone=us-central1-a --type=v5litepod-8 --spot" --max_parallel=4
+
+"""
 DISTRIBUTED = ("train", "evaluate", "generate", "embed", "predict")  # run in several processes
 
 EMBED_NOTES = """\
@@ -193,6 +204,17 @@ def parser() -> argparse.ArgumentParser:
   verify.add_argument("--devices", type=int, default=8, help="simulated ones of a CPU (default: %(default)s)")
   verify.add_argument("--worker", help=argparse.SUPPRESS)  # where one of --processes writes what it measured
 
+  sweep = add("sweep", "run the trials of a sweep, or go on with them", run_sweep, SWEEP_NOTES + config_notes)
+  sweep.usage = "llmjax sweep --config=FILE [--config.KEY=VALUE ...] --workdir=DIR [--launcher=...] [--max_parallel=N]"
+  sweep.add_argument("--workdir", required=True, help="where the sweep lives, with a folder for each trial")
+  sweep.add_argument("--launcher", default="local", help="local, slurm, tpu_vm or gke (default: %(default)s)")
+  sweep.add_argument("--launcher_flags", default="", help="of launch/LAUNCHER.py, as one text")
+  sweep.add_argument("--max_parallel", type=int, default=1, help="trials at a time (default: %(default)s)")
+  sweep.add_argument("--trials_in", help="where the workdirs of trials lie instead, such as gs://bucket/x")
+  sweep.add_argument("--retry", action="store_true", help="run those that failed once more")
+  sweep.add_argument("--dry_run", action="store_true", help="look at all trials and print their commands")
+  sweep.add_argument("--admit", help=argparse.SUPPRESS)  # the question of `sweep.admit`, whose answer is the workdir
+
   import_ = add("import", "a Hugging Face folder to a checkpoint of ours", run_import, IMPORT_NOTES)
   import_.add_argument("--hf", required=True, help="a folder, or a hub name such as gpt2 or org/name@revision")
   import_.add_argument("--output", required=True, help="a folder that does not exist yet")
@@ -240,15 +262,15 @@ def add_hosts(command: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command; returns its exit code: 0, 1 where `verify` finds a difference, 2 for what the user can mend, 130
-  when interrupted.
+  """Runs a command; returns its exit code: 0, 1 where `verify` finds a difference or a trial of a `sweep` has failed, 2 for what
+  the user can mend, 130 when interrupted.
 
   One of several processes that fails ends here, with such a code, or 1 where the user can mend nothing.
   """
   arguments, rest = parser().parse_known_args(argv)
   code, said = 0, ""
   try:
-    if rest and arguments.command not in ("train", "evaluate", "verify"):
+    if rest and arguments.command not in ("train", "evaluate", "verify", "sweep"):
       raise ConfigError(f"unknown argument {rest[0]!r}; see `llmjax {arguments.command} --help`")
     code = arguments.function(arguments, rest) or 0
   except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -339,6 +361,17 @@ def run_verify(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
   meshes = arguments.meshes.split(";") if arguments.meshes else None
   return 0 if verify.verify(config, meshes, counts, rest) else 1
+
+
+def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
+  from llmjax import sweep
+
+  if arguments.admit:
+    start_jax()
+    sweep.answer(arguments.admit, arguments.workdir)
+    return 0
+  names = ("launcher", "launcher_flags", "max_parallel", "trials_in", "retry", "dry_run")
+  return 0 if sweep.sweep(rest, arguments.workdir, **{name: getattr(arguments, name) for name in names}) else 1
 
 
 def default_workdir(rest: list[str]) -> str:

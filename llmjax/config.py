@@ -297,6 +297,14 @@ def find(reference: str) -> tuple[Path, str]:
   raise ConfigError(f"--config={reference}: no such file; {nearest(name, shipped())}")
 
 
+def open_roots() -> None:
+  """Config files import each other as `configs.NAME`; a folder `configs` where the command runs must not hide ours."""
+  first, last = str(roots()[-1]), str(roots()[0])
+  sys.path[:] = [first, *(p for p in sys.path if p != first)]
+  if last not in sys.path:
+    sys.path.append(last)
+
+
 def optional(value: Any = None, kind: type = object) -> FieldReference:
   """A key that may be None (so that a flag can set and unset it); `object` takes any literal, as durations need."""
   return FieldReference(value, field_type=kind)
@@ -311,13 +319,9 @@ def load_config(arguments: list[str]) -> ConfigDict:
   Raises ConfigError: a missing file or a mistake in it, a mistyped key (with the nearest right one and what other
   frameworks call it), a value of the wrong type, anything that is no config flag.
   """
-  reference, rest = _reference(arguments)
+  reference, rest = split_reference(arguments)
   path, argument = find(reference)
-  # Config files import each other as `configs.NAME`; a folder `configs` where the command runs must not hide ours.
-  first, last = str(roots()[-1]), str(roots()[0])
-  sys.path[:] = [first, *(p for p in sys.path if p != first)]
-  if last not in sys.path:
-    sys.path.append(last)
+  open_roots()
   config = _run(path, argument)
   known = flatten(config)
   groups = {key[:i] for key in known for i, c in enumerate(key) if c == "."}
@@ -347,7 +351,7 @@ def load_config(arguments: list[str]) -> ConfigDict:
   return config
 
 
-def _reference(arguments: list[str]) -> tuple[str, list[str]]:
+def split_reference(arguments: list[str]) -> tuple[str, list[str]]:
   """What --config says, and the other flags; `--config.KEY none` is joined to one."""
   references, rest, queue = [], [], list(arguments)
   while queue:
@@ -365,15 +369,15 @@ def _reference(arguments: list[str]) -> tuple[str, list[str]]:
   return references[0], rest
 
 
-def _run(path: Path, argument: str) -> ConfigDict:
-  """What `get_config` of a file returns; a mistake in the file is told with its place."""
+def run_file(path: Path, function: str, *arguments: Any) -> Any:
+  """What a function of a Python file returns; a mistake in the file is told with its place."""
   spec = importlib.util.spec_from_file_location(f"llmjax_config_{path.stem}", path)
   assert spec is not None and spec.loader is not None  # the file ends in .py
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses look themselves up there
   try:
     spec.loader.exec_module(module)
-    config = module.get_config(argument) if argument else module.get_config()
+    return getattr(module, function)(*arguments)
   except ConfigError:
     raise
   except SyntaxError as error:
@@ -385,6 +389,10 @@ def _run(path: Path, argument: str) -> ConfigDict:
     frames = traceback.extract_tb(error.__traceback__)
     place = next((f"{path}:{f.lineno}" for f in reversed(frames) if f.filename == str(path)), str(path))
     raise ConfigError(f"{type(error).__name__}: {' '.join(str(error).split())} ({place})") from error
+
+
+def _run(path: Path, argument: str) -> ConfigDict:
+  config = run_file(path, "get_config", *([argument] if argument else []))
   if not isinstance(config, ConfigDict):
     raise ConfigError(f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
   return config

@@ -145,7 +145,7 @@ def _scales(axes: Any, panel: Panel) -> None:
 
 
 @contextlib.contextmanager
-def _style(theme: str) -> Iterator[None]:
+def style(theme: str) -> Iterator[None]:
   import matplotlib
   from matplotlib.font_manager import fontManager
 
@@ -168,7 +168,7 @@ def poster(panels: list[Panel], title: str, subtitle: str, theme: str = "light")
 
   first, *others = panels
   height = 5.1 + 2.15 * math.ceil(len(others) / 3)  # inches; positions below are fractions of it, from the bottom
-  with _style(theme):
+  with style(theme):
     figure = Figure(figsize=(10, height), dpi=160)
     ink, muted = THEMES[theme]["ink"], THEMES[theme]["muted"]
     figure.text(0.055, 1 - 0.42 / height, title, color=ink, fontsize=15, fontweight="bold", va="center")
@@ -187,7 +187,7 @@ def svg(panel: Panel, theme: str, wide: bool) -> str:
   from matplotlib.figure import Figure
 
   width, height, size = (10.0, 3.7, 9.5) if wide else (4.2, 2.2, 9.0)
-  with _style(theme):
+  with style(theme):
     figure = Figure(figsize=(width, height))
     left, right = (0.04, 0.72) if wide else (0.12, 0.58)
     draw(figure.add_axes((left, 0.3 / height, right, (height - 0.85) / height)), panel, theme, size)

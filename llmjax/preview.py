@@ -12,25 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax import sharding
+from llmjax.config import to_dict
 from llmjax.finetune import flatten
 from llmjax.pretrained import abstract_params
 from llmjax.program import Program, make_program, open_source
+from llmjax.resume import kept_tokenizer
 from llmjax.train import make_evals, make_stream, period
 from llmjax.types import Batch
+
+WAYS_OUT = "raise accum, set model.remat=full, cut along mesh.fsdp, or lower batch_size"
 
 
 def preview(config: Any) -> str:
   """Builds and compiles the step of a config, runs nothing."""
-  program = make_program(config)
+  program, batch = checked(config)
+  return "\n\n".join([parameters(program, batch), memory(program, batch), tokens(program, batch)])
+
+
+def checked(config: Any) -> tuple[Program, Batch]:
+  """The program of a config that a run can begin with, and this process's first batch; nothing is compiled."""
+  config = to_dict(config)
+  program = make_program(config, tokenizer=kept_tokenizer(config, None))
   make_evals(program)
   for part in ("checkpoint", "log"):
     period(program, part)
-  config = program.config
-  source = open_source(config, config["data"]["train"])
-  stream = make_stream(program, source, prefetch=0)
+  stream = make_stream(program, open_source(program.config, program.config["data"]["train"]), prefetch=0)
   batch = next(iter(stream))
   stream.close()
-  return "\n\n".join([parameters(program, batch), memory(program, batch), tokens(program, batch)])
+  return program, batch
 
 
 def parameters(program: Program, batch: Batch) -> str:
@@ -65,8 +74,8 @@ def device_memory() -> int | None:
   return stats["bytes_limit"] if stats else None
 
 
-def memory(program: Program, batch: Batch) -> str:
-  """Compiles the real step and sets its memory against the device's."""
+def compiled_bytes(program: Program, batch: Batch) -> tuple[int, int]:
+  """Bytes of a device that a step takes, as compiled: of state and batch, and of work. Fills the compilation cache."""
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((program.config["batch_size"], *np.shape(x)[1:]), x.dtype), batch
   )
@@ -76,14 +85,16 @@ def memory(program: Program, batch: Batch) -> str:
     others = {name: abstract_params(model) for name, model in program.auxiliary.items()}
     compiled = program.train_step.lower(program.state_shapes, shapes, key, rate, others).compile()
   used = compiled.memory_analysis()
-  state = used.argument_size_in_bytes
   work = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+  return used.argument_size_in_bytes, work
+
+
+def memory(program: Program, batch: Batch) -> str:
+  """Compiles the real step and sets its memory against the device's."""
+  state, work = compiled_bytes(program, batch)
   total, limit = state + work, device_memory()
-  misfit = "DOES NOT FIT; raise accum, set model.remat=full, cut along mesh.fsdp, or lower batch_size"
-  against = "" if limit is None else f" of {_size(limit)}: {'fits' if total < limit else misfit}"
-  return (
-    f"Memory per device, as compiled: {_size(state)} state and batch + {_size(work)} work = {_size(total)}{against}"
-  )
+  against = "" if limit is None else f" of {size(limit)}: {'fits' if total < limit else 'DOES NOT FIT; ' + WAYS_OUT}"
+  return f"Memory per device, as compiled: {size(state)} state and batch + {size(work)} work = {size(total)}{against}"
 
 
 def tokens(program: Program, batch: Batch, rows: int = 2, columns: int = 48) -> str:
@@ -121,7 +132,7 @@ def _show(tokenizer: Any, token: Any) -> str:
   return repr(tokenizer.show([int(token)]))[1:-1]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
   for unit in ("B", "KiB", "MiB", "GiB"):
     if count < 1024:
       return f"{count:.4g} {unit}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
 import json
@@ -13,12 +12,13 @@ import shutil
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError, flatten
 from llmjax.metrics import CURVES, SAMPLES, human_number, printable, read, read_samples
+from llmjax.page import fold, picture, section, table, whole
 from llmjax.plots import Curve, Panel, last, number, poster, svg
 
 TITLES = {  # panels come in this order, then those of other metrics
@@ -191,67 +191,21 @@ def write_report(workdir: str | Path) -> tuple[Path, Path]:
 
 def _page(run: Run, shown: list[Panel]) -> str:
   who, rows = finals(run)
-  title = html.escape(run.workdir.resolve().name)
-  first, *others = (_picture(panel, wide=i == 0) for i, panel in enumerate(shown))
+
+  def drawn(i: int, panel: Panel) -> str:
+    return picture(lambda theme: svg(panel, theme, i == 0), panel.title)
+
+  first, *others = (drawn(i, panel) for i, panel in enumerate(shown))
   parts = [
-    f"<header><h1>{title}</h1><p>{html.escape(facts(run))}</p></header>",
     f'<div class="wide lead">{first}</div>',
     f'<div class="small">{"".join(others)}</div>' if others else "",
-    _section("Final numbers", _table(["", *(LABELS.get(w, w) for w in who)], rows)),
-    *(_section(title.capitalize(), _bars(rows)) for title, rows in rankings(run).items()),
-    _section("What it writes", "".join(_sample(run, *stage) for stage in stages(run))) if run.samples else "",
-    _fold(f"All {len(run.samples)} samples", (_sample(run, "", s) for s in run.samples)) if run.samples else "",
-    _fold("Configuration", [_table(["", ""], [[k, json.dumps(v)] for k, v in run.config.items()])])
-    if run.config
-    else "",
+    section("Final numbers", table(["", *(LABELS.get(w, w) for w in who)], rows)),
+    *(section(title.capitalize(), _bars(rows)) for title, rows in rankings(run).items()),
+    section("What it writes", "".join(_sample(run, *stage) for stage in stages(run))) if run.samples else "",
+    fold(f"All {len(run.samples)} samples", (_sample(run, "", s) for s in run.samples)) if run.samples else "",
+    fold("Configuration", [table(["", ""], [[k, json.dumps(v)] for k, v in run.config.items()])]) if run.config else "",
   ]
-  meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-  return (
-    f"<!doctype html><html lang=en>{meta}<title>{title}</title><style>{_CSS}</style><main>{''.join(parts)}</main>\n"
-  )
-
-
-_CSS = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --muted: #6e7781; --line: #e8ebee; --mine: #2f6fde }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14181d; --ink: #e6e9ec; --muted: #8b949e; --line: #272d34; --mine: #6ea3ff } }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1080px; margin: auto; padding: 32px 24px 64px }
-header p { color: var(--muted); margin: 0 0 20px }
-h1 { font-size: 28px; margin: 0 }
-h2 { font-size: 18px; margin: 40px 0 10px }
-img { width: 100%; display: block }
-.small { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; margin-top: 16px }
-.wide { overflow-x: auto } .lead img { min-width: 640px }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: 4px 0 4px 28px; border-bottom: 1px solid var(--line); font-weight: normal }
-th { color: var(--muted) }
-td:first-child { text-align: left; padding-left: 0 }
-.bars td:last-child { width: 360px } .bars i { display: block; height: 10px; background: var(--muted); opacity: .45 }
-.bars .mine { font-weight: bold; color: var(--mine) } .bars .mine i { background: var(--mine); opacity: 1 }
-.sample { margin: 16px 0; border-left: 3px solid var(--line); padding-left: 14px } .sample b { color: var(--mine) }
-.sample span { color: var(--muted); font-size: 13px }
-pre { margin: 4px 0; font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-details { margin-top: 28px } summary { cursor: pointer; color: var(--muted) }
-details td { text-align: left; font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
-"""
-
-
-def _section(heading: str, content: str) -> str:
-  return f"<section><h2>{heading}</h2>{content}</section>"
-
-
-def _fold(heading: str, content: Iterable[str]) -> str:
-  return f"<details><summary>{heading}</summary>{''.join(content)}</details>"
-
-
-def _row(cells: list[str], tag: str) -> str:
-  return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-  lines = ([_row(head, "th")] if any(head) else []) + [_row(row, "td") for row in rows]
-  return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+  return whole(run.workdir.resolve().name, facts(run), parts)
 
 
 def _bars(rows: Ranking) -> str:
@@ -262,13 +216,6 @@ def _bars(rows: Ranking) -> str:
     for label, value, mine in rows
   )
   return f'<div class="wide"><table class="bars">{"".join(lines)}</table></div>'
-
-
-def _picture(panel: Panel, wide: bool) -> str:
-  light, dark = (base64.b64encode(svg(panel, t, wide).encode()).decode() for t in ("light", "dark"))
-  source = f'<source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark}">'
-  image = f'<img src="data:image/svg+xml;base64,{light}" alt="{html.escape(panel.title)}">'
-  return f"<picture>{source}{image}</picture>"
 
 
 def _sample(run: Run, stage: str, sample: Mapping[str, Any]) -> str:

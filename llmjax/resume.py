@@ -114,6 +114,12 @@ def set_aside(workdir: Path) -> None:
     print(f"moved the earlier run to {workdir}.{number}")
 
 
+def over(workdir: Path) -> bool:
+  """Whether the run in `workdir` has come to its end."""
+  found = read_earlier(workdir)
+  return found is not None and found["step"] >= found["total_steps"]
+
+
 def finished(workdir: Path, manifest: dict[str, Any], step: int, early: bool = False) -> str:
   """The last words of a run; `early`: it stopped before its end."""
   numbers = ", ".join(f"{k} {v:.4f}" for k, v in manifest.get("metrics", {}).items() if isinstance(v, float))

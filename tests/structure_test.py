@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a module may import from storeys below its own. A package stands for its modules, which may
 # import each other as long as no circle forms, unless they are named themselves.
 STOREYS = [
-  "types config",
-  "sharding hosts yardsticks beam_search task_metrics early_stopping",
+  "types config page",
+  "trials sharding hosts yardsticks beam_search task_metrics early_stopping",
   "data models",
   "data.packing models.attention sampling",
   "data.pipeline models.transformer finetune",
@@ -25,7 +25,9 @@ STOREYS = [
   "retrieval predict",
   "evaluate resume convert",
   "train",
-  "sweep verify plan report preview",
+  "verify plan report preview",
+  "admission sweep_report",
+  "sweep",
   "cli",
   "__main__",
 ]

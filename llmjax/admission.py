@@ -1,0 +1,98 @@
+"""Which trials of a sweep can run here, before any of them starts: each config is built, each program compiled once.
+
+This is a process of its own, so that the device is free again when the trials start, and the compiled programs are in
+the cache that they read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from llmjax.config import ConfigError, load_config, to_dict
+from llmjax.preview import WAYS_OUT, checked, compiled_bytes, device_memory, size
+from llmjax.program import Program
+from llmjax.types import Batch
+
+TRACED = ("seed", "optim.lr")  # arguments of the train step: nothing that is built depends on their values
+HOST = ("total_steps", "schedule", "data", "evals", "checkpoint", "early_stopping", "log", "profile")  # not in the step
+
+
+def admit(trials: Mapping[str, Sequence[str]], compiling: bool) -> dict[str, dict[str, Any]]:
+  """What each trial is, or why it cannot run.
+
+  Args:
+    trials: {name: flags of `llmjax train`}.
+    compiling: whether to compile, and hold its memory against the device's.
+  Returns:
+    {name: {"parameters", "steps", "tokens" a step, "flops" a step, "program": what is equal where the compiled step is}
+    or {"error": one line}}.
+  """
+  built: dict[str, dict[str, Any]] = {}
+  compiled: dict[str, str] = {}
+  out = {}
+  for name, flags in trials.items():
+    try:
+      config = to_dict(load_config(list(flags)))
+      if not isinstance(config["optim"]["lr"], (int, float)) or config["optim"]["lr"] < 0:
+        raise ConfigError(f"optim.lr={config['optim']['lr']!r} must be a number, 0 or more")
+      key = digest(without(config, TRACED))
+      if key not in built:
+        program, batch = checked(config)
+        built[key] = facts(program, batch)
+        step = built[key]["program"]
+        if compiling and step not in compiled:
+          compiled[step] = misfit(program, batch)
+        if compiled.get(step):
+          built[key] = {"error": compiled[step]}
+      out[name] = built[key]
+    except ConfigError as error:
+      out[name] = {"error": " ".join(str(error).split())}
+  return out
+
+
+def facts(program: Program, batch: Batch) -> dict[str, Any]:
+  """What a trial costs, and which program it is."""
+  config = program.config
+  arrays = [
+    (jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in jax.tree_util.tree_leaves_with_path(batch)
+  ]
+  return {
+    "parameters": program.num_params,
+    "steps": program.total_steps,
+    "tokens": config["batch_size"] * config["seq_len"],
+    "flops": program.step_flops(batch),
+    "program": digest((without(config, (*TRACED, *HOST)), arrays)),
+  }
+
+
+def misfit(program: Program, batch: Batch) -> str:
+  """Compiles; why the program does not fit on a device, "" where it does."""
+  try:
+    total = sum(compiled_bytes(program, batch))
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return f"does not fit: {' '.join(str(error).split())[:200]}; {WAYS_OUT}"
+  limit = device_memory()
+  if limit is None or total < limit:
+    return ""
+  return f"does not fit: its step takes {size(total)} of a device that has {size(limit)}; {WAYS_OUT}"
+
+
+def without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+  """A config but for some keys."""
+  out = dict(config)
+  for key in keys:
+    part, _, rest = key.partition(".")
+    if part in out:
+      out[part] = without(out[part], [rest]) if rest else None
+  return out
+
+
+def digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,280 @@
+"""Sweeps: what cannot run is refused before anything starts; nothing is lost, run twice or compiled twice."""
+
+import csv
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from llmjax import cli, sweep, sweep_report
+from llmjax.config import ConfigError
+from llmjax.trials import Sweep, vary
+
+ROOT = Path(__file__).parent.parent
+
+# Stands for `llmjax train`: notes that it ran, and ends as its trial is called.
+TRIAL = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).removeprefix("--workdir="))
+attempts = folder / "attempts"
+attempts.write_text(attempts.read_text() + "x" if attempts.exists() else "x")
+kind, first = folder.name.partition("=")[2], attempts.read_text() == "x"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+time.sleep(20 if kind == "waits" and first else 0.3)
+if kind == "fails":
+  sys.exit("llmjax: optim.lr is too high")
+if kind == "dies" or (kind == "dies_once" and first):
+  os.kill(os.getpid(), 9)
+line = json.dumps({"step": 5, "eval/heldout/loss": len(kind), "train/loss": 1.0})
+(folder / "metrics.jsonl").write_text(line + "\\n")
+"""
+FACTS = {"parameters": 10, "steps": 5, "tokens": 8, "flops": 100.0, "program": "p"}
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+  """A function that runs trials of these kinds and returns their jobs."""
+  script = tmp_path / "trial.py"
+  script.write_text(TRIAL)
+  monkeypatch.setitem(sweep.LAUNCHERS, "fake", ["trial.py"])
+  monkeypatch.setattr(sweep, "launch_script", lambda name: script)
+
+  def start(*kinds, max_parallel=2, seen=lambda jobs: None):
+    jobs = []
+    for kind in kinds:
+      name = f"kind={kind}"
+      folder = tmp_path / "sweep" / name
+      jobs.append(sweep.Job(name, {"kind": kind}, ["train", f"--workdir={folder}"], folder, dict(FACTS)))
+      sweep.look(jobs[-1])
+    sweep.run(jobs, "fake", [], "sweep", max_parallel, seen)
+    return {job.name.partition("=")[2]: job for job in jobs}
+
+  return start
+
+
+def attempts(job):
+  return len((job.folder / "attempts").read_text())
+
+
+def test_trials_run_side_by_side_and_each_ends_as_it_must(started):
+  most = []
+  jobs = started(
+    "a", "fails", "dies_once", "dies", seen=lambda jobs: most.append(sum(j.state == "running" for j in jobs))
+  )
+  assert {kind: job.state for kind, job in jobs.items()} == {
+    **{"a": "finished", "fails": "failed", "dies_once": "finished", "dies": "failed"}
+  }
+  assert {kind: attempts(job) for kind, job in jobs.items()} == {"a": 1, "fails": 1, "dies_once": 2, "dies": 3}
+  assert jobs["fails"].error == "llmjax: optim.lr is too high" and max(most) == 2
+
+
+def test_a_second_call_runs_what_is_not_finished_and_a_changed_trial(started):
+  started("a", "fails")
+  jobs = started("a", "fails", "b")
+  assert [attempts(job) for job in jobs.values()] == [1, 1, 1] and jobs["fails"].state == "failed"
+  record = json.loads((jobs["a"].folder / sweep.TRIAL).read_text())
+  (jobs["a"].folder / sweep.TRIAL).write_text(json.dumps(record | {"arguments": ["train", "--config.total_steps=9"]}))
+  assert attempts(started("a")["a"]) == 2
+
+
+def test_an_interrupt_lets_trials_save_and_the_next_call_goes_on(started):
+  timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+  timer.start()
+  with pytest.raises(KeyboardInterrupt, match="same command goes on"):
+    started("waits", "a", "b", "c", max_parallel=1)
+  jobs = started("waits", "a", "b", "c")
+  assert {kind: attempts(job) for kind, job in jobs.items()} == {"waits": 2, "a": 1, "b": 1, "c": 1}
+  assert all(job.state == "finished" for job in jobs.values())
+
+
+def test_a_trial_that_goes_on_without_its_sweep_is_waited_for(started, tmp_path):
+  folder = tmp_path / "sweep" / "kind=a"
+  folder.mkdir(parents=True)
+  lock = open(folder / sweep.LOCK, "a")
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  orphan = subprocess.Popen(["sleep", "1.5"], pass_fds=[lock.fileno()])
+  lock.close()
+  began = time.time()
+  states = []
+  jobs = started("a", seen=lambda jobs: states.append(jobs[0].state))
+  assert orphan.poll() == 0 and time.time() - began > 1.2
+  assert states[0] == "running" and jobs["a"].state == "finished" and attempts(jobs["a"]) == 1
+
+
+def test_results_as_tables_a_figure_and_a_page(started, tmp_path):
+  plan = Sweep(vary("kind", ["a", "bb", "fails"]), x="kind")
+  jobs = started("a", "bb", "fails")
+  said = sweep_report.write_results(plan, list(jobs.values()), tmp_path)
+  assert said.split("\n")[1].split() == ["1", "kind=a"] and "llmjax train --workdir" in said
+  rows = list(csv.DictReader(open(tmp_path / "results.csv")))
+  assert [row["eval/heldout/loss"] for row in rows] == ["1.0", "2.0", ""]
+  assert rows[0]["flops"] == "500.0" and rows[2]["error"] == "llmjax: optim.lr is too high"
+  table = parquet.read_table(tmp_path / "results.parquet")
+  assert table.column("eval/heldout/loss").to_pylist() == [1.0, 2.0, None] and table.num_rows == 3
+  page = (tmp_path / "sweep.html").read_text()
+  assert all(job.command in page for job in jobs.values()) and "<script" not in page
+  assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_are_averaged_and_a_front_has_no_point_that_another_beats():
+  plan = Sweep([{}], x="flops", lines=("size",), best_is="least")
+  rows = [
+    {"size": size, "flops": flops, plan.metric: value}
+    for size, flops, value in [
+      (1, 10, 4.0),
+      (1, 10, 2.0),
+      (1, 20, 2.5),
+      (2, 20, 2.0),
+      (2, 40, 2.2),
+      (2, 80, float("nan")),
+    ]
+  ]
+  groups = sweep_report.points(plan, rows)
+  assert groups == {
+    "size 1": [(10, 3.0, 2.0, 4.0), (20, 2.5, 2.5, 2.5)],
+    "size 2": [(20, 2.0, 2.0, 2.0), (40, 2.2, 2.2, 2.2)],
+  }
+  assert sweep_report.frontier(plan, groups) == [(10, 3.0), (20, 2.0)]
+
+
+SWEEP = """
+from configs import char
+from llmjax.trials import Sweep, product, vary
+
+def get_config(arg=None):
+  config = char.get_config("debug,text={text}")
+  config.batch_size, config.total_steps = 8, 40
+  config.checkpoint.every = 4
+  config.log.every = 1
+  config.log.tensorboard = False
+  del config.evals.heldout
+  del config.evals.sample
+  config.evals.nap = dict(name="nap:Nap", every=2, at=())
+  return config
+
+def get_sweep():
+  trials = product(vary("model.d_model", [16, 32]), vary("optim.lr", [1e-3, 1e-2]), {more})
+  return Sweep(trials, metric="train/loss", x="optim.lr", lines=("model.d_model",))
+"""
+NAP = """
+import os, time
+class Nap:
+  def __init__(self, program):
+    pass
+  def __call__(self, params):
+    time.sleep(float(os.environ.get("NAP", 0)))
+    return {}
+"""
+
+
+@pytest.fixture
+def command(home, monkeypatch):
+  """A function that starts `llmjax sweep` on small models."""
+  text = home / "my.txt"
+  text.write_text("".join(f"line {i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400)))
+  (home / "nap.py").write_text(NAP)
+  env = {**os.environ, "PYTHONPATH": f"{home}:{ROOT}", "JAX_COMPILATION_CACHE_DIR": str(home / "jax"), "NAP": "0.3"}
+  env |= {"JAX_LOG_COMPILES": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+  def start(workdir, *flags, more="[{}]", nap="0.3"):
+    (home / "sweep.py").write_text(textwrap.dedent(SWEEP.format(text=text, more=more)))
+    flags = ("--config=sweep.py", f"--workdir={workdir}", "--max_parallel=2", *flags)
+    return subprocess.Popen(
+      [sys.executable, "-m", "llmjax", "sweep", *flags],
+      **{"cwd": home, "env": env | {"NAP": nap}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+
+  return start
+
+
+def losses(folder):
+  """{step: loss} of a trial; every step is there once."""
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  steps = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+  assert len(dict(steps)) == len(steps)
+  return dict(steps)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_with_nothing_lost_and_nothing_run_twice(command, home):
+  plain = command("plain", nap="0")
+  _, error = plain.communicate(timeout=400)
+  assert plain.returncode == 0, error
+  logs = {path.parent.name: path.read_text() for path in home.glob("plain/*/log.txt")}
+  assert len(logs) == 4
+  # Of four trials two are of each program: looking at them compiled both, and all trials took them from there.
+  assert len(re.findall(r"Finished XLA compilation of jit\(train_step\)", error)) == 2
+  hits = [len(re.findall("cache hit for 'jit_train_step'", log)) for log in logs.values()]
+  assert hits == [1] * 4
+  assert len(list((home / "jax").glob("jit_train_step-*-cache"))) == 2
+
+  victim = command("killed")
+  deadline = time.time() + 200
+  while len(list(home.glob("killed/*/checkpoints/8"))) < 2:
+    assert time.time() < deadline and victim.poll() is None
+    time.sleep(0.1)
+  victim.kill()
+  trial = min(home.glob("killed/*/checkpoints"), key=str).parent
+  holders = subprocess.run(["pgrep", "-f", f"workdir={trial}"], capture_output=True, text=True).stdout.split()
+  os.kill(int(holders[0]), signal.SIGKILL)  # one trial dies as well, the other goes on alone
+  again = command("killed", nap="0")
+  said, error = again.communicate(timeout=400)
+  assert again.returncode == 0, error
+  for name in logs:
+    assert losses(home / "killed" / name) == losses(home / "plain" / name)
+  assert "resuming" in (trial / "log.txt").read_text()
+  began = sum(len(re.findall(r"^training ", path.read_text(), re.M)) for path in home.glob("killed/*/log.txt"))
+  assert began == 4  # from scratch, each once
+
+  third = command("killed", nap="0")
+  said, _ = third.communicate(timeout=200)
+  assert third.returncode == 0 and "0 to run" in said
+
+
+@pytest.mark.parametrize(
+  "more, words",
+  [
+    ('vary("model.num_heads", [3])', "trial d_model=16,lr=0.001,num_heads=3"),
+    ('vary("optim.lrr", [3])', "optim.lr"),
+    ('vary("optim.lr", [3])', "two parts of a product"),
+    ('vary("schedule.warmup", [100])', "schedule.warmup=100"),
+    ('vary("model.d_ff", [2**30])', "does not fit"),
+  ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(command, home, more, words):
+  process = command("refused", more=more)
+  _, error = process.communicate(timeout=200)
+  last = error.strip().split("\n")[-1]
+  assert process.returncode == 2 and words in last, error[-2000:]
+  assert not list(home.glob("refused/*/"))
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--launcher=slrum"], "slurm"),
+    (["--max_parallel=0"], "at least 1"),
+    (["--config.model.d_mdel=3"], "no key of this config"),
+  ],
+)
+def test_flags_are_checked(flags, words, home, capsys, monkeypatch):
+  monkeypatch.chdir(home)
+  (home / "sweep.py").write_text(SWEEP.format(text="x.txt", more="[{}]"))
+  code = cli.main(["sweep", "--config=sweep.py", "--workdir=w", *flags])
+  assert code == 2 and words in capsys.readouterr().err
+
+
+def test_a_file_without_a_sweep_is_told(home, tmp_path):
+  (tmp_path / "x.py").write_text("def get_sweep():\n  return []\n")
+  with pytest.raises(ConfigError, match=r"must return an llmjax.trials.Sweep, not list"):
+    sweep.load([f"--config={tmp_path / 'x.py'}"], tmp_path)
