@@ -53,6 +53,7 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
+    "wandb": ["wandb>=0.18"],
     "eval": EVAL,
     "references": [
       "torch==2.13.0",

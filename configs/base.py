@@ -161,6 +161,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.early_stopping = ConfigDict({"metric": optional(None, str), "best_is": "least", "patience": 3})
 
   config.log = ConfigDict({"every": optional(10), "tensorboard": True})
+  config.log.wandb = optional(None, str)  # also log to this project of Weights & Biases
   return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -40,11 +41,22 @@ class Writer:
     workdir: a local folder, made where missing; None writes nothing, as on every process but the first.
     start_step: the step that this run begins at.
     tensorboard: also write `workdir`/tensorboard.
+    wandb: also write to this project of Weights & Biases, PROJECT or ENTITY/PROJECT; the run is called as the folder,
+      and grouped by the folder that holds it.
+    config: what the run is of, for Weights & Biases.
   """
 
-  def __init__(self, workdir: str | Path | None, start_step: int = 0, tensorboard: bool = True):
+  def __init__(
+    self,
+    workdir: str | Path | None,
+    start_step: int = 0,
+    tensorboard: bool = True,
+    wandb: str | None = None,
+    config: Mapping[str, Any] | None = None,
+  ):
     self._files: dict[str, TextIO] = {}
     self._tensorboard: Any = None
+    self._wandb: Any = None
     if workdir is None:
       return
     workdir = Path(workdir)
@@ -58,6 +70,8 @@ class Writer:
 
       purge = start_step + 1 if start_step else 0
       self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, flush_secs=10)
+    if wandb is not None:
+      self._wandb = start_wandb(wandb, workdir, config or {})
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Numbers measured after `step` updates. NaN and infinities are the strings "NaN", "Infinity", "-Infinity"."""
@@ -66,6 +80,8 @@ class Writer:
     if self._tensorboard is not None:
       for name, number in numbers.items():
         self._tensorboard.add_scalar(name, number, int(step))
+    if self._wandb is not None:
+      self._wandb.log({"step": int(step), **numbers})
 
   def text(self, step: int, name: str, text: str, prompt: str | None = None) -> None:
     """A text that the model wrote after `step` updates, with the `prompt` that it begins with where that is known."""
@@ -73,6 +89,8 @@ class Writer:
     if self._tensorboard is not None:
       indented = "\n".join("    " + line for line in text.encode("utf-8", "replace").decode().splitlines())
       self._tensorboard.add_text(name, indented, int(step))
+    if self._wandb is not None:
+      self._wandb.log({"step": int(step), f"sample/{name}": text})
 
   def close(self) -> None:
     for file in self._files.values():
@@ -81,11 +99,36 @@ class Writer:
     if self._tensorboard is not None:
       self._tensorboard.close()
       self._tensorboard = None
+    if self._wandb is not None:
+      self._wandb.finish()
+      self._wandb = None
 
   def _line(self, name: str, record: Mapping[str, Any]) -> None:
     if name in self._files:
       self._files[name].write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
       self._files[name].flush()
+
+
+def start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+  """A run of Weights & Biases; the same one for the same workdir, so that a resumed run goes on there."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise ConfigError(f"log.wandb={project!r} needs `pip install wandb` (or set it to none)") from error
+  entity, _, name = project.rpartition("/")
+  place = str(workdir.absolute())
+  run = wandb.init(
+    entity=entity or None,
+    project=name,
+    name=workdir.absolute().name,
+    group=workdir.absolute().parent.name,
+    id=hashlib.sha256(place.encode()).hexdigest()[:16],
+    resume="allow",
+    dir=place,
+    config=dict(config),
+  )
+  run.define_metric("*", step_metric="step")  # a resumed run repeats steps, and wandb's own count only grows
+  return run
 
 
 def _rewind(path: Path, step: int) -> None:

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import random
+import sys
+import types
 
 import jax
 import numpy as np
@@ -102,6 +104,25 @@ def test_a_writer_of_nothing_writes_nothing(tmp_path, monkeypatch):
   writer.text(1, "sample", "x")
   writer.close()
   assert not list(tmp_path.iterdir())
+
+
+def test_weights_and_biases_get_the_same_numbers_and_a_resumed_run_is_the_same_one(tmp_path, monkeypatch):
+  started, logged = [], []
+  run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("end"), define_metric=lambda *_, **__: 0)
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: started.append(kwargs) or run))
+  for start in (0, 1):
+    writer = metrics.Writer(tmp_path / "sweep" / "trial", start, False, wandb="team/project", config={"seed": 1})
+    writer.write(start + 1, {"train/loss": 2.0})
+    writer.close()
+  assert logged == [{"step": 1, "train/loss": 2.0}, "end", {"step": 2, "train/loss": 2.0}, "end"]
+  assert started[0] == started[1] and started[0]["config"] == {"seed": 1}
+  assert [started[0][key] for key in ("entity", "project", "group", "name")] == ["team", "project", "sweep", "trial"]
+
+
+def test_a_missing_package_for_logging_is_told_in_one_line(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(ConfigError, match="pip install wandb"):
+    metrics.Writer(tmp_path, wandb="project")
 
 
 @pytest.mark.parametrize("width", [0, 1, 5, 20, 200])
