@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,22 +28,29 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: bool) -> dict[str, dic
 
   Args:
     trials: {name: flags of `llmjax train`}.
-    compiling: whether to compile, and hold its memory against the device's.
+    compiling: whether to compile for the devices of this machine, and hold the memory against theirs.
   Returns:
     {name: {"parameters", "steps", "tokens" a step, "flops" a step, "program": what is equal where the compiled step is}
     or {"error": one line}}.
   """
   built: dict[str, dict[str, Any]] = {}
   compiled: dict[str, str] = {}
-  out = {}
+  configs, out = {}, {}
   for name, flags in trials.items():
     try:
-      config = to_dict(load_config(list(flags)))
+      configs[name] = to_dict(load_config(list(flags)))
+    except ConfigError as error:
+      out[name] = {"error": " ".join(str(error).split())}
+  if not compiling:  # the devices are elsewhere: as many as the meshes name stand for them
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max((named_devices(config) for config in configs.values()), default=1))
+  for name, config in configs.items():
+    try:
       if not isinstance(config["optim"]["lr"], (int, float)) or config["optim"]["lr"] < 0:
         raise ConfigError(f"optim.lr={config['optim']['lr']!r} must be a number, 0 or more")
       key = digest(without(config, TRACED))
       if key not in built:
-        program, batch = checked(config)
+        program, batch = checked(config, None if compiling else jax.devices()[: named_devices(config)])
         built[key] = facts(program, batch)
         step = built[key]["program"]
         if compiling and step not in compiled:
@@ -53,6 +61,11 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: bool) -> dict[str, dic
     except ConfigError as error:
       out[name] = {"error": " ".join(str(error).split())}
   return out
+
+
+def named_devices(config: Mapping[str, Any]) -> int:
+  """How many devices a config's mesh asks for; where it takes what is left, that is one."""
+  return math.prod(max(size, 1) for size in config["mesh"].values())
 
 
 def facts(program: Program, batch: Batch) -> dict[str, Any]:

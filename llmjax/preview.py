@@ -29,10 +29,10 @@ def preview(config: Any) -> str:
   return "\n\n".join([parameters(program, batch), memory(program, batch), tokens(program, batch)])
 
 
-def checked(config: Any) -> tuple[Program, Batch]:
+def checked(config: Any, devices: list[Any] | None = None) -> tuple[Program, Batch]:
   """The program of a config that a run can begin with, and this process's first batch; nothing is compiled."""
   config = to_dict(config)
-  program = make_program(config, tokenizer=kept_tokenizer(config, None))
+  program = make_program(config, tokenizer=kept_tokenizer(config, None), devices=devices)
   make_evals(program)
   for part in ("checkpoint", "log"):
     period(program, part)

@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -36,6 +37,11 @@ LAUNCHERS: dict[str, list[str]] = {
   "tpu_vm": ["launch/tpu_vm.py", "run", "--name={sweep}-{slot}", "--keep"],
   "gke": ["launch/gke.py", "run", "--name={sweep}-{number}"],
   "slurm": ["launch/slurm.py"],
+}
+AWAY = ("tpu_vm", "gke")  # on machines that do not have this one's disk
+# What ends the machines of a slot when its trials are over, and which of the launcher's flags that wants.
+ENDING = {
+  "tpu_vm": (["launch/tpu_vm.py", "delete", "--name={sweep}-{slot}"], r"--(zone|project|slices|internal_ips)\b")
 }
 
 
@@ -173,15 +179,19 @@ class held:
     self.file.close()
 
 
+def program(job: Job, prefix: Sequence[str]) -> list[str]:
+  """What is run for a trial."""
+  return [*prefix, "--", *job.arguments] if prefix else [sys.executable, "-m", "llmjax", *job.arguments]
+
+
 def start(job: Job, prefix: Sequence[str], cores: set[int] | None) -> None:
   """Begins or continues a trial. The lock is the child's as well, so that it holds for as long as that lives."""
   job.folder.mkdir(parents=True, exist_ok=True)
-  program = [sys.executable, *prefix, "--"] if prefix else [sys.executable, "-m", "llmjax"]
   lock = open(job.folder / LOCK, "a")
   fcntl.flock(lock, fcntl.LOCK_EX)
   with open(job.folder / LOG, "ab") as log:
     job.process = subprocess.Popen(
-      [*program, *job.arguments],
+      program(job, prefix),
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
@@ -243,6 +253,7 @@ def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, ma
   """
   cores = list(slots(max_parallel, launcher))
   taken: dict[int, Job] = {}
+  used: set[int] = set()
   foreign = [job for job in jobs if job.process is not None]
   asked: list[int] = []
 
@@ -261,9 +272,9 @@ def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, ma
       free = [slot for slot in range(max_parallel - len(foreign)) if slot not in taken]
       waiting = [job for job in jobs if job.state == WAITING] if not asked else []
       for slot, job in zip(free, waiting):
-        place = {"sweep": sweep, "slot": str(slot), "number": str(jobs.index(job))}
-        start(job, prefix(launcher, flags, place), cores[slot])
+        start(job, prefix(launcher, flags, place(sweep, slot, jobs.index(job))), cores[slot])
         taken[slot] = job
+        used.add(slot)
       show(jobs)
       if not taken and (asked or (not foreign and not waiting)):
         break
@@ -271,16 +282,28 @@ def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, ma
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
+    for slot in sorted(used) if launcher in ENDING else ():
+      words, wanted = ENDING[launcher]
+      kept = [flag for flag in flags if re.match(wanted, flag)]
+      subprocess.run(_command(words, kept, place(sweep, slot)), check=False)
   if asked:
     raise KeyboardInterrupt("interrupted; what ran has saved: the same command goes on")
 
 
+def place(sweep: str, slot: int, number: int = 0) -> dict[str, str]:
+  """What the names of machines are made of; a cloud wants them short and plain."""
+  name = re.sub(r"[^a-z0-9]+", "-", sweep.lower()).strip("-")[:40]
+  return {"sweep": name or "sweep", "slot": str(slot), "number": str(number)}
+
+
 def prefix(launcher: str, flags: Sequence[str], place: Mapping[str, str]) -> list[str]:
   """What stands before the arguments of `llmjax` where trials run."""
-  if not LAUNCHERS[launcher]:
-    return []
-  script, *words = LAUNCHERS[launcher]
-  return [str(launch_script(script)), *(word.format(**place) for word in words), *flags]
+  return _command(LAUNCHERS[launcher], flags, place) if LAUNCHERS[launcher] else []
+
+
+def _command(words: Sequence[str], flags: Sequence[str], place: Mapping[str, str]) -> list[str]:
+  script, *more = words
+  return [sys.executable, str(launch_script(script)), *(word.format(**place) for word in more), *flags]
 
 
 def launch_script(script: str) -> Path:
@@ -360,20 +383,15 @@ def sweep(
     raise ConfigError(f"--launcher={launcher}: {nearest(launcher, LAUNCHERS)}")
   if max_parallel < 1:
     raise ConfigError(f"--max_parallel={max_parallel} must be at least 1")
+  if launcher in AWAY and trials_in is None:
+    raise ConfigError(f"--launcher={launcher} runs trials where {workdir} is not; give --trials_in=gs://BUCKET/FOLDER")
   workdir = Path(workdir).absolute()
   plan, jobs = load(arguments, workdir, trials_in)
   if dry_run:
     admit(jobs, compiling=launcher == "local")
     programs = len({job.facts["program"] for job in jobs})
-    for job in jobs:
-      say(
-        " ".join(
-          [
-            *prefix(launcher, shlex.split(launcher_flags), {"sweep": workdir.name, "slot": "0", "number": "0"}),
-            job.command,
-          ]
-        )
-      )
+    for number, job in enumerate(jobs):
+      say(shlex.join(program(job, prefix(launcher, shlex.split(launcher_flags), place(workdir.name, 0, number)))))
     say(f"{len(jobs)} trials, {programs} programs, {sum(j.facts['flops'] * j.facts['steps'] for j in jobs):.3g} FLOPs")
     return True
   workdir.mkdir(parents=True, exist_ok=True)

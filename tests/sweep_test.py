@@ -49,14 +49,14 @@ def started(tmp_path, monkeypatch):
   monkeypatch.setitem(sweep.LAUNCHERS, "fake", ["trial.py"])
   monkeypatch.setattr(sweep, "launch_script", lambda name: script)
 
-  def start(*kinds, max_parallel=2, seen=lambda jobs: None):
+  def start(*kinds, max_parallel=2, seen=lambda jobs: None, flags=()):
     jobs = []
     for kind in kinds:
       name = f"kind={kind}"
       folder = tmp_path / "sweep" / name
       jobs.append(sweep.Job(name, {"kind": kind}, ["train", f"--workdir={folder}"], folder, dict(FACTS)))
       sweep.look(jobs[-1])
-    sweep.run(jobs, "fake", [], "sweep", max_parallel, seen)
+    sweep.run(jobs, "fake", flags, "sweep", max_parallel, seen)
     return {job.name.partition("=")[2]: job for job in jobs}
 
   return start
@@ -76,6 +76,17 @@ def test_trials_run_side_by_side_and_each_ends_as_it_must(started):
   }
   assert {kind: attempts(job) for kind, job in jobs.items()} == {"a": 1, "fails": 1, "dies_once": 2, "dies": 3}
   assert jobs["fails"].error == "llmjax: optim.lr is too high" and max(most) == 2
+
+
+def test_machines_of_a_slot_are_ended_when_its_trials_are_over(started, monkeypatch, tmp_path):
+  script = tmp_path / "end.py"
+  script.write_text("import sys; open(sys.argv[0] + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')")
+  monkeypatch.setitem(sweep.ENDING, "fake", (["end.py", "delete", "--name={sweep}-{slot}"], r"--zone\b"))
+  monkeypatch.setattr(sweep, "launch_script", lambda name: tmp_path / name)
+  started("a", "fails", "b", flags=["--zone=z", "--type=t"])
+  assert (
+    script.with_name("end.py.log").read_text() == "delete --name=sweep-0 --zone=z\ndelete --name=sweep-1 --zone=z\n"
+  )
 
 
 def test_a_second_call_runs_what_is_not_finished_and_a_changed_trial(started):
@@ -264,6 +275,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(command, home, more, 
   [
     (["--launcher=slrum"], "slurm"),
     (["--max_parallel=0"], "at least 1"),
+    (["--launcher=tpu_vm"], "--trials_in=gs://"),
     (["--config.model.d_mdel=3"], "no key of this config"),
   ],
 )
