@@ -21,11 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax import finetune
 from llmjax.config import ConfigError, build, to_dict
+from llmjax.models import width
+from llmjax.models.width import Axes, matrix_inputs
 
 Number = int | float
-STACKED = ("layers", "experts")  # axes in front, along which a parameter is several matrices
-OUTSIDE = {"vocab", "positions", "token_types", "classes", "experts"}  # axes of what is not a hidden matrix
-Axes = tuple[str | None, ...]  # the logical names of a parameter's dimensions
 
 OPTIMIZERS = {
   "adafactor": "llmjax.optim:adafactor",
@@ -85,12 +84,15 @@ def match_rules(rules: Any, tree: Any, key: str) -> Any:
 
 
 def make_optimizer(
-  spec: Any, params: Any, axes: Any, trainable: Any = None, scales: Any = None
+  spec: Any, params: Any, axes: Any, trainable: Any = None, scales: Any = None, ratios: width.Ratios | None = None
 ) -> optax.GradientTransformation:
   """The optimizer that config.optim asks for. Its `update` needs params and returns a direction, not a step.
 
   The direction is optimizer(clip(gradient)) + weight_decay * parameter, the decay where `decay_mask` says so
-  (decoupled: Loshchilov & Hutter 2019), all of it times what `lr_scale` and `scales` say. State and direction are
+  (decoupled: Loshchilov & Hutter 2019), all of it times what `lr_scale` and `scales` say. Where the model is wider than
+  its base, the optimizer's part is also times `width.rate`; the decay is not, so that learning rate * weight decay, the
+  inverse of the steps that a parameter remembers, stays (Wang & Aitchison 2024, https://arxiv.org/abs/2405.13698).
+  State and direction are
   float32 where parameters are narrower, since a bfloat16 second moment stands still: its increments are below half a
   unit in its last place. The state is the tree of parameters with an optimizer state at every leaf.
 
@@ -98,9 +100,10 @@ def make_optimizer(
     spec: {"name", *COMMON, **keys of the optimizer}. "name" is in OPTIMIZERS, or "module:function" of a function
       that returns a transformation of a single parameter, to a direction; it may ask for that parameter's `axes`.
     params: tree of parameters, or of their shapes.
-    axes: the same tree of tuples of logical names; those of STACKED in front mark a stacked parameter.
+    axes: the same tree of tuples of logical names; those of `width.STACKED` in front mark a stacked parameter.
     trainable: the same tree, True where a parameter learns; the optimizer is of those alone. None is everywhere.
     scales: the same tree of what multiplies the directions, numbers or arrays that broadcast; None is 1.
+    ratios: of the model's widths to its base's, see `models/width.py`; None is 1.
   Raises:
     ConfigError: an unknown or missing key, a value out of range, a rule that does not fit the parameters.
   """
@@ -113,19 +116,21 @@ def make_optimizer(
   if weight_decay < 0:
     raise ConfigError(f"optim.weight_decay={weight_decay} must not be negative; 0 turns it off")
 
-  def rate_of(_: Any, decayed: Any) -> Number:
+  def rate_of(_: Any, decayed: Any, wider: float) -> Number:
     if not isinstance(decayed, bool):
       raise ConfigError(f"optim.decay_mask: {decayed!r} must be True or False")
-    return weight_decay if decayed else 0
+    return weight_decay / wider if decayed else 0
 
-  def scale_of(_: Any, own: Any, other: Any) -> Any:
+  def scale_of(_: Any, own: Any, other: Any, wider: float) -> Any:
     if isinstance(own, bool) or not isinstance(own, (int, float)) or not own >= 0:
       raise ConfigError(f"optim.lr_scale: {own!r} must be a number, 0 or more")
-    return own * other
+    return own * other * wider
 
-  rates = jax.tree.map(rate_of, params, match_rules(common["decay_mask"], params, "optim.decay_mask"))
+  wider = jax.tree.map(lambda _, names: width.rate(spec, width.unstacked(names), ratios or {}), params, axes)
+  rates = jax.tree.map(rate_of, params, match_rules(common["decay_mask"], params, "optim.decay_mask"), wider)
   own = match_rules(common["lr_scale"], params, "optim.lr_scale")
-  scales = jax.tree.map(scale_of, params, own, jax.tree.map(lambda _: 1.0, params) if scales is None else scales)
+  scales = jax.tree.map(lambda _: 1.0, params) if scales is None else scales
+  scales = jax.tree.map(scale_of, params, own, scales, wider)
   each = jax.tree.map(lambda _, names: _one(spec, names), params, axes)
   if trainable is not None:
     rates, scales, each = (finetune.split(tree, trainable)[0] for tree in (rates, scales, each))
@@ -149,10 +154,10 @@ def make_optimizer(
 
 def _one(spec: Mapping[str, Any], names: Axes) -> optax.GradientTransformation:
   """The optimizer of one parameter, each of its layers and experts treated alone."""
-  depth = next((i for i, name in enumerate(names) if name not in STACKED), len(names))
-  tx = build(spec, OPTIMIZERS, "optim", axes=names[depth:])
+  own = width.unstacked(names)
+  tx = build(spec, OPTIMIZERS, "optim", axes=own)
   init, update = tx.init, tx.update
-  for _ in range(depth):
+  for _ in range(len(names) - len(own)):
     init, update = jax.vmap(init), jax.vmap(update)
   return optax.GradientTransformation(init, update)
 
@@ -303,18 +308,6 @@ def muon(
     ns_steps=ns_steps, beta=beta, nesterov=nesterov, weight_dimension_numbers=dimensions
   )
   return optax.chain(orthogonal, optax.stateless(rescale))
-
-
-def matrix_inputs(axes: Axes) -> tuple[int, ...] | None:
-  """Which dimensions of a hidden matrix are its input side; None for what is no such matrix.
-
-  Tables and output heads (an axis of `OUTSIDE`) are none, nor are biases of heads, whose two dimensions lack "embed".
-  """
-  if len(axes) < 2 or OUTSIDE & set(axes):
-    return None
-  if axes[0] == "embed":
-    return (0,)
-  return tuple(range(len(axes) - 1)) if axes[-1] == "embed" else None
 
 
 def _dtype(name: str | None) -> Any:

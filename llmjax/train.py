@@ -110,8 +110,13 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(config, indent=2, default=str))
 
-  logs = {key: config["log"][key] for key in ("tensorboard", "wandb")}
-  writer = metriclib.Writer(workdir if leader else None, start_step=first, config=config, **logs)
+  writer = metriclib.Writer(
+    workdir if leader else None,
+    start_step=first,
+    tensorboard=config["log"]["tensorboard"],
+    wandb=config["log"]["wandb"],
+    config=config,
+  )
   progress = metriclib.Progress(total, first, tokens_per_step) if leader else None
   meter = Meter(program, writer, progress, tokens_per_step)
   key = jax.jit(lambda: jax.random.key(config["seed"]), out_shardings=program.replicated)()

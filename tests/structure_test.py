@@ -26,7 +26,7 @@ STOREYS = [
   "evaluate resume convert",
   "train",
   "verify plan report preview",
-  "admission sweep_report",
+  "admission sweep_report parametrization",
   "sweep",
   "cli",
   "__main__",

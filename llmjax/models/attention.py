@@ -88,7 +88,7 @@ class Attention(nn.Module):
     seen = ctx.memory_tokens if self.cross else ctx.key
     assert seen is not None
     settings = Settings(
-      scale=c.head_width**-0.5 if c.attention_scale is None else c.attention_scale,
+      scale=c.score_scale,
       causal=ctx.causal and not self.cross,
       window=c.window if kind == "local" else None,
       softcap=c.attention_softcap,

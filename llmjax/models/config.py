@@ -8,7 +8,7 @@ import re
 from jax import checkpoint_policies
 
 from llmjax.config import ConfigError, nearest
-from llmjax.models import blockwise, kernels, layers
+from llmjax.models import blockwise, kernels, layers, width
 from llmjax.models.rotary import RotaryScaling
 
 # What a rematerialised layer keeps for the backward pass; everything else is computed again.
@@ -93,6 +93,10 @@ class TransformerConfig:
     attention_dropout, mlp_dropout: on attention weights, and inside the MLP.
     init_stddev: of kernels, None = 1/sqrt(fan-in); `embedding_stddev`: of tables, None = that of kernels.
     residual_init: projections back into the residual stream: "scaled" by 1/sqrt(2 N) (GPT-2), "plain" or "zeros".
+    base_width: D of a narrow model that learning rate and initialisation were tuned on; those of this one then follow
+      its width, see `models/width.py`, and where sqrt(D) or 1/sqrt(fan-in) is said here, that is the base's. All widths
+      but A are taken to grow with D. `base_head_dim`: A there, None = the same; scores are scaled by 1/A beyond it.
+      None = the standard parametrisation.
     dtype: compute type; softmax, norm statistics and logits are float32 always. `param_dtype`: of the parameters.
     scan: one compiled layer, looped over stacked parameters; False unrolls.
     remat: a name in `REMAT`.
@@ -165,6 +169,8 @@ class TransformerConfig:
   init_stddev: float | None = 0.02
   embedding_stddev: float | None = None
   residual_init: str = "scaled"
+  base_width: int | None = None
+  base_head_dim: int | None = None
   dtype: str = "float32"
   param_dtype: str = "float32"
   scan: bool = True
@@ -191,7 +197,8 @@ class TransformerConfig:
         raise ConfigError(f"model.{field}={getattr(self, field)} must not be negative")
     if not self.decoder_layers + self.encoder_layers:
       raise ConfigError("model.decoder_layers and model.encoder_layers are both 0; give at least one stack layers")
-    for field in ("num_kv_heads", "head_dim", "d_ff", "window", "embedding_width", "expert_d_ff", "shared_expert_d_ff"):
+    widths = ("head_dim", "d_ff", "embedding_width", "expert_d_ff", "shared_expert_d_ff", "base_width", "base_head_dim")
+    for field in ("num_kv_heads", "window", *widths):
       if getattr(self, field) is not None and getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1, or none")
     for field in ("init_stddev", "embedding_stddev"):
@@ -286,6 +293,15 @@ class TransformerConfig:
       f"model.experts_per_token={self.experts_per_token} must be from 1 to model.num_experts={self.num_experts}": (
         self.num_experts > 0 and not 1 <= self.experts_per_token <= self.num_experts
       ),
+      f"model.base_head_dim={self.base_head_dim} needs model.base_width, of the same model": (
+        self.base_head_dim is not None and self.base_width is None
+      ),
+      f"model.base_width={self.base_width}: {self.num_heads} heads of {self.head_width} at d_model={self.d_model} "
+      f"are no whole number of heads of {self.base_head_width} there; set model.base_head_dim to what it is there, or "
+      "model.num_heads in proportion to d_model": (
+        self.num_heads * self.head_width * self.base_d_model % (self.d_model * self.base_head_width) != 0
+        and self.base_width is not None
+      ),
       "model.crf=True is for a head on tokens, model.head='token'": self.crf and self.head != "token",
       "model.mlp_bias=True is not for experts, which have none; set it to False": self.num_experts > 0
       and self.mlp_bias,
@@ -327,12 +343,12 @@ class TransformerConfig:
   @property
   def table_stddev(self) -> float:
     stddev = self.init_stddev if self.embedding_stddev is None else self.embedding_stddev
-    return self.d_model**-0.5 if stddev is None else stddev
+    return self.base_d_model**-0.5 if stddev is None else stddev
 
   @property
   def bias_stddev(self) -> float:
     """Of the relative biases."""
-    return self.d_model**-0.5 if self.init_stddev is None else self.init_stddev
+    return self.base_d_model**-0.5 if self.init_stddev is None else self.init_stddev
 
   @property
   def residual_scale(self) -> float:
@@ -342,7 +358,40 @@ class TransformerConfig:
   @property
   def query_scale(self) -> float:
     """Of the initial query kernel: so that scores begin alike, whatever `attention_scale`."""
-    return 1.0 if self.attention_scale is None else self.head_width**-0.5 / self.attention_scale
+    return 1.0 if self.attention_scale is None else self.base_head_width**-0.5 / self.attention_scale
+
+  @property
+  def score_scale(self) -> float:
+    """Of query-key products."""
+    base = self.base_head_width**-0.5 if self.attention_scale is None else self.attention_scale
+    return base / self.width_ratios["head_dim"]
+
+  @property
+  def base_d_model(self) -> int:
+    return self.d_model if self.base_width is None else self.base_width
+
+  @property
+  def base_head_width(self) -> int:
+    return self.head_width if self.base_head_dim is None else self.base_head_dim
+
+  @property
+  def width_ratios(self) -> dict[str, float]:
+    """{logical axis: its length over the base model's}, of those that grow."""
+    wider, longer = self.d_model / self.base_d_model, self.head_width / self.base_head_width
+    heads = {"heads": wider / longer, "kv_heads": wider / longer, "head_dim": longer}
+    return {"embed": wider, "mlp": wider, "norm": wider, "head": wider, **heads}
+
+  def init_scale(self, axes: width.Axes) -> float:
+    """Of the initial standard deviation of a kernel, beside `init_stddev`."""
+    axes = width.unstacked(axes)
+    scale = width.init_scale(axes, self.width_ratios)
+    if self.init_stddev is None:  # it follows the fan-in by itself
+      scale *= width.growth(width.inputs(axes), self.width_ratios) ** 0.5
+    return scale
+
+  def multiplier(self, axes: width.Axes) -> float:
+    """Of what a kernel reads."""
+    return width.multiplier(width.unstacked(axes), self.width_ratios)
 
   @property
   def stacks(self) -> str:

@@ -44,6 +44,11 @@ def parameter(
   return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)))
 
 
+def times(x: Array, multiplier: float) -> Array:
+  """x * multiplier; where that is 1, the same program as without."""
+  return x if multiplier == 1 else x * multiplier
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora:
   """Low-rank adapters of projections, see `TransformerConfig`."""
@@ -74,6 +79,7 @@ class Projection(nn.Module):
   scale: float = 1.0  # multiplies the standard deviation
   contracted: int = 1
   lora: Lora | None = None
+  multiplier: float = 1.0  # of x
 
   @nn.compact
   def __call__(self, x: Array, keys: Key[Array, " B"] | None = None) -> Array:
@@ -83,7 +89,7 @@ class Projection(nn.Module):
     stddev = self.scale * (math.prod(inputs) ** -0.5 if self.stddev is None else self.stddev)
     kernel = parameter(self, "kernel", normal(stddev), self.axes, inputs + self.features, self.param_dtype)
     matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
-    x = x.astype(self.dtype)
+    x = times(x.astype(self.dtype), self.multiplier)
     rows = batch if parts("act_len") > 1 else (-1,)  # a length that is cut would be gathered to be flattened
     y = x.reshape(*rows, math.prod(inputs)) @ matrix
     if self.lora is not None and re.fullmatch(self.lora.targets, "/".join(self.path)):
@@ -117,9 +123,8 @@ def projection(
   contracted: int = 1,
 ) -> Projection:
   """A projection initialised as the config says, its standard deviation times `scale`."""
-  return Projection(
-    *(features, axes, cfg.init_stddev, use_bias, cfg.dtype, cfg.param_dtype, scale, contracted, cfg.lora), name=name
-  )
+  settings = (features, axes, cfg.init_stddev, use_bias, cfg.dtype, cfg.param_dtype)
+  return Projection(*settings, scale * cfg.init_scale(axes), contracted, cfg.lora, cfg.multiplier(axes), name=name)
 
 
 class Norm(nn.Module):

@@ -148,6 +148,7 @@ class MixtureMlp(nn.Module):
 
     def kernel(name, inputs, outputs, *axes):
       scale = c.residual_scale if name == "down" else 1.0
+      scale *= c.init_scale(axes)
       init = layers.normal(scale * (inputs**-0.5 if c.init_stddev is None else c.init_stddev))
       return layers.parameter(self, name, init, ("experts", *axes), (E, inputs, outputs), c.param_dtype).astype(c.dtype)
 

@@ -319,7 +319,7 @@ class Transformer(nn.Module):
     if c.embedding_width is not None:
       x = self.project_in(x)
     if c.scale_embeddings:
-      x = x * jnp.asarray(c.d_model**0.5, x.dtype)
+      x = x * jnp.asarray(c.base_d_model**0.5, x.dtype)
     if c.positions == "learned":
       x = x + self.positions(tokens.positions)
     if c.token_types:
@@ -334,10 +334,13 @@ class Transformer(nn.Module):
     c = self.cfg
     hidden = self.transform(hidden)
     if c.scale_tied_logits:
-      hidden = hidden * c.d_model**-0.5
+      hidden = hidden * c.base_d_model**-0.5
     if c.embedding_width is not None:
       hidden = self.project_out(hidden)
-    logits = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
+    if c.tie_embeddings:
+      logits = self.embedding.attend(layers.times(hidden, c.multiplier(("embed", "vocab"))))
+    else:
+      logits = self.head(hidden)
     logits = constrain(logits.astype(jnp.float32), "act_batch", "act_len", "act_vocab")
     logits = self.head_bias(logits) if c.head_bias else logits
     return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)

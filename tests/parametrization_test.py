@@ -1,0 +1,180 @@
+"""muP: nothing differs at the base width, wider models follow the published rules, and the coordinate check."""
+
+import dataclasses
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import config as cfglib
+from llmjax import finetune, optim, parametrization, program, step
+from llmjax.config import ConfigError
+from llmjax.interop import huggingface
+from llmjax.models import width
+from llmjax.models.transformer import Transformer
+
+COMMON = {
+  **{"lr": 1.0, "ema_decay": None, "weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": None},
+  **{"lr_scale": ((".*", 1.0),), "layer_decay": None},
+}
+
+
+def make_tx(cfg, params, axes, **keys):
+  return optim.make_optimizer({"name": "adamw", **COMMON, **keys}, params, axes, ratios=cfg.width_ratios)
+
+
+@pytest.mark.parametrize("name", ["gemma causal_lm", "t5 span_corruption"])
+def test_at_the_base_width_nothing_differs(name):
+  """Initial parameters, metrics and a step, to the bit."""
+  case, states = cases.CASES[name], []
+  for changes in ({}, {"base_width": case.cfg.d_model, "base_head_dim": case.cfg.head_width}):
+    cfg = dataclasses.replace(case.cfg, **changes)
+    params, axes = cases.parameters(cfg)
+    settings = {"model": Transformer(cfg), "objective": case.objective, "tx": make_tx(cfg, params, axes)}
+    train = jax.jit(functools.partial(step.train_step, **settings, accum=1, ema_decay=None))
+    state = step.start(params, settings["tx"], False)
+    states.append((params, train(state, cases.make_batch(case), jax.random.key(0), 1e-2)))
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+# Table 8 of Yang et al. 2022 with fan-in and fan-out four times the base's; heads are twice as many and twice as wide.
+RATIOS = {"embed": 4.0, "mlp": 4.0, "head": 4.0, "norm": 4.0, "heads": 2.0, "kv_heads": 2.0, "head_dim": 2.0}
+TABLE = {  # axes: (initial standard deviation, multiplier, rate of Adam, of gradient descent)
+  ("vocab", "embed"): (1, 1, 1, 4),
+  ("positions", "embed"): (1, 1, 1, 4),
+  ("layers", "norm"): (1, 1, 1, 4),
+  ("layers", "heads", "head_dim"): (1, 1, 1, 4),
+  ("buckets", "heads"): (1, 1, 1, 2),
+  ("layers", "embed", "heads", "head_dim"): (1 / 2, 1, 1 / 4, 1),
+  ("layers", "heads", "head_dim", "embed"): (1 / 2, 1, 1 / 4, 1),
+  ("layers", "mlp", "embed"): (1 / 2, 1, 1 / 4, 1),
+  ("layers", "experts", "embed", "mlp"): (1 / 2, 1, 1 / 4, 1),
+  ("head", "embed"): (1 / 2, 1, 1 / 4, 1),
+  ("embed", "vocab"): (1, 1 / 4, 1, 4),
+  ("embed", "classes"): (1, 1 / 4, 1, 4),
+  ("layers", "embed", "experts"): (1, 1 / 4, 1, 4),
+  ("vocab",): (1, 1, 1, 1),
+  ("classes", "classes"): (1, 1, 1, 1),
+  ("layers", "mlp", "lora"): (1 / 2, 1, 1 / 4, 1 / 4),
+  ("layers", "lora", "embed"): (1, 1, 1, 4),
+}
+
+
+@pytest.mark.parametrize("axes", TABLE, ids="-".join)
+def test_rules_are_those_of_the_paper(axes):
+  own = width.unstacked(axes)
+  rates = [width.rate({"name": name}, own, RATIOS) for name in ("adamw", "sgd")]
+  assert (width.init_scale(own, RATIOS), width.multiplier(own, RATIOS), *rates) == TABLE[axes]
+  stddev, _, adam, _ = TABLE[axes]
+  assert width.rate({"name": "lion"}, own, RATIOS) == adam
+  assert width.rate({"name": "adafactor", "parameter_scale": False}, own, RATIOS) == adam
+  # What a hidden matrix is multiplied with, twice: by itself and by the rate.
+  assert width.rate({"name": "adafactor", "parameter_scale": True}, own, RATIOS) * stddev == adam
+  orthogonal = width.matrix_inputs(own) is not None and "lora" not in own
+  assert width.rate({"name": "muon", "consistent_rms": None}, own, RATIOS) == (1 if orthogonal else adam)
+  assert width.rate({"name": "muon", "consistent_rms": 0.2}, own, RATIOS) == (1 / 2 if orthogonal else adam)
+
+
+@pytest.mark.parametrize("init_stddev", [0.15, None])
+def test_initial_values_of_hidden_matrices_fall_and_others_stay(init_stddev):
+  cfg = dataclasses.replace(cases.MIXTRAL, init_stddev=init_stddev)
+  based = dataclasses.replace(cfg, base_width=cfg.d_model // 4)
+  plain, got, axes = (finetune.flatten(tree) for tree in (cases.parameters(cfg)[0], *cases.parameters(based)))
+  natural = 1.0 if init_stddev is None else 0.5  # 1 / sqrt(fan-in) has fallen by itself
+  for path, names in axes.items():
+    hidden = width.matrix_inputs(width.unstacked(names)) is not None
+    want = natural if hidden else 2 * natural if names[-1] in width.READOUTS else 1
+    want = 2 if path == "embedding/table" and init_stddev is None else want
+    np.testing.assert_allclose(got[path], want * plain[path], rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(
+  "changes", [{}, {"tie_embeddings": False}, {"head": "sequence", "num_classes": 3, "pooling": "last"}]
+)
+def test_readouts_are_divided_by_the_growth_of_the_width(changes):
+  cfg = dataclasses.replace(cases.GPT, **changes)
+  params, batch = cases.parameters(cfg)[0], cases.make_batch(cases.CASES["gpt causal_lm"])
+  based = dataclasses.replace(cfg, base_width=cfg.d_model // 4)
+  plain, got = (Transformer(c).apply({"params": params}, batch) for c in (cfg, based))
+  np.testing.assert_array_equal(plain.hidden, got.hidden)
+  np.testing.assert_allclose(plain.logits / 4, got.logits, rtol=1e-5)
+
+
+def test_scores_fall_with_the_head_and_embeddings_stay():
+  base = dataclasses.replace(cases.GPT, num_heads=2)  # heads of 16
+  wide = dataclasses.replace(base, d_model=128, d_ff=192, base_width=32, base_head_dim=16)  # and of 64
+  assert base.score_scale == 1 / 4 and wide.score_scale == pytest.approx(4 / 64)
+  more = dataclasses.replace(base, num_heads=8, d_model=128, base_width=32)
+  assert more.score_scale == base.score_scale
+  t5 = dataclasses.replace(cases.T5, num_heads=2, d_model=128, base_width=32, base_head_dim=16)
+  assert t5.score_scale == pytest.approx(1 / 4) and t5.query_scale == 1 / 4
+  for cfg in (wide, more):
+    assert (cfg.base_d_model, cfg.width_ratios["embed"]) == (32, 4)
+    assert cfg.width_ratios["heads"] * cfg.width_ratios["head_dim"] == 4
+
+
+def test_decay_does_not_follow_the_width_and_ones_own_rules_multiply():
+  cfg = dataclasses.replace(cases.GPT, base_width=cases.GPT.d_model // 4)
+  axes = {"up": ("embed", "mlp"), "down": ("mlp", "embed"), "bias": ("mlp",), "table": ("vocab", "embed")}
+  params = {name: jnp.full((2,) * len(names), 3.0) for name, names in axes.items()}
+
+  def direction(grad, **keys):
+    tx = make_tx(cfg, params, axes, **keys)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, grad), params)
+    return {name: float(x.mean()) for name, x in tx.update(grads, tx.init(params), params)[0].items()}
+
+  assert direction(0.0) == pytest.approx(dict.fromkeys(axes, 0.3))
+  rules = (("up", 3.0), (".*", 1.0))
+  found = direction(1.0, weight_decay=0.0, lr_scale=rules)
+  assert found == pytest.approx({"up": 3 / 4, "down": 1 / 4, "bias": 1, "table": 1}, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"base_width": 0}, ["model.base_width=0", "at least 1"]),
+    ({"base_head_dim": 8}, ["model.base_head_dim=8 needs model.base_width"]),
+    ({"base_width": 4}, ["model.base_width=4: 4 heads of 8", "set model.base_head_dim", "model.num_heads"]),
+  ],
+)
+def test_a_base_that_cannot_be_is_refused_in_one_line(changes, words):
+  with pytest.raises(ConfigError) as error:
+    dataclasses.replace(cases.GPT, **changes)
+  assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_hugging_faces_formats_cannot_say_it():
+  plain = dataclasses.replace(cases.GPT, d_ff=None)
+  assert huggingface.choose(plain)[1] == "GPT2LMHeadModel"
+  with pytest.raises(ConfigError, match=r"no architecture .* but for model.base_width=16 \(there None\)"):
+    huggingface.choose(dataclasses.replace(plain, base_width=16))
+
+
+def test_training_moves_activations_alike_at_every_width_and_otherwise_does_not(home):
+  (home / "t.txt").write_text("".join(f"{i}: the quick fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(200)))
+
+  def make(size, base):
+    sizes = {"d_model": size, "num_heads": size // 16, "base_width": base}
+    rest = {"seq_len": 16, "batch_size": 4, "data.corpus.chunk": 17, "optim.lr": 2e-3, "schedule.warmup": "none"}
+    flags = [
+      f"--config.{key}={value}" for key, value in {**rest, **{f"model.{k}": v for k, v in sizes.items()}}.items()
+    ]
+    return cfglib.load_config(
+      [f"--config=char:text={home / 't.txt'},debug,recipe=nanogpt", *flags, "--config.total_steps=9"]
+    )
+
+  measure = functools.partial(parametrization.coordinates, steps=4, devices=jax.devices()[:1])
+  wide = measure({size: make(size, 64) for size in (64, 128, 512)})
+  assert set(wide) == {"layer_0", "layer_1", "layer_2", "hidden", "logits"}
+  found = parametrization.slopes(wide)
+  assert all(abs(slope) < 0.2 for slope in found.values()), found
+  plain = measure({512: make(512, "none")})  # at 64 both are the same
+  found = parametrization.slopes({name: {64: wide[name][64]} | by for name, by in plain.items()})
+  assert found["logits"] > 0.4 and found["layer_2"] > 0.4, found
+
+  said = parametrization.table(program.make_program(make(128, 64), devices=jax.devices()[:1]))
+  rows = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
+  assert rows["decoder/layers/mlp/up/kernel"] == ["0.7071", "1", "0.5"] and rows["embedding/table"] == ["1", "1", "1"]
