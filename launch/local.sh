@@ -8,6 +8,7 @@
 # Makes .venv and installs what is needed at the first call. Interrupted, the same command goes on where it was.
 
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 config='' workdir='' trains=yes previous=''

@@ -9,6 +9,7 @@
 # Makes .venv and installs what is needed at the first call; afterwards no network is used.
 
 set -euo pipefail
+# shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 tests=(tests)

@@ -356,7 +356,8 @@ def close_queued(job: Job) -> None:
 
   code = 0 if over(job.folder) else 1
   job.state = FAILED if code else FINISHED
-  job.error = f"left the queue before its end; see the log in {job.folder}" if code else ""
+  said = last_words(job.folder / LOG) if code and (job.folder / LOG).exists() else ""
+  job.error = f"left the queue before its end: {said or 'nothing was logged'}" if code else ""
   write_record(job, code)
 
 
@@ -409,7 +410,7 @@ def sweep(
     say(
       f"{len(jobs)} trials of {programs} programs, {left} to run; looked at in {human_time(time.time() - start_time)}"
     )
-    with Table(plan, say) as table:
+    with Table(plan, jobs, say) as table:
       try:
         if launcher == "slurm":
           run_slurm(jobs, shlex.split(launcher_flags), workdir, max_parallel, table.show)

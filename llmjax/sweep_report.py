@@ -56,12 +56,12 @@ def ranked(plan: Sweep, rows: Sequence[Row]) -> list[Row]:
 class Table:
   """The trials while they run: a live table on a terminal, elsewhere a line for each that changes its state."""
 
-  def __init__(self, plan: Sweep, say: Callable[[str], None]):
+  def __init__(self, plan: Sweep, jobs: Sequence[Any], say: Callable[[str], None]):
     from rich.console import Console
 
     self.plan, self.say, self.console = plan, say, Console()
     self.live: Any = None
-    self.states: dict[str, str] = {}
+    self.states: dict[str, str] = {job.name: job.state for job in jobs}
     self.drawn = 0.0
 
   def __enter__(self) -> Table:
@@ -77,7 +77,7 @@ class Table:
 
   def show(self, jobs: Sequence[Any]) -> None:
     """Called often; draws when something has changed, and once a second."""
-    changed = [job for job in jobs if self.states.get(job.name, "waiting") != job.state]
+    changed = [job for job in jobs if self.states[job.name] != job.state]
     self.states |= {job.name: job.state for job in changed}
     if self.live is None:
       for job in changed:

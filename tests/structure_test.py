@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 STOREYS = [
   "types config page",
   "trials sharding hosts yardsticks beam_search task_metrics early_stopping",
-  "data models",
+  "data models flags",
   "data.packing models.attention sampling",
   "data.pipeline models.transformer finetune",
   "checkpoint interop optim metrics objectives",
@@ -128,3 +129,10 @@ def test_scripts_stop_at_the_first_error():
   assert len(scripts) > 2
   for script in scripts:
     assert re.search(r"^set -euo pipefail$", script.read_text(), re.MULTILINE), f"{script} lacks `set -euo pipefail`"
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_pass_shellcheck():
+  scripts = [*ROOT.glob("launch/**/*.sh"), *ROOT.glob("experiments/**/*.sh"), ROOT / ".ci" / "run"]
+  done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout

@@ -17,7 +17,8 @@ import pytest
 from pyarrow import parquet
 
 from llmjax import cli, sweep, sweep_report
-from llmjax.config import ConfigError
+from llmjax.config import ConfigError, load_config, to_dict
+from llmjax.program import make_model
 from llmjax.trials import Sweep, vary
 
 ROOT = Path(__file__).parent.parent
@@ -284,6 +285,16 @@ def test_flags_are_checked(flags, words, home, capsys, monkeypatch):
   (home / "sweep.py").write_text(SWEEP.format(text="x.txt", more="[{}]"))
   code = cli.main(["sweep", "--config=sweep.py", "--workdir=w", *flags])
   assert code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/sweep.py")), ids=lambda path: path.parent.name)
+def test_trials_of_experiments_are_configs(path, tmp_path):
+  plan, jobs = sweep.load([f"--config={path}"], tmp_path)
+  assert len(jobs) > 1 and len({job.folder for job in jobs}) == len(jobs)
+  for job in jobs:
+    config = load_config(job.arguments[1:-1])
+    make_model(to_dict(config.model), 256, config.seq_len)
+  assert any(plan.x == key for job in jobs for key in job.trial) or plan.x in sweep_report.COSTS
 
 
 def test_a_file_without_a_sweep_is_told(home, tmp_path):

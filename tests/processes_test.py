@@ -1,0 +1,182 @@
+"""launch/processes.py: what each process gets, what comes through, and how all end. `llmjax` is a script, but once."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmjax import metrics
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+# Says which process it is, and does what its argument for this process says.
+LLMJAX = r"""#!{python}
+import os, signal, sys, time
+index = int(os.environ["LLMJAX_PROCESS_ID"])
+if os.getsid(0) != os.getpid():
+  print("a Ctrl-C comes from the terminal too\n", end="", flush=True)
+def heard(number, frame):
+  print(f"heard {signal.Signals(number).name}\n", end="", flush=True)
+  time.sleep(0.3)
+  sys.exit(130)
+signal.signal(signal.SIGINT, heard)
+signal.signal(signal.SIGTERM, heard)
+names = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")
+print(" ".join([str(index), *(os.environ.get(name, "-") for name in names)]) + "\n", end="", flush=True)
+print("to stderr\n", end="", file=sys.stderr, flush=True)
+todo = sys.argv[1 + index]
+if todo == "wait":
+  time.sleep(60)
+elif todo == "killed":
+  os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(int(todo))
+"""
+
+
+@pytest.fixture
+def venv(tmp_path, monkeypatch):
+  for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES"):
+    monkeypatch.delenv(name, raising=False)
+  script = tmp_path / "venv" / "bin" / "llmjax"
+  script.parent.mkdir(parents=True)
+  script.write_text(LLMJAX.replace("{python}", sys.executable))
+  script.chmod(0o755)
+  return tmp_path / "venv"
+
+
+def launch(*words):
+  command = [sys.executable, str(LAUNCH / "processes.py"), *map(str, words)]
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return subprocess.Popen(command, start_new_session=True, **pipes)
+
+
+def finish(process, wait=30):
+  try:
+    return (*process.communicate(timeout=wait), process.returncode)
+  finally:
+    process.kill()
+
+
+def run(*words):
+  """Standard output, standard error, exit code."""
+  return finish(launch(*words))
+
+
+def test_each_process_knows_the_others_and_its_devices(venv):
+  out, _, code = run("--processes=3", "--devices=2", f"--venv={venv}", "--", 0, 0, 0)
+  assert code == 0
+  [(first, port)] = re.findall(r"^(0 127\.0\.0\.1:(\d+) 3 cpu 2 -)$", out, re.MULTILINE)
+  for index in (1, 2):
+    assert f"[{index}] {index} {first[2:]}" in out and f"[{index}] to stderr" in out
+  assert int(port) > 1023
+
+
+def test_process_0_goes_through_as_it_is(venv):
+  out, err, _ = run("--processes=2", f"--venv={venv}", "--", 0, 0)
+  assert err == "to stderr\n"
+  assert next(line for line in out.splitlines() if not line.startswith("[1] ")).startswith("0 127.0.0.1:")
+
+
+@pytest.mark.parametrize("visible, gpus", [(None, ["0", "1"]), ("4,6,7", ["4", "6"])])
+def test_a_gpu_for_each(venv, monkeypatch, visible, gpus):
+  if visible:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+  out, _, _ = run("--processes=2", "--gpus", f"--venv={venv}", "--", 0, 0)
+  found = {line.split()[-6]: line.split()[-1] for line in out.splitlines() if "127.0.0.1" in line}
+  assert found == dict(zip("01", gpus))
+
+
+@pytest.mark.parametrize("todo, code", [(("wait", 3), 3), ((2, "wait"), 2), (("wait", "killed"), 137)])
+def test_when_one_fails_all_end_with_its_exit_code(venv, todo, code):
+  out, _, ended = finish(start_with_patience(0.5, "--processes=2", f"--venv={venv}", "--", *todo), wait=20)
+  assert ended == code
+  assert "0 127.0.0.1:" in out
+
+
+def start_with_patience(seconds, *words):
+  code = f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import processes; processes.PATIENCE = {seconds}; "
+  words = [str(word) for word in words]
+  return subprocess.Popen(
+    [sys.executable, "-c", f"{code}sys.exit(processes.main({words!r}))"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_all_processes_once(venv, number):
+  process = launch("--processes=2", f"--venv={venv}", "--", "wait", "wait")
+  said = [process.stdout.readline(), process.stdout.readline()]
+  while not all(any(line.startswith(start) for line in said) for start in ("0 ", "[1] 1 ")):
+    said.append(process.stdout.readline())
+  os.killpg(process.pid, number)  # as a terminal does
+  out, _, code = finish(process)
+  assert code == 130 and not [line for line in said if "terminal" in line]
+  assert sorted(line for line in out.splitlines() if "heard" in line) == [
+    f"[1] heard {number.name}",
+    f"heard {number.name}",
+  ]
+
+
+def test_a_dry_run_prints_commands_that_can_be_pasted(venv):
+  out, _, code = run("--processes=2", "--devices=1", f"--venv={venv}", "--dry_run", "--", 0, 0, "two words")
+  assert code == 0 and "heard" not in out
+  pasted = subprocess.run(["bash", "-c", out], capture_output=True, text=True, timeout=30)
+  assert sorted(re.findall(r"^\d", pasted.stdout, re.MULTILINE)) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+  "words, said",
+  [
+    (["--processes=0", "--", "train"], "argument --processes: 0 must be a number, 1 or more"),
+    (["--proc=2", "--", "train"], "required: --processes"),
+    (["--processes=2"], "nothing to run; put it behind --"),
+    (["--processes=2", "--devices=2", "--gpus", "--", "train"], "not allowed with argument"),
+    (["--processes=2", "--venv=/nowhere", "--", "train"], "no llmjax at /nowhere/bin/llmjax"),
+  ],
+)
+def test_what_cannot_work_is_one_line(words, said):
+  out, err, code = run(*words)
+  assert code == 2 and not out
+  assert err.startswith("processes.py: ") and err.count("\n") == 1 and said in err
+
+
+def test_fewer_visible_gpus_than_processes(venv, monkeypatch):
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+  _, err, code = run("--processes=2", "--gpus", f"--venv={venv}", "--", 0, 0)
+  assert code == 2 and "CUDA_VISIBLE_DEVICES=0 shows 1" in err
+
+
+@pytest.mark.parametrize("name", ["processes.py", "slurm.py"])
+def test_scripts_are_python_3_9(name):
+  ast.parse((LAUNCH / name).read_text(), feature_version=(3, 9))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_save_when_interrupted(tmp_path, monkeypatch):
+  """Real ones, with two simulated devices each."""
+  (tmp_path / "t.txt").write_text("\n".join(f"{i}: the quick brown fox jumps over a dog." for i in range(300)))
+  monkeypatch.setenv("LLMJAX_CACHE", str(tmp_path / "cache"))
+  command = [
+    *("train", f"--config=gpt:text={tmp_path / 't.txt'},debug", f"--workdir={tmp_path / 'run'}", "--config.evals={}"),
+    *("--config.batch_size=4", "--config.total_steps=100000", "--config.log.every=1", "--config.log.tensorboard=false"),
+    "--config.checkpoint.best=none",
+  ]
+  venv = Path(sys.executable).parent.parent
+  process = launch("--processes=2", "--devices=2", f"--venv={venv}", "--", *command)
+  curves, deadline = tmp_path / "run" / metrics.CURVES, time.monotonic() + 120
+  while not (curves.exists() and curves.read_text().count("train/loss") >= 2):
+    assert process.poll() is None and time.monotonic() < deadline, finish(process)
+    time.sleep(0.1)
+  os.killpg(process.pid, signal.SIGINT)
+  _, err, code = finish(process, wait=60)
+  assert code == 130 and "interrupted at" in err
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["total_steps"] == 100000
+  assert list((tmp_path / "run").glob("checkpoints/*"))
