@@ -2,6 +2,7 @@
 # The whole test suite: format, lint, types, tests. Every part runs; the exit code says whether all passed.
 #
 #   bash launch/test.sh              everything
+#   bash launch/test.sh matrix       instead, every kind of model on every kind of mesh (`everything` has 14 of these 45)
 #   bash launch/test.sh fast         without the tests marked slow
 #   bash launch/test.sh smoke        only the smoke test: every config, a few steps
 #   bash launch/test.sh fast -k optim -x        further arguments go to pytest
@@ -12,11 +13,16 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-tests=(tests)
+tests=(tests -m "not matrix")
 lint=yes
 case "${1:-}" in
   smoke)
     tests=(tests/smoke_test.py)
+    lint=no
+    shift
+    ;;
+  matrix)
+    tests=(tests/verify_test.py -k any_mesh)
     lint=no
     shift
     ;;

@@ -43,7 +43,7 @@ MATRIX = [
   *(("experts", mesh) for mesh in (EXPERT, "data=2,expert=4", "expert=4,tensor=2")),
 ]
 FAST = {("decoder", "data=8"), ("experts", EXPERT), *((kind, mesh) for kind in KINDS for mesh in (TENSOR, CONTEXT))}
-COMBINATIONS = [pytest.param(*c, marks=[] if c in FAST else pytest.mark.slow) for c in MATRIX]
+COMBINATIONS = [pytest.param(*c, marks=[] if c in FAST else [pytest.mark.slow, pytest.mark.matrix]) for c in MATRIX]
 
 
 @functools.cache
