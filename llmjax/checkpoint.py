@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from llmjax import hosts
 from llmjax.config import ConfigError, default_config
+from llmjax.data.buckets import in_bucket, move, place
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
@@ -117,7 +118,8 @@ class Checkpoints:
 
       keepers.append(policies.BestN(get_metric_fn=measure, reverse=True, n=1))
       options = {"best_fn": measure, "best_mode": "min"}
-    self.folder = epath.Path(workdir).resolve() / FOLDER
+    workdir = place(workdir)
+    self.folder = epath.Path(workdir if in_bucket(workdir) else workdir.resolve()) / FOLDER
     self.manager = ocp.CheckpointManager(
       self.folder,
       item_handlers={
@@ -154,9 +156,7 @@ class Checkpoints:
     self._meet("begin")  # no process still reads what is moved
     if hosts.leader():
       for step in steps:
-        target = self.folder.parent / "damaged" / f"{step}-{time.time_ns()}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (self.folder / str(step)).rename(target)
+        move(self.folder / str(step), self.folder.parent / "damaged" / f"{step}-{time.time_ns()}")
     self._meet("end")
     self.manager.reload()
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llmjax.config import ConfigError
+from llmjax.data.buckets import Mirror, in_bucket, place
+from llmjax.data.source import cache_dir
 
 CURVES = "metrics.jsonl"  # in a workdir: a line is {"step", "time", name: number, ...}
 SAMPLES = "samples.jsonl"  # in a workdir: a line is {"step", "name", "prompt", "text"}
@@ -32,13 +34,14 @@ def means(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Writer:
-  """Curves and samples of a run, as JSON lines and for TensorBoard. Every line is on disk when a call returns.
+  """Curves and samples of a run, as JSON lines and for TensorBoard. Every line is on disk when a call returns; in a
+  bucket it is half a minute later, or when `sync` returns.
 
   What an earlier run wrote after `start_step` is dropped, so that a reader finds each step once; `start_step` 0 begins
   new files.
 
   Args:
-    workdir: a local folder, made where missing; None writes nothing, as on every process but the first.
+    workdir: a folder, made where missing, or one in a bucket; None writes nothing, as on every process but the first.
     start_step: the step that this run begins at.
     tensorboard: also write `workdir`/tensorboard.
     wandb: also write to this project of Weights & Biases, PROJECT or ENTITY/PROJECT; the run is called as the folder,
@@ -57,19 +60,23 @@ class Writer:
     self._files: dict[str, TextIO] = {}
     self._tensorboard: Any = None
     self._wandb: Any = None
+    self._mirror: Mirror | None = None
     if workdir is None:
       return
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = place(workdir)
+    if in_bucket(workdir):
+      self._mirror = Mirror(workdir, (CURVES, SAMPLES))
+    folder = workdir if self._mirror is None else self._mirror.folder
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (CURVES, SAMPLES):
-      _rewind(workdir / name, start_step)
+      _rewind(folder / name, start_step)
       # A lone surrogate, from bytes that are no text, becomes a JSON escape.
-      self._files[name] = open(workdir / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+      self._files[name] = open(folder / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
     if tensorboard:
       from tensorboardX import SummaryWriter
 
       purge = start_step + 1 if start_step else 0
-      self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge, flush_secs=10)
+      self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
     if wandb is not None:
       self._wandb = start_wandb(wandb, workdir, config or {})
 
@@ -92,6 +99,13 @@ class Writer:
     if self._wandb is not None:
       self._wandb.log({"step": int(step), f"sample/{name}": text})
 
+  def sync(self) -> None:
+    """Everything written so far is in the bucket when this returns."""
+    if self._mirror is not None:
+      if self._tensorboard is not None:
+        self._tensorboard.flush()
+      self._mirror.upload()
+
   def close(self) -> None:
     for file in self._files.values():
       file.close()
@@ -102,11 +116,16 @@ class Writer:
     if self._wandb is not None:
       self._wandb.finish()
       self._wandb = None
+    if self._mirror is not None:
+      self._mirror.close()
+      self._mirror = None
 
   def _line(self, name: str, record: Mapping[str, Any]) -> None:
     if name in self._files:
       self._files[name].write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
       self._files[name].flush()
+    if self._mirror is not None:
+      self._mirror.refresh()
 
 
 def start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
@@ -116,15 +135,16 @@ def start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
   except ImportError as error:
     raise ConfigError(f"log.wandb={project!r} needs `pip install wandb` (or set it to none)") from error
   entity, _, name = project.rpartition("/")
-  place = str(workdir.absolute())
+  local = not in_bucket(workdir)
+  workdir = workdir.absolute() if local else workdir
   run = wandb.init(
     entity=entity or None,
     project=name,
-    name=workdir.absolute().name,
-    group=workdir.absolute().parent.name,
-    id=hashlib.sha256(place.encode()).hexdigest()[:16],
+    name=workdir.name,
+    group=workdir.parent.name,
+    id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
     resume="allow",
-    dir=place,
+    dir=str(workdir if local else cache_dir()),
     config=dict(config),
   )
   run.define_metric("*", step_metric="step")  # a resumed run repeats steps, and wandb's own count only grows
@@ -151,7 +171,7 @@ def _to_json(value: float) -> float | str:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
   """The lines of a file. A last line that was cut off by a crash is left out; any other bad one is a ConfigError."""
-  with open(path, "rb") as file:
+  with path.open("rb") as file:
     for number, line in enumerate(file, 1):
       try:
         record = json.loads(line.decode())
@@ -169,9 +189,9 @@ def read(workdir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
   Raises:
     ConfigError: no such folder, or no metrics in it.
   """
-  path = Path(workdir) / CURVES
+  path = place(workdir) / CURVES
   if not path.is_file():
-    lacks = f"has no {CURVES}, so nothing was trained there" if Path(workdir).is_dir() else "does not exist"
+    lacks = f"has no {CURVES}, so nothing was trained there" if place(workdir).is_dir() else "does not exist"
     raise ConfigError(f"workdir {workdir} {lacks}; give the --workdir of a `llmjax train` that has logged a step")
   curves: dict[str, dict[int, float]] = {}
   for record in _records(path):
@@ -185,7 +205,7 @@ def read(workdir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def read_samples(workdir: str | Path) -> list[dict[str, Any]]:
   """The samples of a run ({"step", "name", "prompt", "text"}), steps ascending, each (step, name) once."""
-  path = Path(workdir) / SAMPLES
+  path = place(workdir) / SAMPLES
   newest = {(r["step"], r["name"]): r for r in _records(path)} if path.is_file() else {}
   return [newest[key] for key in sorted(newest)]
 

@@ -17,6 +17,7 @@ from llmjax import checkpoint, sharding
 from llmjax.config import ConfigError, build, default_config, resolve
 from llmjax.data import hf_tokenizer
 from llmjax.data import tokenizer as tokenizers
+from llmjax.data.buckets import fetch_folder, in_bucket, place
 from llmjax.data.hf_formats import VOCABULARIES
 from llmjax.finetune import flatten, is_adapter, unflatten
 from llmjax.interop import family, hub, huggingface, peft
@@ -112,7 +113,7 @@ def open_path(path: str | Path) -> Iterator[Source]:
   Args:
     path: a workdir (its newest checkpoint), WORKDIR/checkpoints/STEP or /best, a Hugging Face folder, a folder of
       adapters as PEFT writes it, or a hub name such as gpt2 or org/name@revision: looked for among local folders, then
-      in the Hugging Face cache, then downloaded.
+      in the Hugging Face cache, then downloaded. Workdirs, checkpoints and Hugging Face folders may be in a bucket.
   Raises:
     ConfigError: nothing is there, or it is damaged, or from a newer format.
   """
@@ -120,8 +121,8 @@ def open_path(path: str | Path) -> Iterator[Source]:
     with open_path(peft.base_path(path)) as base:
       yield _open_adapter(str(path), base)
   elif is_huggingface(path):
-    yield _open_folder(str(path), Path(path))
-  elif Path(path).exists() or not hub.is_name(str(path)):
+    yield _open_folder(str(path), fetch_folder(str(path)) if in_bucket(path) else Path(path))
+  elif place(path).exists() or not hub.is_name(str(path)):
     checkpoints, step, manifest = open_checkpoint(path)
     try:
       yield _open_own(str(path), checkpoints, step, manifest)
@@ -132,7 +133,8 @@ def open_path(path: str | Path) -> Iterator[Source]:
 
 
 def is_huggingface(path: str | Path) -> bool:
-  return (Path(path) / huggingface.CONFIG).is_file() and not (Path(path) / checkpoint.FOLDER).is_dir()
+  folder = place(path)
+  return (folder / huggingface.CONFIG).is_file() and not (folder / checkpoint.FOLDER).is_dir()
 
 
 def load(
@@ -324,7 +326,7 @@ def same_model(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 def locate(path: str | Path) -> tuple[Path, int | None]:
   """(workdir, step) of a PATH; step None is the newest."""
-  path = Path(path)
+  path = place(path)
   if (path / checkpoint.FOLDER).is_dir():
     return path, None
   if path.name == "best" and path.parent.name == checkpoint.FOLDER and path.parent.is_dir():
@@ -408,7 +410,7 @@ def _open_own(path: str, checkpoints: checkpoint.Checkpoints, step: int, manifes
     found = {name: leaf for part in restored.values() for name, leaf in flatten(part).items()}
     return unflatten({name: found[there] for name, (there, _) in wanted.items()})
 
-  return Source(path, Path(path), manifest, read_params, lambda trust: checkpoint_tokenizer(manifest, trust=trust))
+  return Source(path, place(path), manifest, read_params, lambda trust: checkpoint_tokenizer(manifest, trust=trust))
 
 
 def _other_head(path: str, name: str, ours: Any, theirs: Any) -> ConfigError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError, flatten
+from llmjax.data.buckets import place
 from llmjax.metrics import CURVES, SAMPLES, human_number, printable, read, read_samples
 from llmjax.page import fold, picture, section, table, whole
 from llmjax.plots import Curve, Panel, last, number, poster, svg
@@ -74,7 +75,7 @@ def load(workdir: str | Path) -> Run:
   Raises:
     ConfigError: it is missing, has no metrics, or a file in it cannot be read.
   """
-  workdir = Path(workdir)
+  workdir = place(workdir)
   curves = read(workdir)
   config: dict[str, Any] = {}
   path = workdir / "config.json"
@@ -185,7 +186,7 @@ def write_report(workdir: str | Path) -> tuple[Path, Path]:
   if not shown:
     raise ConfigError(f"{run.workdir / CURVES} has no finite number to draw; every value is NaN or infinite")
   png.write_bytes(poster(shown[:7], run.workdir.resolve().name, facts(run)))
-  page.write_text(_page(run, shown), encoding="utf-8", errors="replace")
+  page.write_bytes(_page(run, shown).encode("utf-8", "replace"))
   return png, page
 
 

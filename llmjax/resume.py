@@ -8,6 +8,8 @@ from typing import Any
 from llmjax.checkpoint import FOLDER, Checkpoints, Damaged
 from llmjax.config import ConfigError, differences
 from llmjax.data import tokenizer as tokenizers
+from llmjax.data.buckets import in_bucket
+from llmjax.early_stopping import EarlyStopping
 from llmjax.finetune import is_adapter
 from llmjax.pretrained import checkpoint_tokenizer, load_tokenizer
 from llmjax.program import Program
@@ -106,6 +108,15 @@ def check_same(earlier: dict[str, Any], manifest: dict[str, Any], workdir: Path)
   return changed
 
 
+def check_fresh(workdir: Path) -> None:
+  """Refuses to move a run in a bucket: its objects would be copied and deleted one by one."""
+  if in_bucket(workdir) and workdir.exists():
+    raise ConfigError(
+      f"--fresh: {workdir} holds a run, and a folder in a bucket cannot be moved aside at once; use another --workdir, "
+      f"or move it first: gcloud storage mv {workdir} {workdir}.1"
+    )
+
+
 def set_aside(workdir: Path) -> None:
   """Moves an earlier run to WORKDIR.1, .2, ...: nothing is ever deleted."""
   if workdir.exists() and any(workdir.iterdir()):
@@ -117,7 +128,11 @@ def set_aside(workdir: Path) -> None:
 def over(workdir: Path) -> bool:
   """Whether the run in `workdir` has come to its end."""
   found = read_earlier(workdir)
-  return found is not None and found["step"] >= found["total_steps"]
+  if found is None:
+    return False
+  stopper = EarlyStopping(**found["config"]["early_stopping"])
+  stopper.restore(found.get("early_stopping"))
+  return stopper.over or found["step"] >= found["total_steps"]
 
 
 def finished(workdir: Path, manifest: dict[str, Any], step: int, early: bool = False) -> str:

@@ -52,7 +52,7 @@ class Job:
   name: str
   trial: Trial
   arguments: list[str]  # of `llmjax`, such as ["train", "--config=...", "--workdir=..."]
-  folder: Path  # its workdir
+  folder: Path  # what this sweep keeps of it
   facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # from `admission.admit`
   state: str = WAITING
   error: str = ""
@@ -60,6 +60,11 @@ class Job:
   attempts: int = 0
   process: Any = None  # with `poll`; None where it does not run
   started: float = 0.0
+
+  @property
+  def workdir(self) -> str:
+    """Where the trial writes: its folder, or one in a bucket."""
+    return self.arguments[-1].removeprefix("--workdir=")
 
   @property
   def command(self) -> str:
@@ -272,7 +277,7 @@ def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, ma
       free = [slot for slot in range(max_parallel - len(foreign)) if slot not in taken]
       waiting = [job for job in jobs if job.state == WAITING] if not asked else []
       for slot, job in zip(free, waiting):
-        start(job, prefix(launcher, flags, place(sweep, slot, jobs.index(job))), cores[slot])
+        start(job, prefix(launcher, flags, parts_of_names(sweep, slot, jobs.index(job))), cores[slot])
         taken[slot] = job
         used.add(slot)
       show(jobs)
@@ -285,25 +290,25 @@ def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, ma
     for slot in sorted(used) if launcher in ENDING else ():
       words, wanted = ENDING[launcher]
       kept = [flag for flag in flags if re.match(wanted, flag)]
-      subprocess.run(_command(words, kept, place(sweep, slot)), check=False)
+      subprocess.run(_command(words, kept, parts_of_names(sweep, slot)), check=False)
   if asked:
     raise KeyboardInterrupt("interrupted; what ran has saved: the same command goes on")
 
 
-def place(sweep: str, slot: int, number: int = 0) -> dict[str, str]:
+def parts_of_names(sweep: str, slot: int, number: int = 0) -> dict[str, str]:
   """What the names of machines are made of; a cloud wants them short and plain."""
   name = re.sub(r"[^a-z0-9]+", "-", sweep.lower()).strip("-")[:40]
   return {"sweep": name or "sweep", "slot": str(slot), "number": str(number)}
 
 
-def prefix(launcher: str, flags: Sequence[str], place: Mapping[str, str]) -> list[str]:
+def prefix(launcher: str, flags: Sequence[str], parts: Mapping[str, str]) -> list[str]:
   """What stands before the arguments of `llmjax` where trials run."""
-  return _command(LAUNCHERS[launcher], flags, place) if LAUNCHERS[launcher] else []
+  return _command(LAUNCHERS[launcher], flags, parts) if LAUNCHERS[launcher] else []
 
 
-def _command(words: Sequence[str], flags: Sequence[str], place: Mapping[str, str]) -> list[str]:
+def _command(words: Sequence[str], flags: Sequence[str], parts: Mapping[str, str]) -> list[str]:
   script, *more = words
-  return [sys.executable, str(launch_script(script)), *(word.format(**place) for word in more), *flags]
+  return [sys.executable, str(launch_script(script)), *(word.format(**parts) for word in more), *flags]
 
 
 def launch_script(script: str) -> Path:
@@ -352,9 +357,10 @@ def run_slurm(jobs: Sequence[Job], flags: Sequence[str], folder: Path, max_paral
 
 def close_queued(job: Job) -> None:
   """What has become of a trial that is no longer in the queue."""
+  from llmjax.data.buckets import place
   from llmjax.resume import over
 
-  code = 0 if over(job.folder) else 1
+  code = 0 if over(place(job.workdir)) else 1
   job.state = FAILED if code else FINISHED
   said = last_words(job.folder / LOG) if code and (job.folder / LOG).exists() else ""
   job.error = f"left the queue before its end: {said or 'nothing was logged'}" if code else ""
@@ -392,7 +398,9 @@ def sweep(
     admit(jobs, compiling=launcher == "local")
     programs = len({job.facts["program"] for job in jobs})
     for number, job in enumerate(jobs):
-      say(shlex.join(program(job, prefix(launcher, shlex.split(launcher_flags), place(workdir.name, 0, number)))))
+      say(
+        shlex.join(program(job, prefix(launcher, shlex.split(launcher_flags), parts_of_names(workdir.name, 0, number))))
+      )
     say(f"{len(jobs)} trials, {programs} programs, {sum(j.facts['flops'] * j.facts['steps'] for j in jobs):.3g} FLOPs")
     return True
   workdir.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError
+from llmjax.data.buckets import in_bucket
 from llmjax.metrics import human_number, human_time, read
 from llmjax.page import fold, picture, section, table, whole
 from llmjax.plots import COLOURS, THEMES, Curve, number, spread, style
@@ -27,9 +28,8 @@ Point = tuple[Any, float, float, float]  # x, mean, least and most of y
 
 def curves_of(job: Any) -> dict[str, Curve]:
   """What a trial has logged so far."""
-  place = next(word for word in job.arguments if word.startswith("--workdir=")).removeprefix("--workdir=")
   try:
-    return read(place)
+    return read(job.workdir)
   except ConfigError:
     return {}
 
@@ -63,6 +63,7 @@ class Table:
     self.live: Any = None
     self.states: dict[str, str] = {job.name: job.state for job in jobs}
     self.drawn = 0.0
+    self.period = 30 if any(in_bucket(job.workdir) for job in jobs) else 1  # seconds
 
   def __enter__(self) -> Table:
     if self.console.is_terminal:
@@ -76,14 +77,14 @@ class Table:
       self.live.__exit__(*error)
 
   def show(self, jobs: Sequence[Any]) -> None:
-    """Called often; draws when something has changed, and once a second."""
+    """Called often; draws when something has changed, and once a second (of trials in a bucket, twice a minute)."""
     changed = [job for job in jobs if self.states[job.name] != job.state]
     self.states |= {job.name: job.state for job in changed}
     if self.live is None:
       for job in changed:
         after = f" after {human_time(job.seconds)}" if job.state in ENDED and job.seconds else ""
         self.say(f"{job.name}: {job.state}{after}{self._result(job)}{': ' + job.error if job.error else ''}")
-    elif changed or time.time() > self.drawn + 1:
+    elif changed or time.time() > self.drawn + self.period:
       self.drawn = time.time()
       self.live.update(self._table(jobs), refresh=True)
 

@@ -23,12 +23,22 @@ from llmjax import hosts, sharding
 from llmjax import metrics as metriclib
 from llmjax.checkpoint import Checkpoints, make_manifest, versions
 from llmjax.config import ConfigError, build, flatten, to_dict
+from llmjax.data.buckets import place, scratch, telling, upload
 from llmjax.data.pipeline import TrainStream, merge_cursors
 from llmjax.early_stopping import EarlyStopping, check_metric, value_of
 from llmjax.evaluate import EVALUATORS, WHEN, record
 from llmjax.pretrained import INHERITED, inherited
 from llmjax.program import Program, make_program, open_source
-from llmjax.resume import check_same, finished, kept_labels, kept_tokenizer, read_earlier, restore, set_aside
+from llmjax.resume import (
+  check_fresh,
+  check_same,
+  finished,
+  kept_labels,
+  kept_tokenizer,
+  read_earlier,
+  restore,
+  set_aside,
+)
 
 
 class Diverged(RuntimeError):
@@ -40,15 +50,17 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
 
   Args:
     config: a config like configs/base.py.
-    workdir: where checkpoints, metrics and samples go.
+    workdir: where checkpoints, metrics and samples go: a folder, or gs://BUCKET/FOLDER.
     fresh: move an earlier run in `workdir` aside and start anew.
   Raises:
     ConfigError: a config that cannot work, or that differs from the run in `workdir` where it must not.
     Diverged: the loss became NaN or infinite; the last checkpoint is kept.
   """
-  workdir = Path(workdir)
+  workdir = place(workdir)
   leader = jax.process_index() == 0
   config = to_dict(config)
+  if fresh:
+    check_fresh(workdir)
   earlier = None if fresh else read_earlier(workdir)
   config["objective"] |= kept_labels(config, earlier)
   program = make_program(config, tokenizer=kept_tokenizer(config, earlier))
@@ -107,8 +119,9 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
       say(f"of {seen:,} records looked at {empty:,} are left out: {program.objective.nothing}")
     say(f"in {workdir}; interrupted, the same command goes on where it was")
   if leader:
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    with telling(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
+      (workdir / "config.json").write_text(json.dumps(config, indent=2, default=str))
 
   writer = metriclib.Writer(
     workdir if leader else None,
@@ -150,6 +163,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   def save(step: int) -> None:
     cursors = merge_cursors(gather(stream.cursor))
     said = manifest | {"early_stopping": stopper.state}
+    writer.sync()  # a run that goes on from this checkpoint finds every line until it
     checkpoints.save(step, state, cursors, said, measured[1] if measured[0] == step else {})
 
   done, enough = first, False
@@ -382,15 +396,16 @@ def profiler(steps: str | None, workdir: Path) -> Any:
       raise ValueError
   except ValueError:
     raise ConfigError(f"config.profile={steps!r} must be FIRST:LAST with FIRST < LAST, such as 10:15") from None
-  tracing = False
+  tracing: Path | None = None
 
   def at(step: int | None) -> None:
     nonlocal tracing
     if step == first:
-      jax.profiler.start_trace(str(workdir / "profile"))
-      tracing = True
-    elif tracing and (step is None or step >= last):
+      tracing = scratch(workdir / "profile")
+      jax.profiler.start_trace(str(tracing))
+    elif tracing is not None and (step is None or step >= last):
       jax.profiler.stop_trace()
-      tracing = False
+      upload(tracing, workdir / "profile")
+      tracing = None
 
   return at

@@ -1,4 +1,4 @@
-"""Sources over local text and JSONL files, which may be larger than memory: only offsets are kept."""
+"""Sources over text and JSONL files, which may be larger than memory: only offsets are kept."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from llmjax.config import ConfigError, nearest
+from llmjax.data.buckets import fetch, in_bucket, place
 from llmjax.data.source import Source, digest, parse_split, select
 
-Files = str | Sequence[str] | Mapping[str, Any]  # a path or glob, several, or {split: those}
+Files = str | Sequence[str] | Mapping[str, Any]  # a path or glob, local or gs://, several, or {split: those}
 Spans = tuple[np.ndarray, np.ndarray]  # where records start and end, Int[n] each, in bytes
 
 BLOCK = 1 << 24
@@ -129,7 +130,8 @@ def _encodable(value: Any) -> bool:
 
 
 def expand(files: Files, split: str, key: str = "files") -> list[Path]:
-  """The files that `files`, which is data.corpus's `key`, names for the split, globs expanded and sorted."""
+  """The files that `files`, which is data.corpus's `key`, names for the split, globs expanded and sorted; copies in the
+  cache of those in a bucket."""
   name, _, _ = parse_split(split)
   if isinstance(files, Mapping):
     if name not in files:
@@ -143,13 +145,17 @@ def expand(files: Files, split: str, key: str = "files") -> list[Path]:
   patterns = [files] if isinstance(files, (str, Path)) else list(files or ())
   found: dict[Path, None] = {}
   for pattern in patterns:
-    path = Path(pattern).expanduser()
+    path = place(pattern).expanduser()
     if path.is_dir():
       raise ConfigError(f"data.corpus.{key}={str(pattern)!r} is a folder; say {str(pattern).rstrip('/') + '/**/*'!r}")
-    matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    if in_bucket(path):
+      matches = fetch(str(path))
+    else:
+      matches = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     matches = [p for p in matches if p.is_file()]
     if not matches:
-      raise ConfigError(f"data.corpus.{key}={str(pattern)!r}: there is no such file (from {Path.cwd()})")
+      where = "" if in_bucket(path) else f" (from {Path.cwd()})"
+      raise ConfigError(f"data.corpus.{key}={str(pattern)!r}: there is no such file{where}")
     found.update(dict.fromkeys(matches))
   if not found:
     raise ConfigError(f"data.corpus.{key} is empty; give a path, a glob or a tuple of those")

@@ -15,6 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from llmjax.config import ConfigError, nearest
+from llmjax.data.buckets import fetch_folder, in_bucket
 from llmjax.data.files import NO_TEXT, file_digest
 from llmjax.data.source import Source, digest, parse_split
 from llmjax.data.tfrecord import Slice, TFRecords
@@ -58,8 +59,9 @@ def tfds(
     raise ConfigError("data.corpus: 'tfds' needs either `dataset` (such as 'lm1b') or `folder`")
   if folder is None:
     return _from_tfds(_named(str(dataset), data_dir), split, text, None)
+  local = fetch_folder(folder) if in_bucket(folder) else Path(folder).expanduser()
   try:
-    builder = tensorflow_datasets.builder_from_directory(str(Path(folder).expanduser()))
+    builder = tensorflow_datasets.builder_from_directory(str(local))
   except (OSError, ValueError) as error:
     raise ConfigError(f"data.corpus.folder={folder!r} holds no prepared TFDS dataset: {_line(error)}") from error
   return _from_tfds(builder, split, text, None)

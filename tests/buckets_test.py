@@ -1,0 +1,264 @@
+"""Runs and data in a bucket are those on disk: bitwise, after a kill too, and nothing is fetched twice."""
+
+import importlib.util
+from pathlib import Path
+
+import fake_bucket
+import jax
+import numpy as np
+import pytest
+
+import llmjax
+from llmjax import cli, metrics, train
+from llmjax import config as cfglib
+from llmjax.checkpoint import Checkpoints
+from llmjax.config import ConfigError
+from llmjax.data import buckets, source
+from llmjax.program import make_program
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason='needs `pip install "llmjax[gcs]"`')
+
+TEXT = "".join(f"{i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400))
+RUN = "gs://bucket/runs/x"
+COPY = "gs://bucket/corpus/t.txt"
+
+
+@pytest.fixture(scope="module")
+def server():
+  with fake_bucket.serve("bucket", "forbidden") as server, pytest.MonkeyPatch.context() as patch:
+    patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+    patch.setenv(
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # else gcsfs asks for a bucket's kind, past the emulation
+    yield server
+
+
+def downloads(server, start=0):
+  return [r for r in server.requests[start:] if r.startswith("GET") and "alt=media" in r and "corpus" in r]
+
+
+def run(text, workdir, *more):
+  base = [f"--config=char:text={text},debug", "--config.batch_size=8", "--config.checkpoint.every=2"]
+  steps = ["--config.total_steps=6", "--config.checkpoint.keep=2", "--config.log.every=1", "--config.evals={}"]
+  train.run(cfglib.load_config([*base, *steps, *more]), workdir)
+
+
+def saved(workdir):
+  """The newest checkpoint's state as {path: array}, its data cursor, and what it says of the data."""
+  checkpoints = Checkpoints(workdir)
+  step = checkpoints.steps()[-1]
+  leaves = jax.tree_util.tree_leaves_with_path(checkpoints.manager.restore(step)["state"])
+  state = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+  cursor, manifest = checkpoints.read(step, "data")["cursor"], checkpoints.read(step, "manifest")
+  steps = checkpoints.steps()
+  checkpoints.close()
+  return state, cursor, manifest["data_fingerprint"], steps
+
+
+def curves(workdir):
+  """Without what a clock measures."""
+  return {name: curve for name, curve in metrics.read(workdir).items() if "per_second" not in name}
+
+
+@pytest.fixture(scope="module")
+def runs(server, tmp_path_factory):
+  """A folder with a local run "x"; the same one is in the bucket, after a kill in the middle of its second save."""
+  folder = tmp_path_factory.mktemp("runs")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("LLMJAX_CACHE", str(folder / "cache"))
+    (folder / "t.txt").write_text(TEXT)
+    server.objects["bucket"]["corpus/t.txt"] = TEXT.encode()
+    run(folder / "t.txt", folder / "x")
+    run(COPY, RUN)
+    assert len(downloads(server)) == 1
+    names = [name for name, _ in server.changes]
+    cut = names.index("runs/x/checkpoints/4/state/commit_success.txt")
+    objects = {"corpus/t.txt": TEXT.encode()}
+    for name, content in server.changes[:cut]:
+      objects[name] = content
+    server.objects["bucket"] = {name: content for name, content in objects.items() if content is not None}
+    assert max(metrics.read(RUN)["train/loss"][0]) > 2 and not any("checkpoints/6" in name for name in objects)
+    run(COPY, RUN)
+    assert len(downloads(server)) == 1
+  return folder
+
+
+def test_a_killed_and_resumed_run_in_a_bucket_is_the_local_run_bitwise(runs):
+  (state, *others), (local, *local_others) = saved(RUN), saved(runs / "x")
+  assert others == local_others and others[-1] == [4, 6]
+  assert state.keys() == local.keys() and len(state) > 10
+  for path, leaf in state.items():
+    np.testing.assert_array_equal(leaf, local[path], err_msg=path)
+  assert curves(RUN) == curves(runs / "x") and curves(RUN)["train/loss"][0] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_in_a_bucket_leaves_there_what_a_local_one_leaves(runs, server):
+  def kinds(names):
+    return {name.partition("/")[0] for name in names}
+
+  there = [name.removeprefix("runs/x/") for name in server.objects["bucket"] if name.startswith("runs/x/")]
+  here = [path.relative_to(runs / "x").as_posix() for path in (runs / "x").rglob("*")]
+  assert kinds(there) == kinds(here) >= {"checkpoints", "config.json", "metrics.jsonl", "samples.jsonl", "tensorboard"}
+  assert not list((runs / "cache" / "scratch").iterdir())
+
+
+def test_a_run_in_a_bucket_is_loaded_generates_and_reports(runs, server, home, capsys):
+  _, params, tokenizer = llmjax.load(RUN)
+  _, same, _ = llmjax.load(str(runs / "x" / "checkpoints" / "6"))
+  jax.tree.map(np.testing.assert_array_equal, params, same)
+  assert tokenizer.decode(tokenizer.encode("lazy")) == "lazy"
+  assert cli.main(["generate", f"--model={RUN}/checkpoints/6", "--prompt=the ", "--max_new_tokens=4"]) == 0
+  assert capsys.readouterr().out.startswith("the ")
+  assert cli.main(["report", f"--workdir={RUN}"]) == 0
+  assert "report.html, report.png, metrics.jsonl, samples.jsonl, tensorboard" in capsys.readouterr().out
+  assert b"<html" in server.objects["bucket"]["runs/x/report.html"] and "runs/x/report.png" in server.objects["bucket"]
+
+
+def test_a_run_starts_from_one_in_a_bucket_and_none_there_is_moved_aside(runs, home):
+  config = cfglib.load_config(
+    [f"--config=char:text={COPY},debug", f"--config.init_from={RUN}", "--config.batch_size=8"]
+  )
+  with pytest.raises(ConfigError, match=r"gcloud storage mv gs://bucket/runs/x "):
+    train.run(config, RUN, fresh=True)
+  params, afresh = make_program(config).starting_params()
+  assert not afresh
+  jax.tree.map(np.testing.assert_array_equal, params, llmjax.load(str(runs / "x")).params)
+
+
+def test_damaged_checkpoints_are_moved_and_nothing_of_them_is_lost(runs, server):
+  objects = server.objects["bucket"]
+  before = sorted(content for name, content in objects.items() if "/checkpoints/6/" in name)
+  copies = {name.replace("runs/x", "moved"): content for name, content in objects.items() if "checkpoints/" in name}
+  objects |= copies
+  checkpoints = Checkpoints("gs://bucket/moved", write=True)
+  checkpoints.set_aside([6])
+  assert checkpoints.steps() == [4]
+  checkpoints.close()
+  assert sorted(content for name, content in objects.items() if name.startswith("moved/damaged/6-")) == before
+
+
+def test_a_folder_of_hugging_face_is_fetched_once(server, home):
+  folder = Path(__file__).parent / "testdata" / "huggingface" / "gpt2"
+  for path in folder.iterdir():
+    server.put("bucket", f"corpus/gpt2/{path.name}", path.read_bytes())
+  jax.tree.map(np.testing.assert_array_equal, llmjax.load("gs://bucket/corpus/gpt2").params, llmjax.load(folder).params)
+  count = len(downloads(server))
+  llmjax.load("gs://bucket/corpus/gpt2")
+  assert len(downloads(server)) == count
+
+
+def test_what_another_host_writes_is_seen(server):
+  server.put("bucket", "z/1", b"")
+  folder = buckets.place("gs://bucket/z")
+  assert [path.name for path in folder.iterdir()] == ["1"]
+  server.put("bucket", "z/2", b"")
+  assert (folder / "2").exists() and sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_what_only_local_folders_can_take_comes_into_the_bucket(server, home):
+  target = buckets.place("gs://bucket/p/profile")
+  for name in ("a/1", "a/2"):  # into a folder that is not there yet, and into one that is
+    folder = buckets.scratch(target)
+    (folder / "a").mkdir()
+    (folder / name).write_text(name)
+    buckets.upload(folder, target)
+  found = {name: content for name, content in server.objects["bucket"].items() if name.startswith("p/")}
+  assert found == {"p/profile/a/1": b"a/1", "p/profile/a/2": b"a/2"}
+
+
+def test_lines_are_uploaded_when_due_and_only_what_has_changed(server, home, monkeypatch):
+  writer = metrics.Writer("gs://bucket/w", tensorboard=False)
+  objects, name = server.objects["bucket"], "w/metrics.jsonl"
+  writer.text(1, "sample", "the lazy dog")
+  writer.write(1, {"a": 1.0})
+  assert name not in objects
+  writer.sync()
+  assert objects[name].count(b"\n") == 1
+  start = len(server.changes)
+  writer.write(2, {"a": 1.0})
+  writer.sync()
+  assert [changed for changed, _ in server.changes[start:]] == [name]
+  monkeypatch.setattr(buckets, "PERIOD", 0.0)
+  writer.write(3, {"a": 1.0})
+  writer.close()
+  assert objects[name].count(b"\n") == 3
+  again = metrics.Writer("gs://bucket/w", start_step=2, tensorboard=False)
+  again.write(3, {"a": 2.0})
+  again.close()
+  assert metrics.read("gs://bucket/w") == {"a": ([1, 2, 3], [1.0, 1.0, 2.0])}
+  assert [sample["text"] for sample in metrics.read_samples("gs://bucket/w")] == ["the lazy dog"]
+
+
+FILES = {
+  "a/1.txt": b"one\n\ntwo\n",
+  "a/b/2.txt": b"three\n",
+  "a/.hidden/3.txt": b"no\n",
+  "1.jsonl": b'{"text": "one"}\n{"text": "two"}\n',
+  "1.csv": b"text,label\none,1\ntwo,2\n",
+}
+
+
+@pytest.mark.parametrize("pattern", ["a/**/*.txt", "a/1.txt", "*.jsonl", "1.csv", "1.parquet", "1.array_record"])
+def test_data_in_a_bucket_have_the_local_fingerprint_and_are_fetched_once(server, home, pattern):
+  for name, content in FILES.items():
+    (home / name).parent.mkdir(parents=True, exist_ok=True)
+    (home / name).write_bytes(content)
+  make_records(home)
+  for path in filter(lambda p: p.is_file(), home.rglob("*")):
+    server.put("bucket", f"corpus/{path.relative_to(home)}", path.read_bytes())
+  local = source.files("[:100%]", str(home / pattern))
+  start = len(server.requests)
+  there = source.files("[:100%]", f"gs://bucket/corpus/{pattern}")
+  assert there.fingerprint == local.fingerprint and list(there) == list(local)
+  fetched = downloads(server, start)
+  assert len(fetched) == (2 if "**" in pattern else 1)
+  source.files("[:100%]", f"gs://bucket/corpus/{pattern}")
+  assert downloads(server, start) == fetched
+  if pattern == "*.jsonl":
+    server.put("bucket", "corpus/1.jsonl", b'{"text": "new"}\n{"text": "two"}\n')
+    assert source.files("[:100%]", f"gs://bucket/corpus/{pattern}")[0]["text"] == "new"
+    assert len(downloads(server, start)) == 2
+
+
+def make_records(folder):
+  import pyarrow
+  from array_record.python.array_record_module import ArrayRecordWriter
+  from pyarrow import parquet
+
+  parquet.write_table(pyarrow.table({"text": ["one", "two"]}), folder / "1.parquet")
+  writer = ArrayRecordWriter(str(folder / "1.array_record"), "group_size:1")
+  writer.write(b"one")
+  writer.close()
+
+
+@pytest.mark.parametrize(
+  "path, said",
+  [
+    ("gs://nowhere/corpus/*.txt", "gs://nowhere.*there is no such bucket.*credentials"),
+    ("gs://forbidden/corpus/*.txt", "gs://forbidden.*Forbidden.*Storage Object User"),
+    ("gs://bucket/absent/*.txt", r"data.corpus.files='gs://bucket/absent/\*.txt': there is no such file$"),
+    ("gs://bucket/corpus", r"is a folder; say 'gs://bucket/corpus/\*\*/\*'"),
+  ],
+)
+def test_what_is_missing_or_forbidden_is_one_line(server, home, path, said):
+  server.objects["bucket"]["corpus/t.txt"] = TEXT.encode()
+  with pytest.raises(ConfigError, match=said) as caught:
+    source.files("", path)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bucket, said", [("nowhere", "no such bucket"), ("forbidden", "Forbidden")])
+def test_runs_in_such_buckets_end_before_they_begin(server, home, bucket, said):
+  (home / "t.txt").write_text(TEXT)
+  for call in (lambda: run(home / "t.txt", f"gs://{bucket}/x"), lambda: llmjax.load(f"gs://{bucket}/x")):
+    with pytest.raises(ConfigError, match=f"gs://{bucket}/x.*{said}"):
+      call()
+  with pytest.raises(ConfigError, match="no such workdir"):
+    llmjax.load("gs://bucket/nothing")
+
+
+def test_without_gcsfs_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ConfigError, match=r'pip install "llmjax\[gcs\]"'):
+    buckets.place("gs://bucket/another")
