@@ -22,16 +22,19 @@ from llmjax.types import Batch
 TRACED = ("seed", "optim.lr")  # arguments of the train step: nothing that is built depends on their values
 HOST = ("total_steps", "schedule", "data", "evals", "checkpoint", "early_stopping", "log", "profile")  # not in the step
 
+BOOKKEEPING = ("total_steps", "log", "checkpoint", "profile")  # what a finished trial may be asked for anew with
 
-def admit(trials: Mapping[str, Sequence[str]], compiling: bool) -> dict[str, dict[str, Any]]:
+
+def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict[str, dict[str, Any]]:
   """What each trial is, or why it cannot run.
 
   Args:
     trials: {name: flags of `llmjax train`}.
-    compiling: whether to compile for the devices of this machine, and hold the memory against theirs.
+    compiling: the names of those to compile for the devices of this machine, whose memory they must fit in. Where there
+      are none, the devices are elsewhere.
   Returns:
-    {name: {"parameters", "steps", "tokens" a step, "flops" a step, "program": what is equal where the compiled step is}
-    or {"error": one line}}.
+    {name: {"parameters", "steps", "tokens" a step, "flops" a step, "config": what is equal where the config is but for
+    its length and its bookkeeping, "program": what is equal where the compiled step is} or {"error": one line}}.
   """
   built: dict[str, dict[str, Any]] = {}
   compiled: dict[str, str] = {}
@@ -44,7 +47,7 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: bool) -> dict[str, dic
   if not compiling:  # the devices are elsewhere: as many as the meshes name stand for them
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max((named_devices(config) for config in configs.values()), default=1))
-  for name, config in configs.items():
+  for name, config in sorted(configs.items(), key=lambda item: item[0] not in compiling):
     try:
       if not isinstance(config["optim"]["lr"], (int, float)) or config["optim"]["lr"] < 0:
         raise ConfigError(f"optim.lr={config['optim']['lr']!r} must be a number, 0 or more")
@@ -53,13 +56,15 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: bool) -> dict[str, dic
         program, batch = checked(config, None if compiling else jax.devices()[: named_devices(config)])
         built[key] = facts(program, batch)
         step = built[key]["program"]
-        if compiling and step not in compiled:
+        if name in compiling and step not in compiled:
           compiled[step] = misfit(program, batch)
         if compiled.get(step):
           built[key] = {"error": compiled[step]}
-      out[name] = built[key]
+      out[name] = {**built[key], "config": digest(without(config, BOOKKEEPING))}
     except ConfigError as error:
       out[name] = {"error": " ".join(str(error).split())}
+    except Exception as error:  # whatever it is, the trial is named
+      out[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
   return out
 
 

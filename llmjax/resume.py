@@ -125,14 +125,14 @@ def set_aside(workdir: Path) -> None:
     print(f"moved the earlier run to {workdir}.{number}")
 
 
-def over(workdir: Path) -> bool:
-  """Whether the run in `workdir` has come to its end."""
+def over(workdir: Path, steps: int) -> bool:
+  """Whether the run in `workdir` has come to its end, after so many steps or early."""
   found = read_earlier(workdir)
   if found is None:
     return False
   stopper = EarlyStopping(**found["config"]["early_stopping"])
   stopper.restore(found.get("early_stopping"))
-  return stopper.over or found["step"] >= found["total_steps"]
+  return stopper.over or found["step"] >= steps
 
 
 def finished(workdir: Path, manifest: dict[str, Any], step: int, early: bool = False) -> str:

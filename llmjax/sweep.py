@@ -7,8 +7,10 @@ lock on LOCK, which outlives this process. This process never starts JAX: device
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -20,29 +22,34 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 from llmjax import trials as algebra
 from llmjax.config import ConfigError, find, nearest, open_roots, roots, run_file, split_reference
 from llmjax.metrics import CURVES, human_time
-from llmjax.trials import Sweep, Trial
+from llmjax.trials import COSTS, Sweep, Trial
 
 TRIAL, LOCK, LOG = "trial.json", "trial.lock", "log.txt"
 RETRIES = 2  # of a trial that was killed
-POLL = 0.2  # seconds
+POLL, QUEUE_POLL = 0.2, 5.0  # seconds between two looks, at processes and at a queue
 WAITING, RUNNING, FINISHED, FAILED = "waiting", "running", "finished", "failed"
 # What stands before `train` on the machine that a trial runs on; the trials of one slot follow each other.
 LAUNCHERS: dict[str, list[str]] = {
   "local": [],
   "tpu_vm": ["launch/tpu_vm.py", "run", "--name={sweep}-{slot}", "--keep"],
-  "gke": ["launch/gke.py", "run", "--name={sweep}-{number}"],
+  "gke": ["launch/gke.py", "run", "--name={sweep}-{trial}"],
   "slurm": ["launch/slurm.py"],
 }
 AWAY = ("tpu_vm", "gke")  # on machines that do not have this one's disk
-# What ends the machines of a slot when its trials are over, and which of the launcher's flags that wants.
-ENDING = {
-  "tpu_vm": (["launch/tpu_vm.py", "delete", "--name={sweep}-{slot}"], r"--(zone|project|slices|internal_ips)\b")
+# What ends the machines of a slot when its trials are over, one after the other: a run that is still there saves first.
+ENDING = {"tpu_vm": [["launch/tpu_vm.py", word, "--name={sweep}-{slot}"] for word in ("stop", "delete")]}
+SHARED = r"--(zone|project|slices|internal_ips)\b"  # those of a launcher's flags that ENDING wants too
+LEFT = {  # what is true after a Ctrl-C
+  "local": "what ran has saved",
+  "tpu_vm": "what ran has saved, and its machines are gone",
+  "gke": "what ran goes on in the cluster",
 }
+KILLED = (130, 137, 143)  # exit codes of what was interrupted, beside those below 0
 
 
 @dataclasses.dataclass
@@ -82,8 +89,11 @@ class Elsewhere:
     with held(self.lock) as free:
       return -1 if free else None
 
-  def send_signal(self, number: int) -> None:
-    """It is not ours to end."""
+  @property
+  def slot(self) -> int:
+    """The one that it takes."""
+    text = self.lock.read_text()
+    return int(text) if text.isdigit() else 0
 
 
 def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> tuple[Sweep, list[Job]]:
@@ -100,6 +110,10 @@ def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> t
   sweep = run_file(path, "get_sweep")
   if not isinstance(sweep, Sweep):
     raise ConfigError(f"{path}: get_sweep must return an llmjax.trials.Sweep, not {type(sweep).__name__}")
+  varied = {key for trial in sweep.trials for key in trial}
+  for field, column in (("x", sweep.x), *(("lines", line) for line in sweep.lines)):
+    if column not in varied and (column not in COSTS or field == "lines"):
+      raise ConfigError(f"{path}: Sweep.{field}={column!r} is nothing that trials change; {nearest(column, varied)}")
   jobs = []
   for name, trial in zip(algebra.names(sweep.trials), sweep.trials):
     first, *changes = algebra.flags(reference, trial)
@@ -108,18 +122,20 @@ def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> t
   return sweep, jobs
 
 
-def admit(jobs: Sequence[Job], compiling: bool) -> None:
+def admit(jobs: Sequence[Job], compiling: Sequence[str], environment: Mapping[str, str]) -> None:
   """Fills in what each trial is.
 
+  Args:
+    compiling: the names of those to compile as well.
+    environment: of a trial, so that only its devices are seen.
   Raises ConfigError where any cannot run, with the reasons; then none has been started.
   """
   asked = {job.name: [flag for flag in job.arguments[1:] if not flag.startswith("--workdir=")] for job in jobs}
   with tempfile.TemporaryDirectory() as folder:
     question, answer = Path(folder) / "question.json", Path(folder) / "answer.json"
-    question.write_text(json.dumps({"trials": asked, "compiling": compiling}), encoding="utf-8")
-    code = subprocess.run(
-      [sys.executable, "-m", "llmjax", "sweep", f"--admit={question}", f"--workdir={answer}"], check=False
-    ).returncode
+    question.write_text(json.dumps({"trials": asked, "compiling": list(compiling)}), encoding="utf-8")
+    words = [sys.executable, "-m", "llmjax", "sweep", f"--admit={question}", f"--workdir={answer}"]
+    code = subprocess.run(words, check=False, env={**os.environ, **environment}).returncode
     if code:
       raise ConfigError(f"looking at the trials ended with exit code {code}; nothing has been started")
     found = json.loads(answer.read_text(encoding="utf-8"))
@@ -141,47 +157,65 @@ def answer(question: str, output: str) -> None:
   Path(output).write_text(json.dumps(admission.admit(asked["trials"], asked["compiling"])), encoding="utf-8")
 
 
-def look(job: Job) -> None:
-  """What an earlier call has left of a trial."""
+def look(job: Job, retry: bool) -> None:
+  """What an earlier call has left of a trial.
+
+  Raises ConfigError where its folder holds the trial with another config.
+  """
   record = read_record(job)
-  job.seconds, job.attempts = record.get("seconds", 0.0), 0
-  same = record.get("arguments") == job.arguments
-  if same and record.get("code") == 0:
+  job.seconds = record.get("seconds", 0.0)
+  lock = job.folder / LOCK
+  if lock.exists() and Elsewhere(lock).poll() is None:
+    job.state, job.process, job.started = RUNNING, Elsewhere(lock), time.time()
+  if not record:
+    return
+  if record["config"] != job.facts["config"] or record["steps"] > job.facts["steps"]:
+    raise ConfigError(
+      f"{job.folder} holds trial {job.name} with another config, or with more steps; change that back, or use another "
+      "--workdir"
+    )
+  if job.state == RUNNING or record["steps"] < job.facts["steps"]:
+    return
+  if record["code"] == 0:
     job.state = FINISHED
-  elif same and record.get("code", -1) > 0 and record["code"] != 130:
+  elif not killed(record["code"]) and not retry:
     job.state, job.error = FAILED, record["error"]
-  elif (job.folder / LOCK).exists() and Elsewhere(job.folder / LOCK).poll() is None:
-    job.state, job.process, job.started = RUNNING, Elsewhere(job.folder / LOCK), time.time()
+
+
+def killed(code: int) -> bool:
+  """Whether an exit code is that of a run that was told to end, not of one that failed."""
+  return code < 0 or code in KILLED
 
 
 def read_record(job: Job) -> dict[str, Any]:
+  """How the last attempt ended; {} where there was none, or its end was lost."""
   path = job.folder / TRIAL
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  try:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  except ValueError:  # a power cut
+    return {}
 
 
 def write_record(job: Job, code: int) -> None:
-  """How an attempt ended; a crash in the middle leaves the old record whole."""
-  record = {"trial": job.trial, "arguments": job.arguments, "code": code, "error": job.error, "seconds": job.seconds}
+  """Notes how an attempt ended; a crash in the middle leaves the old record whole."""
+  job.folder.mkdir(parents=True, exist_ok=True)
+  facts = {key: job.facts[key] for key in ("config", "steps")}
+  record = {"trial": job.trial, **facts, "code": code, "error": job.error, "seconds": job.seconds}
   new = job.folder / (TRIAL + ".new")
   new.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
   os.replace(new, job.folder / TRIAL)
 
 
-class held:
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
   """Takes a lock for a while; gives whether it was free."""
-
-  def __init__(self, path: Path):
-    self.file: TextIO = open(path, "a")
-
-  def __enter__(self) -> bool:
+  with open(path, "a") as file:
     try:
-      fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-      return False
-    return True
-
-  def __exit__(self, *_: Any) -> None:
-    self.file.close()
+      yield False
+    else:
+      yield True
 
 
 def program(job: Job, prefix: Sequence[str]) -> list[str]:
@@ -189,24 +223,26 @@ def program(job: Job, prefix: Sequence[str]) -> list[str]:
   return [*prefix, "--", *job.arguments] if prefix else [sys.executable, "-m", "llmjax", *job.arguments]
 
 
-def start(job: Job, prefix: Sequence[str], cores: set[int] | None) -> None:
+def start(job: Job, prefix: Sequence[str], slot: Slot) -> None:
   """Begins or continues a trial. The lock is the child's as well, so that it holds for as long as that lives."""
   job.folder.mkdir(parents=True, exist_ok=True)
-  lock = open(job.folder / LOCK, "a")
-  fcntl.flock(lock, fcntl.LOCK_EX)
-  with open(job.folder / LOG, "ab") as log:
+  with open(job.folder / LOCK, "a") as lock, open(job.folder / LOG, "ab") as log:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.truncate(0)
+    lock.write(str(slot.number))
+    lock.flush()
     job.process = subprocess.Popen(
       program(job, prefix),
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
       pass_fds=[lock.fileno()],
+      env={**os.environ, **slot.environment},
       start_new_session=True,  # a Ctrl-C is for this process, which passes it on once
     )
-  if cores and hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(job.process.pid, cores)  # before it makes its threads
-  lock.close()
-  job.state, job.started, job.attempts = RUNNING, time.time(), job.attempts + 1
+  if slot.cores and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(job.process.pid, slot.cores)  # before it makes its threads
+  job.state, job.error, job.started, job.attempts = RUNNING, "", time.time(), job.attempts + 1
 
 
 def settle(job: Job, stopping: bool) -> None:
@@ -218,11 +254,13 @@ def settle(job: Job, stopping: bool) -> None:
     job.state = WAITING
     return
   job.seconds += time.time() - job.started
-  job.error = "" if code == 0 else last_words(job.folder / LOG) or f"exit code {code}"
-  killed = code < 0 or code == 130
+  if code < 0:
+    job.error = f"killed by signal {-code}"
+  else:
+    job.error = last_words(job.folder / LOG) if code else ""
   if code == 0:
     job.state = FINISHED
-  elif killed and (stopping or job.attempts <= RETRIES):
+  elif killed(code) and (stopping or job.attempts <= RETRIES):
     job.state = WAITING
   else:
     job.state = FAILED
@@ -235,15 +273,42 @@ def last_words(log: Path) -> str:
   return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def slots(count: int, launcher: str) -> Iterator[set[int] | None]:
-  """The cores of each of `count` trials that run side by side on this machine; None leaves them all."""
+class Slot(NamedTuple):
+  """What one of the trials that run side by side has of this machine."""
+
+  number: int
+  cores: set[int] | None = None  # None: all
+  environment: Mapping[str, str] = {}
+
+
+def slots(count: int, launcher: str) -> list[Slot]:
+  """Shares this machine's GPUs, or else its cores, among `count` trials.
+
+  Raises ConfigError: it has accelerators, and fewer than trials.
+  """
+  if launcher != "local" or count == 1:
+    return [Slot(number) for number in range(count)]
+  asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+  gpus = sorted(path.name for path in Path("/proc/driver/nvidia/gpus").glob("*"))
+  devices = [str(i) for i in range(len(gpus))] if asked is None else [d for d in asked.split(",") if d]
+  tpus = len(list(Path("/dev").glob("accel[0-9]*")))
+  if (gpus and len(devices) < count) or tpus:
+    most = max(len(devices), 1) if gpus else 1
+    raise ConfigError(f"--max_parallel={count}: this machine's accelerators serve {most} trials at a time")
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-  share = len(cores) // count
-  for slot in range(count):
-    yield set(cores[slot * share : (slot + 1) * share]) if launcher == "local" and count > 1 and share else None
+
+  def share(of: list[Any], number: int) -> list[Any]:
+    each = len(of) // count
+    return of[number * each : (number + 1) * each]
+
+  if gpus:
+    return [Slot(i, environment={"CUDA_VISIBLE_DEVICES": ",".join(share(devices, i))}) for i in range(count)]
+  return [Slot(i, set(share(cores, i)) or None) for i in range(count)]
 
 
-def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, max_parallel: int, show: Any) -> None:
+def run(
+  jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, places: Sequence[Slot], show: Any
+) -> None:
   """Runs what is not finished.
 
   Args:
@@ -251,35 +316,43 @@ def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, ma
     launcher: one of LAUNCHERS.
     flags: of the launcher.
     sweep: the sweep's name, for what a launcher makes.
-    max_parallel: how many trials run at a time.
+    places: one for each trial that may run at a time.
     show: called with the jobs whenever something may have changed.
   Raises:
-    KeyboardInterrupt: it was asked to stop; the trials that ran have saved.
+    KeyboardInterrupt: it was asked to stop.
   """
-  cores = list(slots(max_parallel, launcher))
   taken: dict[int, Job] = {}
   used: set[int] = set()
   foreign = [job for job in jobs if job.process is not None]
   asked: list[int] = []
 
+  def tell(job: Job) -> None:
+    job.process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+
   def stop(number: int, _: Any) -> None:
     asked.append(number)
-    for job in taken.values():
-      job.process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+    for job in list(taken.values()):
+      tell(job)
 
-  previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+  heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if listened(number)]
+  previous = {number: signal.signal(number, stop) for number in heard}
   try:
     while True:
       for job in [job for job in (*taken.values(), *foreign) if job.process.poll() is not None]:
-        settle(job, bool(asked))
         foreign = [other for other in foreign if other is not job]
         taken = {slot: other for slot, other in taken.items() if other is not job}
-      free = [slot for slot in range(max_parallel - len(foreign)) if slot not in taken]
-      waiting = [job for job in jobs if job.state == WAITING] if not asked else []
-      for slot, job in zip(free, waiting):
-        start(job, prefix(launcher, flags, parts_of_names(sweep, slot, jobs.index(job))), cores[slot])
-        taken[slot] = job
-        used.add(slot)
+        settle(job, bool(asked))
+      busy = {*taken, *(job.process.slot for job in foreign)}
+      free = [place for place in places if place.number not in busy][: len(places) - len(taken) - len(foreign)]
+      waiting = [job for job in jobs if job.state == WAITING]
+      for place, job in zip(free, waiting):
+        if asked:
+          break
+        start(job, prefix(launcher, flags, parts_of_names(sweep, place.number, job)), place)
+        taken[place.number] = job
+        used.add(place.number)
+        if asked:  # while it was started
+          tell(job)
       show(jobs)
       if not taken and (asked or (not foreign and not waiting)):
         break
@@ -287,26 +360,32 @@ def run(jobs: Sequence[Job], launcher: str, flags: Sequence[str], sweep: str, ma
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
-    for slot in sorted(used) if launcher in ENDING else ():
-      words, wanted = ENDING[launcher]
-      kept = [flag for flag in flags if re.match(wanted, flag)]
-      subprocess.run(_command(words, kept, parts_of_names(sweep, slot)), check=False)
+    kept = [flag for flag in flags if re.match(SHARED, flag)]
+    for slot in sorted(used):
+      for words in ENDING.get(launcher, ()):
+        subprocess.run(_launch(words, kept, parts_of_names(sweep, slot)), check=False)
   if asked:
-    raise KeyboardInterrupt("interrupted; what ran has saved: the same command goes on")
+    raise KeyboardInterrupt(f"interrupted; {LEFT[launcher]}: the same command goes on")
 
 
-def parts_of_names(sweep: str, slot: int, number: int = 0) -> dict[str, str]:
+def listened(number: int) -> bool:
+  """Whether a signal is not ignored, as `nohup` has it."""
+  return signal.getsignal(number) is not signal.SIG_IGN
+
+
+def parts_of_names(sweep: str, slot: int, job: Job | None = None) -> dict[str, str]:
   """What the names of machines are made of; a cloud wants them short and plain."""
-  name = re.sub(r"[^a-z0-9]+", "-", sweep.lower()).strip("-")[:40]
-  return {"sweep": name or "sweep", "slot": str(slot), "number": str(number)}
+  name = re.sub(r"[^a-z0-9]+", "-", f"s-{sweep}".lower())[:28].strip("-")
+  trial = "" if job is None else hashlib.sha256(job.command.encode()).hexdigest()[:8]
+  return {"sweep": name, "slot": str(slot), "trial": trial}
 
 
 def prefix(launcher: str, flags: Sequence[str], parts: Mapping[str, str]) -> list[str]:
   """What stands before the arguments of `llmjax` where trials run."""
-  return _command(LAUNCHERS[launcher], flags, parts) if LAUNCHERS[launcher] else []
+  return _launch(LAUNCHERS[launcher], flags, parts) if LAUNCHERS[launcher] else []
 
 
-def _command(words: Sequence[str], flags: Sequence[str], parts: Mapping[str, str]) -> list[str]:
+def _launch(words: Sequence[str], flags: Sequence[str], parts: Mapping[str, str]) -> list[str]:
   script, *more = words
   return [sys.executable, str(launch_script(script)), *(word.format(**parts) for word in more), *flags]
 
@@ -318,17 +397,24 @@ def launch_script(script: str) -> Path:
   return path
 
 
-def run_slurm(jobs: Sequence[Job], flags: Sequence[str], folder: Path, max_parallel: int, show: Any) -> None:
+def run_slurm(
+  jobs: Sequence[Job], flags: Sequence[str], folder: Path, max_parallel: int, retry: bool, show: Any
+) -> None:
   """Submits what is neither finished nor queued as an array, and follows it; a Ctrl-C leaves the queue as it is."""
-  script = [sys.executable, str(launch_script("launch/slurm.py"))]
+  script = [sys.executable, str(launch_script(LAUNCHERS["slurm"][0]))]
 
   def queued() -> set[str]:
     done = subprocess.run([*script, "queued", f"--folder={folder}"], capture_output=True, text=True, check=False)
     if done.returncode:
-      raise ConfigError(last_line(done.stderr) or "launch/slurm.py queued failed")
+      raise ConfigError(done.stderr.strip().split("\n")[-1] or "launch/slurm.py queued failed")
     return set(done.stdout.split("\n")) - {""}
 
   there = queued()
+  before = {name for path in (folder / "slurm").glob("*.json") for name in json.loads(path.read_text())["names"]}
+  for job in jobs:
+    if job.state == WAITING and job.name in before - there:  # ended while nobody followed it
+      close_queued(job)
+      job.state = WAITING if job.state == FAILED and retry else job.state
   new = [job for job in jobs if job.state == WAITING and job.name not in there]
   if new:
     commands = folder / "commands.jsonl"
@@ -348,11 +434,10 @@ def run_slurm(jobs: Sequence[Job], flags: Sequence[str], folder: Path, max_paral
           close_queued(job)
       mine = [job for job in mine if job.name in there]
       show(jobs)
-      time.sleep(POLL if not mine else 5)
+      time.sleep(QUEUE_POLL if mine else 0)
   except KeyboardInterrupt:
-    raise KeyboardInterrupt(
-      f"the trials go on in the queue; the same command follows them, and {script[1]} cancel ends them"
-    ) from None
+    ending = f"{script[1]} cancel --folder={folder}"
+    raise KeyboardInterrupt(f"trials go on in the queue; the same command follows them, `{ending}` ends them") from None
 
 
 def close_queued(job: Job) -> None:
@@ -360,15 +445,11 @@ def close_queued(job: Job) -> None:
   from llmjax.data.buckets import place
   from llmjax.resume import over
 
-  code = 0 if over(place(job.workdir)) else 1
-  job.state = FAILED if code else FINISHED
-  said = last_words(job.folder / LOG) if code and (job.folder / LOG).exists() else ""
-  job.error = f"left the queue before its end: {said or 'nothing was logged'}" if code else ""
-  write_record(job, code)
-
-
-def last_line(text: str) -> str:
-  return next((line for line in reversed(text.strip().split("\n")) if line), "")
+  done = over(place(job.workdir), job.facts["steps"])
+  said = last_words(job.folder / LOG) if not done and (job.folder / LOG).exists() else "nothing was logged"
+  job.error = "" if done else f"left the queue before its end: {said}"
+  job.state = FINISHED if done else FAILED
+  write_record(job, 0 if done else 1)
 
 
 def sweep(
@@ -390,40 +471,45 @@ def sweep(
     raise ConfigError(f"--launcher={launcher}: {nearest(launcher, LAUNCHERS)}")
   if max_parallel < 1:
     raise ConfigError(f"--max_parallel={max_parallel} must be at least 1")
-  if launcher in AWAY and trials_in is None:
+  if launcher in AWAY and not (trials_in or "").startswith("gs://"):
     raise ConfigError(f"--launcher={launcher} runs trials where {workdir} is not; give --trials_in=gs://BUCKET/FOLDER")
+  if "://" in str(workdir):
+    raise ConfigError(f"--workdir={workdir} must be a folder here; trials may lie in a bucket, by --trials_in")
+  try:
+    flags = shlex.split(launcher_flags)
+  except ValueError as error:
+    raise ConfigError(f"--launcher_flags={launcher_flags!r}: {error}") from None
+  if any(not flag.startswith("--") for flag in flags):
+    raise ConfigError(f"--launcher_flags={launcher_flags!r} must be --FLAG or --FLAG=VALUE each, without a space")
   workdir = Path(workdir).absolute()
   plan, jobs = load(arguments, workdir, trials_in)
+  places = slots(max_parallel, launcher)
   if dry_run:
-    admit(jobs, compiling=launcher == "local")
+    admit(jobs, [job.name for job in jobs if launcher == "local"], places[0].environment)
     programs = len({job.facts["program"] for job in jobs})
-    for number, job in enumerate(jobs):
-      say(
-        shlex.join(program(job, prefix(launcher, shlex.split(launcher_flags), parts_of_names(workdir.name, 0, number))))
-      )
+    for job in jobs:
+      before = prefix(launcher, flags, parts_of_names(workdir.name, 0, job)) if launcher != "slurm" else []
+      say(shlex.join(program(job, before)))
     say(f"{len(jobs)} trials, {programs} programs, {sum(j.facts['flops'] * j.facts['steps'] for j in jobs):.3g} FLOPs")
     return True
   workdir.mkdir(parents=True, exist_ok=True)
   with held(workdir / "sweep.lock") as free:
     if not free:
       raise ConfigError(f"{workdir}: another `llmjax sweep` is at work there; wait for it, or use another --workdir")
+    began = time.time()
+    unfinished = [job.name for job in jobs if read_record(job).get("code") != 0]
+    admit(jobs, unfinished if launcher == "local" else [], places[0].environment)
     for job in jobs:
-      look(job)
-      if retry and job.state == FAILED:
-        job.state, job.error = WAITING, ""
-    start_time = time.time()
-    admit(jobs, compiling=launcher == "local")
+      look(job, retry)
     programs = len({job.facts["program"] for job in jobs})
     left = sum(job.state == WAITING for job in jobs)
-    say(
-      f"{len(jobs)} trials of {programs} programs, {left} to run; looked at in {human_time(time.time() - start_time)}"
-    )
+    say(f"{len(jobs)} trials of {programs} programs, {left} to run; looked at in {human_time(time.time() - began)}")
     with Table(plan, jobs, say) as table:
       try:
         if launcher == "slurm":
-          run_slurm(jobs, shlex.split(launcher_flags), workdir, max_parallel, table.show)
+          run_slurm(jobs, flags, workdir, max_parallel, retry, table.show)
         else:
-          run(jobs, launcher, shlex.split(launcher_flags), workdir.name, max_parallel, table.show)
+          run(jobs, launcher, flags, workdir.name, places, table.show)
       finally:
         written = write_results(plan, jobs, workdir)
     say(written)

@@ -18,9 +18,8 @@ from llmjax.data.buckets import in_bucket
 from llmjax.metrics import human_number, human_time, read
 from llmjax.page import fold, picture, section, table, whole
 from llmjax.plots import COLOURS, THEMES, Curve, number, spread, style
-from llmjax.trials import Sweep, short_keys
+from llmjax.trials import COSTS, Sweep, identity, short_keys
 
-COSTS = ("parameters", "tokens", "flops", "seconds")
 ENDED = ("finished", "failed")
 Row = dict[str, Any]  # {column: value}; "trial", "state", those of the trial's changes, COSTS, metrics
 Point = tuple[Any, float, float, float]  # x, mean, least and most of y
@@ -30,7 +29,7 @@ def curves_of(job: Any) -> dict[str, Curve]:
   """What a trial has logged so far."""
   try:
     return read(job.workdir)
-  except ConfigError:
+  except (ConfigError, OSError):  # not yet, or a bucket that cannot be reached now
     return {}
 
 
@@ -47,10 +46,20 @@ def make_row(job: Any, curves: Mapping[str, Curve]) -> Row:
   }
 
 
-def ranked(plan: Sweep, rows: Sequence[Row]) -> list[Row]:
-  """The rows that have the metric as a finite number, the best first."""
-  having = [row for row in rows if math.isfinite(row.get(plan.metric, math.nan))]
-  return sorted(having, key=lambda row: row[plan.metric], reverse=plan.best_is == "most")
+def measured(plan: Sweep, row: Row) -> float:
+  """What decides on a trial; NaN where it has not come to its end."""
+  return float(row.get(plan.metric, math.nan)) if row["state"] == "finished" else math.nan
+
+
+def ranked(plan: Sweep, jobs: Sequence[Any], rows: Sequence[Row]) -> list[tuple[float, int, Row]]:
+  """(mean of the metric, of how many, the first of them) of trials that differ in their seeds alone, the best first;
+  where all of them are finished, with a finite number."""
+  groups: dict[str, list[Row]] = {}
+  for job, row in zip(jobs, rows):
+    groups.setdefault(identity({k: v for k, v in job.trial.items() if k != "seed"}), []).append(row)
+  means = [(statistics.fmean(measured(plan, row) for row in of), len(of), of[0]) for of in groups.values()]
+  finite = [entry for entry in means if math.isfinite(entry[0])]
+  return sorted(finite, key=lambda entry: entry[0], reverse=plan.best_is == "most")
 
 
 class Table:
@@ -94,6 +103,7 @@ class Table:
 
   def _table(self, jobs: Sequence[Any]) -> Any:
     """What runs and the latest that ended; the others as a count."""
+    from rich.markup import escape
     from rich.table import Table as Grid
 
     grid = Grid(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -109,7 +119,14 @@ class Table:
       spent = job.seconds + (time.time() - job.started if job.state == "running" else 0)
       of = f"{step:,}/{job.facts['steps']:,}" if "steps" in job.facts else f"{step:,}"
       result = number(value) if math.isfinite(value) else job.error[:40]
-      grid.add_row(job.name, job.state, of, result, human_time(spent), style="bold" if job.state == "running" else "")
+      grid.add_row(
+        escape(job.name),
+        job.state,
+        of,
+        escape(result),
+        human_time(spent),
+        style="bold" if job.state == "running" else "",
+      )
     counts = {state: sum(job.state == state for job in jobs) for state in ("finished", "running", "waiting", "failed")}
     grid.caption = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     return grid
@@ -120,22 +137,27 @@ def write_results(plan: Sweep, jobs: Sequence[Any], workdir: Path) -> str:
   curves = {job.name: curves_of(job) for job in jobs}
   rows = [make_row(job, curves[job.name]) for job in jobs]
   _write_tables(rows, workdir)
-  best = ranked(plan, rows)
+  best = ranked(plan, jobs, rows)
   if not best:
-    return f"no trial has measured {plan.metric} yet; the numbers so far: {workdir / 'results.csv'}"
+    return f"no trial has come to its end with {plan.metric} yet; the numbers so far: {workdir / 'results.csv'}"
   groups = points(plan, rows)
   with open(workdir / "sweep.png", "wb") as file:
-    file.write(figure(plan, groups, workdir.name, "png"))
-  (workdir / "sweep.html").write_text(_page(plan, rows, curves, groups, workdir.name), encoding="utf-8")
-  lines = [f"  {number(row[plan.metric]):>10}  {row['trial']}" for row in best[:5]]
+    file.write(figure(plan, groups, failures(plan, rows), workdir.name, "png"))
+  (workdir / "sweep.html").write_text(_page(plan, jobs, rows, curves, workdir.name), encoding="utf-8")
+  lines = [f"  {number(mean):>10}  {_named(row['trial'], count)}" for mean, count, row in best[:5]]
   return "\n".join(
     [
-      f"{plan.metric}, {plan.best_is} is best, of {len(best)} trials:",
+      f"{plan.metric}, {plan.best_is} is best:",
       *lines,
-      f"the best again: {best[0]['command']}",
+      f"the best again: {best[0][2]['command']}",
       f"in {workdir}: sweep.html, sweep.png, results.csv, results.parquet",
     ]
   )
+
+
+def _named(trial: str, count: int) -> str:
+  """A trial, and how many seeds there are of it."""
+  return trial if count == 1 else f"{trial} (mean of {count} seeds)"
 
 
 def _write_tables(rows: Sequence[Row], workdir: Path) -> None:
@@ -177,22 +199,36 @@ def _written(value: Any) -> str:
 
 
 def points(plan: Sweep, rows: Sequence[Row]) -> dict[str, list[Point]]:
-  """{label of a line: its points in the order of x}; rows with the same x are averaged."""
+  """{label of a line: its points in the order of x}; rows with the same x are averaged, and there is no point where one
+  of them has failed."""
   found: dict[str, dict[Any, list[float]]] = {}
+  failed = {(name, x) for name, x in failures(plan, rows)}
   for row in rows:
-    value, x = row.get(plan.metric, math.nan), row.get(plan.x)
-    if math.isfinite(value) and x is not None:
+    value, x = measured(plan, row), along(plan, row)
+    if math.isfinite(value) and (label(plan, row), x) not in failed:
       found.setdefault(label(plan, row), {}).setdefault(x, []).append(value)
-
-  def order(x: Any) -> Any:
-    return (0, x, "") if isinstance(x, (int, float)) else (1, 0, str(x))
-
   return {
     name: [
-      (x, statistics.mean(of), min(of), max(of)) for x, of in sorted(line.items(), key=lambda item: order(item[0]))
+      (x, statistics.fmean(of), min(of), max(of)) for x, of in sorted(line.items(), key=lambda item: _order(item[0]))
     ]
     for name, line in found.items()
   }
+
+
+def failures(plan: Sweep, rows: Sequence[Row]) -> list[tuple[str, Any]]:
+  """(label of a line, x) of trials that failed, or ended without a finite number."""
+  ended = [row for row in rows if row["state"] in ENDED]
+  return [(label(plan, row), along(plan, row)) for row in ended if not math.isfinite(measured(plan, row))]
+
+
+def along(plan: Sweep, row: Row) -> Any:
+  """A row's x; what is no number is a name."""
+  x = row.get(plan.x)
+  return x if isinstance(x, (int, float)) and not isinstance(x, bool) else str(x)
+
+
+def _order(x: Any) -> Any:
+  return (1, 0, x) if isinstance(x, str) else (0, x, "")
 
 
 def frontier(plan: Sweep, groups: Mapping[str, list[Point]]) -> list[tuple[float, float]]:
@@ -205,47 +241,55 @@ def frontier(plan: Sweep, groups: Mapping[str, list[Point]]) -> list[tuple[float
   return out
 
 
-def figure(plan: Sweep, groups: Mapping[str, list[Point]], title: str, form: str, theme: str = "light") -> bytes:
-  """The metric along `plan.x`: a line for each group with the spread of its seeds and its best point marked; where x
-  is a cost, the Pareto front as well."""
+def figure(
+  plan: Sweep,
+  groups: Mapping[str, list[Point]],
+  failed: Sequence[tuple[str, Any]],
+  title: str,
+  form: str,
+  theme: str = "light",
+) -> bytes:
+  """The metric along `plan.x`: a line for each group with the spread of its seeds and its best point marked, a cross at
+  the edge where a trial failed; where x is a cost, the Pareto front as well."""
   from matplotlib.figure import Figure
   from matplotlib.ticker import FuncFormatter, NullLocator
 
-  colours, ink, muted = COLOURS[theme], THEMES[theme]["ink"], THEMES[theme]["muted"]
-  xs = [x for line in groups.values() for x, *_ in line]
-  named = not all(isinstance(x, (int, float)) for x in xs)
-  places = {x: i for i, x in enumerate(dict.fromkeys(xs))} if named else {x: x for x in xs}
+  xs = [*(x for line in groups.values() for x, *_ in line), *(x for _, x in failed)]
+  named = any(isinstance(x, str) for x in xs)
+  places = {x: i for i, x in enumerate(sorted(set(xs), key=_order))} if named else {x: x for x in sorted(set(xs))}
   best = max if plan.best_is == "most" else min
+  looks = line_looks(list(groups), theme)
   with style(theme):
     canvas = Figure(figsize=(10, 5.2), dpi=160)
-    axes = canvas.add_axes((0.08, 0.14, 0.68, 0.72))
+    axes = canvas.add_axes((0.08, 0.14, 0.66, 0.72))
     if not named and min(xs) > 0 and max(xs) > 8 * min(xs):
       axes.set_xscale("log")
     axes.set_ylim(*_limits(plan, groups))
     notes = []
-    for (name, line), colour in zip(groups.items(), colours * len(groups)):
-      at = [places[x] for x, *_ in line]
-      axes.plot(at, [y for _, y, *_ in line], color=colour, marker="o", markersize=4, linewidth=1.8, zorder=3)
-      axes.fill_between(at, [low for *_, low, _ in line], [high for *_, high in line], color=colour, alpha=0.15, lw=0)
+    for name, line in groups.items():
+      look, at = looks[name], [places[x] for x, *_ in line]
+      axes.plot(at, [y for _, y, *_ in line], marker="o", markersize=4, linewidth=1.8, zorder=3, **look)
+      low, high = ([point[side] for point in line] for side in (2, 3))
+      axes.fill_between(at, low, high, color=look["color"], alpha=0.15, lw=0)
       x, y, *_ = best(line, key=lambda point: point[1])
-      axes.plot([places[x]], [y], color=colour, marker="o", markersize=9, zorder=4)
-      notes.append((line[-1][1], f"{name}  {number(y)}".strip(), colour))
+      axes.plot([places[x]], [y], color=look["color"], marker="o", markersize=9, zorder=4)
+      notes.append((line[-1][1], f"{name}  {number(y)}".strip(), look["color"]))
+    edge = axes.get_ylim()[0 if plan.best_is == "most" else 1]
+    for name, x in failed:
+      colour = looks[name]["color"] if name in looks else THEMES[theme]["muted"]
+      axes.plot([places[x]], [edge], color=colour, marker="x", markersize=8, clip_on=False, zorder=5)
     if plan.x in COSTS:
-      front = frontier(plan, groups)
-      axes.step(*zip(*front), where="post", color=muted, linestyle=(0, (4, 3)), linewidth=1, zorder=2)
-    ticks = dict(sorted(places.items(), key=lambda item: item[1]))
-    if named or len(ticks) <= 10:
-      axes.set_xticks(list(ticks.values()), [_written(x) for x in ticks])
+      front = zip(*frontier(plan, groups))
+      axes.step(*front, where="post", color=THEMES[theme]["muted"], linestyle=(0, (4, 3)), linewidth=1, zorder=2)
+    if named or len(places) <= 10:
+      axes.set_xticks(list(places.values()), [_written(x) for x in places])
     else:
       axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _written(value)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(plan.x.removeprefix(":"), color=muted)
+    axes.set_xlabel(plan.x.removeprefix(":"), color=THEMES[theme]["muted"])
+    ink = THEMES[theme]["ink"]
     axes.set_title(f"{title}: {plan.metric}", loc="left", color=ink, fontsize=13, fontweight="bold", pad=14)
-    axes.tick_params(which="both", colors=muted, length=0, pad=5)
-    axes.grid(axis="y", color=THEMES[theme]["grid"], linewidth=0.8)
-    for side, spine in axes.spines.items():
-      spine.set_visible(side == "bottom")
-      spine.set_color(THEMES[theme]["grid"])
+    plain(axes, theme)
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [min(max(to_axes.transform((axes.get_xlim()[0], y))[1], 0.0), 1.0) for y, *_ in notes]
     for (_, text, colour), height in zip(notes, spread(wanted, 0.05)):
@@ -255,6 +299,25 @@ def figure(plan: Sweep, groups: Mapping[str, list[Point]], title: str, form: str
     out = io.BytesIO()
     canvas.savefig(out, format=form, metadata={"Date": None} if form == "svg" else None)
   return out.getvalue()
+
+
+def line_looks(names: Sequence[str], theme: str) -> dict[str, dict[str, Any]]:
+  """{line: its colour, and dashes where the colours have all been used}."""
+  colours = COLOURS[theme]
+  dashes = ("-", "--", ":", "-.")
+  return {
+    name: {"color": colours[i % len(colours)], "linestyle": dashes[i // len(colours) % len(dashes)]}
+    for i, name in enumerate(names)
+  }
+
+
+def plain(axes: Any, theme: str) -> None:
+  """Axes without a frame."""
+  axes.tick_params(which="both", colors=THEMES[theme]["muted"], length=0, pad=5)
+  axes.grid(axis="y", color=THEMES[theme]["grid"], linewidth=0.8)
+  for side, spine in axes.spines.items():
+    spine.set_visible(side == "bottom")
+    spine.set_color(THEMES[theme]["grid"])
 
 
 def _limits(plan: Sweep, groups: Mapping[str, list[Point]]) -> tuple[float, float]:
@@ -269,60 +332,70 @@ def _limits(plan: Sweep, groups: Mapping[str, list[Point]]) -> tuple[float, floa
   return (-high, -low) if plan.best_is == "most" else (low, high)
 
 
-def trajectories(plan: Sweep, rows: Sequence[Row], curves: Mapping[str, Curve], theme: str) -> str:
+def trajectories(plan: Sweep, name: str, rows: Sequence[Row], curves: Mapping[str, Curve], theme: str) -> str:
   """One metric of all trials against the step, coloured by their line, as SVG."""
   from matplotlib.figure import Figure
 
-  names = list(dict.fromkeys(label(plan, row) for row in rows))
-  palette = dict(zip(names, COLOURS[theme] * len(names)))
+  looks = line_looks(list(dict.fromkeys(label(plan, row) for row in rows)), theme)
   finite = sorted(v for _, values in curves.values() for v in values if math.isfinite(v))
   with style(theme):
     canvas = Figure(figsize=(10, 3.7))
-    axes = canvas.add_axes((0.06, 0.1, 0.7, 0.84))
+    axes = canvas.add_axes((0.06, 0.1, 0.68, 0.84))
     for row in rows:
       if row["trial"] in curves:
-        axes.plot(*curves[row["trial"]], color=palette[label(plan, row)], linewidth=1, alpha=0.8)
-    if finite:
-      axes.set_ylim(finite[0], finite[int(0.98 * (len(finite) - 1))] * 1.02 or 1)
-    axes.tick_params(which="both", colors=THEMES[theme]["muted"], length=0)
-    axes.grid(axis="y", color=THEMES[theme]["grid"], linewidth=0.8)
-    for side, spine in axes.spines.items():
-      spine.set_visible(side == "bottom")
-      spine.set_color(THEMES[theme]["grid"])
-    for i, name in enumerate(filter(None, names)):
-      axes.annotate(name, (1.02, 0.95 - 0.07 * i), xycoords="axes fraction", color=palette[name], fontsize=9)
+        steps, values = curves[row["trial"]]
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, values, linewidth=1, alpha=0.8, marker=marker, markersize=4, **looks[label(plan, row)])
+    if finite:  # what has diverged must not flatten the others
+      most = finite[-1] if name == plan.metric and plan.best_is == "most" else finite[int(0.98 * (len(finite) - 1))]
+      axes.set_ylim(finite[0], most + 0.02 * abs(most) or 1)
+    plain(axes, theme)
+    for i, (line, look) in enumerate(looks.items()):
+      axes.annotate(line, (1.02, 0.95 - 0.07 * i), xycoords="axes fraction", color=look["color"], fontsize=9)
     out = io.StringIO()
     canvas.savefig(out, format="svg", metadata={"Date": None})
   return out.getvalue()
 
 
-def _page(plan: Sweep, rows: Sequence[Row], curves: Mapping[str, Mapping[str, Curve]], groups: Any, title: str) -> str:
-  best = ranked(plan, rows)
-  keys = list(dict.fromkeys(key for row in rows for key in row if key.startswith(":") or "." in key or key == "seed"))
-  short = short_keys([{key: None for key in keys}])
-  shown = [*best, *(row for row in rows if row not in best)]
+def _page(
+  plan: Sweep, jobs: Sequence[Any], rows: Sequence[Row], curves: Mapping[str, Mapping[str, Curve]], title: str
+) -> str:
+  mean, count, best = ranked(plan, jobs, rows)[0]
+  short = short_keys(job.trial for job in jobs)
+  sign = -1 if plan.best_is == "most" else 1
+
+  def order(row: Row) -> tuple[bool, float]:
+    value = measured(plan, row)
+    return not math.isfinite(value), sign * value if math.isfinite(value) else 0.0
+
+  shown = sorted(rows, key=order)
   head = [plan.metric, *short.values(), "state", "steps", "parameters", "FLOPs", "time"]
   body = [
     [
-      number(row[plan.metric]) if row in best else "",
-      *(_written(row[key]) if key in row else "" for key in keys),
+      number(measured(plan, row)) if math.isfinite(measured(plan, row)) else "",
+      *(_written(row[key]) if key in row else "" for key in short),
       row["state"] + (f": {row['error']}" if row["error"] else ""),
       *(f"{row['step']:,}", human_number(row["parameters"] or 0), f"{row['flops']:.3g}", human_time(row["seconds"])),
     ]
     for row in shown
   ]
   followed = [name for name in dict.fromkeys((plan.metric, "train/loss")) if any(name in of for of in curves.values())]
+  groups, failed = points(plan, rows), failures(plan, rows)
 
   def all_of(name: str) -> str:
     mine = {trial: of[name] for trial, of in curves.items() if name in of}
-    return picture(lambda theme: trajectories(plan, rows, mine, theme), name)
+    return picture(lambda theme: trajectories(plan, name, rows, mine, theme), name)
+
+  def drawn(theme: str) -> str:
+    return figure(plan, groups, failed, title, "svg", theme).decode()
 
   ended = {state: sum(row["state"] == state for row in rows) for state in ("finished", "failed", "running", "waiting")}
   spent = human_time(sum(row["seconds"] for row in rows))
-  subtitle = ", ".join(f"{count} {state}" for state, count in ended.items() if count) + f" · {spent} of trials"
+  subtitle = ", ".join(f"{n} {state}" for state, n in ended.items() if n) + f" · {spent} of trials"
+  changes = [[key, _written(best[key])] for key in short if key in best]
   parts = [
-    f'<div class="wide lead">{picture(lambda t: figure(plan, groups, title, "svg", t).decode(), plan.metric)}</div>',
-    section("The best", _command(best[0])),
+    f'<div class="wide lead">{picture(drawn, plan.metric)}</div>',
+    section(f"The best: {number(mean)}", table(["", ""], changes) + _command({**best, "trial": _named("", count)})),
     section("Trials", table(head, body)),
     *(section(f"All curves: {html.escape(name)}", f'<div class="wide lead">{all_of(name)}</div>') for name in followed),
     fold("The command of each trial", (_command(row) for row in shown)),

@@ -1,7 +1,7 @@
 """What a sweep varies: trials, and the algebra that makes lists of them. Imports no JAX.
 
 A trial is a plain dict of what it changes in a config: {"optim.lr": 3e-3, ":size": "nano"}, where a key that begins
-with a colon is an argument of the config file. A sweep file stands beside a config, or is one:
+with a colon is an argument of the config file. A sweep file is a config file that also says which trials there are:
 
   def get_sweep():
     rates = {"adamw": [1e-3, 3e-3], "muon": [0.01, 0.02]}
@@ -24,7 +24,8 @@ from llmjax.config import ConfigError, find
 
 Trial = dict[str, Any]
 Draw = Callable[[random.Random], Any]
-LONGEST = 120  # characters of a folder's name
+COSTS = ("parameters", "tokens", "flops", "seconds")  # of a trial
+LONGEST = 120  # bytes of a folder's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +136,12 @@ def identity(trial: Trial) -> str:
 
 def flags(reference: str, trial: Trial) -> list[str]:
   """The flags of `llmjax train` that make a trial of the config that `reference` names, FILE[:argument]."""
-  arguments = [f"{key[1:]}={_quoted(value)}" for key, value in trial.items() if key.startswith(":")]
+  plain = {key: value.item() if hasattr(value, "item") else value for key, value in trial.items()}  # NumPy's numbers
+  arguments = [f"{key[1:]}={_quoted(value)}" for key, value in plain.items() if key[0] == ":" and value is not None]
   given = find(reference)[1]
   file = reference.removesuffix(f":{given}") if given else reference
   argument = ",".join(filter(None, [given, *arguments]))
-  keys = [f"--config.{key}={_value(value)}" for key, value in trial.items() if not key.startswith(":")]
+  keys = [f"--config.{key}={_value(value)}" for key, value in plain.items() if key[0] != ":"]
   return [f"--config={file}" + (f":{argument}" if argument else ""), *keys]
 
 
@@ -148,8 +150,11 @@ def _value(value: Any) -> str:
 
 
 def _quoted(value: Any) -> str:
-  """A value of a config argument: a comma would end it."""
-  return f'"{value}"' if isinstance(value, str) and "," in value else str(value)
+  """A value of a config argument; commas, brackets and quotes would end it or change it."""
+  text = str(value)
+  if not isinstance(value, str) or re.fullmatch(r"[\w./+:@=-]*", text):
+    return text
+  return f"'{text}'" if '"' in text else f'"{text}"'
 
 
 def short_keys(trials: Iterable[Trial]) -> dict[str, str]:
@@ -170,16 +175,20 @@ def names(trials: Sequence[Trial]) -> list[str]:
   Raises ConfigError where two trials are the same.
   """
   short = short_keys(trials)
-  out: dict[str, Trial] = {}
+  found: dict[str, str] = {}  # {identity: name}
+  taken: set[str] = set()
   for trial in trials:
     text = ",".join(f"{short[key]}={_text(value)}" for key, value in trial.items()) or "plain"
     name = re.sub(r"[^\w.=,+-]+", "-", text).strip("-.")
-    if name in out and identity(out[name]) == identity(trial):
+    mine = identity(trial)
+    if mine in found:
       raise ConfigError(f"trial {name} is there twice; `chain` and not `+` leaves out what is there already")
-    if name in out or len(name) > LONGEST:
-      name = f"{name[: LONGEST - 9]}-{hashlib.sha256(identity(trial).encode()).hexdigest()[:8]}"
-    out[name] = trial
-  return list(out)
+    if name.casefold() in taken or len(name.encode()) > LONGEST:  # some file systems do not tell A from a
+      short_name = name.encode()[: LONGEST - 9].decode(errors="ignore")
+      name = f"{short_name}-{hashlib.sha256(mine.encode()).hexdigest()[:8]}"
+    found[mine] = name
+    taken.add(name.casefold())
+  return list(found.values())
 
 
 def _text(value: Any) -> str:

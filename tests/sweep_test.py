@@ -39,7 +39,7 @@ if kind == "dies" or (kind == "dies_once" and first):
 line = json.dumps({"step": 5, "eval/heldout/loss": len(kind), "train/loss": 1.0})
 (folder / "metrics.jsonl").write_text(line + "\\n")
 """
-FACTS = {"parameters": 10, "steps": 5, "tokens": 8, "flops": 100.0, "program": "p"}
+FACTS = {"parameters": 10, "steps": 5, "tokens": 8, "flops": 100.0, "program": "p", "config": "c"}
 
 
 @pytest.fixture
@@ -48,16 +48,17 @@ def started(tmp_path, monkeypatch):
   script = tmp_path / "trial.py"
   script.write_text(TRIAL)
   monkeypatch.setitem(sweep.LAUNCHERS, "fake", ["trial.py"])
+  monkeypatch.setitem(sweep.LEFT, "fake", "what ran has saved")
   monkeypatch.setattr(sweep, "launch_script", lambda name: script)
 
-  def start(*kinds, max_parallel=2, seen=lambda jobs: None, flags=()):
+  def start(*kinds, max_parallel=2, seen=lambda jobs: None, flags=(), retry=False, **facts):
     jobs = []
     for kind in kinds:
       name = f"kind={kind}"
       folder = tmp_path / "sweep" / name
-      jobs.append(sweep.Job(name, {"kind": kind}, ["train", f"--workdir={folder}"], folder, dict(FACTS)))
-      sweep.look(jobs[-1])
-    sweep.run(jobs, "fake", flags, "sweep", max_parallel, seen)
+      jobs.append(sweep.Job(name, {"kind": kind}, ["train", f"--workdir={folder}"], folder, FACTS | facts))
+      sweep.look(jobs[-1], retry)
+    sweep.run(jobs, "fake", flags, "sweep", [sweep.Slot(i) for i in range(max_parallel)], seen)
     return {job.name.partition("=")[2]: job for job in jobs}
 
   return start
@@ -82,21 +83,28 @@ def test_trials_run_side_by_side_and_each_ends_as_it_must(started):
 def test_machines_of_a_slot_are_ended_when_its_trials_are_over(started, monkeypatch, tmp_path):
   script = tmp_path / "end.py"
   script.write_text("import sys; open(sys.argv[0] + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')")
-  monkeypatch.setitem(sweep.ENDING, "fake", (["end.py", "delete", "--name={sweep}-{slot}"], r"--zone\b"))
+  monkeypatch.setitem(sweep.ENDING, "fake", [["end.py", word, "--name={sweep}-{slot}"] for word in ("stop", "delete")])
   monkeypatch.setattr(sweep, "launch_script", lambda name: tmp_path / name)
   started("a", "fails", "b", flags=["--zone=z", "--type=t"])
-  assert (
-    script.with_name("end.py.log").read_text() == "delete --name=sweep-0 --zone=z\ndelete --name=sweep-1 --zone=z\n"
-  )
+  words = [f"{word} --name=s-sweep-{slot} --zone=z\n" for slot in (0, 1) for word in ("stop", "delete")]
+  assert script.with_name("end.py.log").read_text() == "".join(words)
 
 
-def test_a_second_call_runs_what_is_not_finished_and_a_changed_trial(started):
+def test_a_second_call_runs_what_is_not_finished(started):
   started("a", "fails")
   jobs = started("a", "fails", "b")
   assert [attempts(job) for job in jobs.values()] == [1, 1, 1] and jobs["fails"].state == "failed"
-  record = json.loads((jobs["a"].folder / sweep.TRIAL).read_text())
-  (jobs["a"].folder / sweep.TRIAL).write_text(json.dumps(record | {"arguments": ["train", "--config.total_steps=9"]}))
-  assert attempts(started("a")["a"]) == 2
+  assert attempts(started("fails", retry=True)["fails"]) == 2
+  (jobs["b"].folder / sweep.TRIAL).write_text("")  # a power cut
+  assert attempts(started("b")["b"]) == 2
+
+
+def test_a_trial_with_another_config_is_refused_and_one_with_more_steps_goes_on(started):
+  started("a")
+  assert attempts(started("a", steps=9)["a"]) == 2
+  for facts in ({"steps": 9, "config": "d"}, {"steps": 5}):
+    with pytest.raises(ConfigError, match="another config, or with more steps"):
+      started("a", **facts)
 
 
 def test_an_interrupt_lets_trials_save_and_the_next_call_goes_on(started):
@@ -109,18 +117,31 @@ def test_an_interrupt_lets_trials_save_and_the_next_call_goes_on(started):
   assert all(job.state == "finished" for job in jobs.values())
 
 
-def test_a_trial_that_goes_on_without_its_sweep_is_waited_for(started, tmp_path):
-  folder = tmp_path / "sweep" / "kind=a"
-  folder.mkdir(parents=True)
+def test_a_trial_that_goes_on_without_its_sweep_is_waited_for_and_keeps_its_slot(started, tmp_path):
+  started("fails")  # its record says so, but it is running again
+  folder = tmp_path / "sweep" / "kind=fails"
+  (folder / sweep.LOCK).write_text("1")
   lock = open(folder / sweep.LOCK, "a")
   fcntl.flock(lock, fcntl.LOCK_EX)
   orphan = subprocess.Popen(["sleep", "1.5"], pass_fds=[lock.fileno()])
   lock.close()
   began = time.time()
   states = []
-  jobs = started("a", seen=lambda jobs: states.append(jobs[0].state))
+  jobs = started("fails", "a", "b", seen=lambda jobs: states.append([job.state for job in jobs]))
   assert orphan.poll() == 0 and time.time() - began > 1.2
-  assert states[0] == "running" and jobs["a"].state == "finished" and attempts(jobs["a"]) == 1
+  assert states[0] == ["running", "running", "waiting"] and attempts(jobs["fails"]) == 2
+  assert (jobs["a"].folder / sweep.LOCK).read_text() == "0"
+
+
+def test_accelerators_are_shared_out(monkeypatch):
+  monkeypatch.setattr(sweep.Path, "glob", lambda path, _: map(Path, "abcd") if "nvidia" in str(path) else iter(()))
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in sweep.slots(2, "local")] == ["0,1", "2,3"]
+  with pytest.raises(ConfigError, match="serve 4 trials"):
+    sweep.slots(5, "local")
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+  assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in sweep.slots(2, "local")] == ["3", "5"]
+  assert sweep.slots(2, "slurm") == [sweep.Slot(0), sweep.Slot(1)]
 
 
 def test_results_as_tables_a_figure_and_a_page(started, tmp_path):
@@ -138,25 +159,36 @@ def test_results_as_tables_a_figure_and_a_page(started, tmp_path):
   assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_seeds_are_averaged_and_a_front_has_no_point_that_another_beats():
+def rows_of(plan, *values):
+  return [{"size": size, "flops": flops, plan.metric: value, "state": state} for size, flops, value, state in values]
+
+
+def test_seeds_are_averaged_failures_are_no_numbers_and_a_front_has_no_point_that_another_beats():
   plan = Sweep([{}], x="flops", lines=("size",), best_is="least")
-  rows = [
-    {"size": size, "flops": flops, plan.metric: value}
-    for size, flops, value in [
-      (1, 10, 4.0),
-      (1, 10, 2.0),
-      (1, 20, 2.5),
-      (2, 20, 2.0),
-      (2, 40, 2.2),
-      (2, 80, float("nan")),
-    ]
-  ]
+  rows = rows_of(
+    plan,
+    *[(1, 10, 4.0, "finished"), (1, 10, 2.0, "finished"), (1, 20, 2.5, "finished"), (2, 20, 2.0, "finished")],
+    *[(2, 40, 2.2, "finished"), (2, 80, float("nan"), "finished"), (2, 90, 1.0, "failed"), (2, 95, 1.0, "running")],
+    *[(1, 99, 1.0, "finished"), (1, 99, 1.0, "failed")],
+  )
   groups = sweep_report.points(plan, rows)
   assert groups == {
     "size 1": [(10, 3.0, 2.0, 4.0), (20, 2.5, 2.5, 2.5)],
     "size 2": [(20, 2.0, 2.0, 2.0), (40, 2.2, 2.2, 2.2)],
   }
+  assert sweep_report.failures(plan, rows) == [("size 2", 80), ("size 2", 90), ("size 1", 99)]
   assert sweep_report.frontier(plan, groups) == [(10, 3.0), (20, 2.0)]
+
+
+def test_the_best_is_the_best_mean_of_seeds_not_the_luckiest():
+  plan = Sweep([{}])
+  jobs = [sweep.Job("", {"lr": lr, "seed": seed}, [], Path()) for lr in (1, 2) for seed in (0, 1)]
+  rows = rows_of(
+    plan, (0, 0, 1.0, "finished"), (0, 0, 5.0, "finished"), (0, 0, 2.0, "finished"), (0, 0, 2.2, "finished")
+  )
+  assert [entry[:2] for entry in sweep_report.ranked(plan, jobs, rows)] == [(2.1, 2), (3.0, 2)]
+  rows[3]["state"] = "failed"
+  assert [entry[:2] for entry in sweep_report.ranked(plan, jobs, rows)] == [(3.0, 2)]
 
 
 SWEEP = """
@@ -277,6 +309,9 @@ def test_what_cannot_run_is_refused_before_anything_starts(command, home, more, 
     (["--launcher=slrum"], "slurm"),
     (["--max_parallel=0"], "at least 1"),
     (["--launcher=tpu_vm"], "--trials_in=gs://"),
+    (["--launcher=gke", "--trials_in=/tmp/x"], "--trials_in=gs://"),
+    (["--launcher_flags=--zone 'z"], "No closing quotation"),
+    (["--launcher_flags=--zone z"], "--FLAG=VALUE each"),
     (["--config.model.d_mdel=3"], "no key of this config"),
   ],
 )
@@ -300,4 +335,13 @@ def test_trials_of_experiments_are_configs(path, tmp_path):
 def test_a_file_without_a_sweep_is_told(home, tmp_path):
   (tmp_path / "x.py").write_text("def get_sweep():\n  return []\n")
   with pytest.raises(ConfigError, match=r"must return an llmjax.trials.Sweep, not list"):
+    sweep.load([f"--config={tmp_path / 'x.py'}"], tmp_path)
+
+
+def test_a_column_that_no_trial_has_is_told(home, tmp_path):
+  text = (
+    "from llmjax.trials import *\ndef get_sweep():\n  return Sweep(vary('optim.lr', [1]), x='optim.learnin_rate')\n"
+  )
+  (tmp_path / "x.py").write_text(text)
+  with pytest.raises(ConfigError, match="did you mean `optim"):
     sweep.load([f"--config={tmp_path / 'x.py'}"], tmp_path)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from llmjax.config import ConfigError, load_config
@@ -69,12 +70,26 @@ def test_a_trial_is_a_command_that_gives_its_config():
   assert config.model.d_model == 32 and config.data.corpus.files == "a,b.txt"
 
 
+def test_values_come_through_as_they_are():
+  trial = {":text": "a b, c.txt", ":column": None, "optim.lr": np.float64(1e-3), "init_from": 'a "b", c'}
+  made = flags("gpt:size=debug", trial)
+  assert made[0] == '--config=gpt:size=debug,text="a b, c.txt"'
+  config = load_config(made)
+  assert (config.data.corpus.files, config.optim.lr, config.init_from) == ("a b, c.txt", 1e-3, 'a "b", c')
+
+
+def test_names_are_told_apart_by_any_file_system():
+  assert len({name.casefold() for name in names([{":text": "a"}, {":text": "A"}])}) == 2
+  assert all(len(name.encode()) <= 120 for name in names([{":text": "ü" * 200}, {":text": "ü" * 201}]))
+
+
 @pytest.mark.parametrize(
   "make, words",
   [
     (lambda: product(vary("a", [1]), vary("a", [2])), "two parts of a product set a"),
     (lambda: zipped({"a": [1], "b": [1, 2]}), "'b': 2"),
     (lambda: names([{"a": 1}, {"a": 1}]), "a=1 is there twice"),
+    (lambda: names([{"a": 1, "b": 2}, {"b": 2, "a": 1}]), "there twice"),
     (lambda: log_uniform(0, 1), "0 < low"),
     (lambda: Sweep([]), "empty"),
     (lambda: Sweep([{}], best_is="lowest"), "'least' or 'most'"),

@@ -15,7 +15,6 @@ OPTIMIZERS = {
   "adafactor": ({"momentum": 0.9}, 1e-3),
   "lion": ({"b1": 0.9, "b2": 0.99}, 1e-4),
   "muon": ({"beta": 0.95, "adam_lr_ratio": 0.3}, 5e-3),
-  "sgd": ({"momentum": 0.9}, 5e-2),
 }
 
 

@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 from configs import contrastive
 from llmjax.trials import Sweep, product, vary
 
-PAIRS = 16_000  # seen in training, whatever the batch
+PAIRS = 8_000  # seen in training, whatever the batch
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = contrastive.get_config(arg)
-  config.model.update({"d_model": 128, "num_heads": 4, "d_ff": 344, "encoder_layers": 2})
+  config.model.update({"d_model": 96, "num_heads": 4, "num_kv_heads": None, "d_ff": 256, "encoder_layers": 2})
   config.total_steps = f"{PAIRS} examples"
   config.evals.heldout.every = "50%"
   config.evals.retrieval.every = "50%"
@@ -23,6 +23,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def get_sweep() -> Sweep:
-  trials = product(vary("batch_size", [16, 64, 256]), vary("objective.temperature", [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]))
+  trials = product(vary("batch_size", [16, 64, 256]), vary("objective.temperature", [0.02, 0.05, 0.1, 0.2, 0.5]))
   metric = "eval/retrieval/mrr"
   return Sweep(trials, metric=metric, best_is="most", x="objective.temperature", lines=("batch_size",))

@@ -11,7 +11,7 @@ from llmjax.trials import Sweep, chain, product, vary
 
 BASE = 64  # where both parametrisations are the same
 WIDTHS = (32, 64, 128, 256)
-RATES = [2.0**-i for i in range(11, 4, -1)]
+RATES = [2.0**-i for i in range(9, 4, -1)]
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -19,9 +19,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config = gpt.get_config("size=nano,optim=adamw")
   config.seq_len, config.batch_size, config.total_steps = 64, 16, 150
   width = arg.width
-  config.model.update(
-    decoder_layers=3, d_model=width, num_heads=width // 16, num_kv_heads=None, d_ff=2 * width, residual_init="plain"
-  )
+  config.model.update(decoder_layers=3, d_model=width, num_heads=width // 16, num_kv_heads=None, d_ff=2 * width)
+  config.model.update(residual_init="plain", tie_embeddings=False)
   if arg.parametrization == "mup":
     config.model.base_width = BASE
   config.data.tokenizer = ConfigDict({"name": "bytes"})
