@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -10,6 +9,7 @@ import os
 import re
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,7 @@ from llmjax.data.buckets import Mirror, in_bucket, place
 from llmjax.data.source import cache_dir
 
 CURVES = "metrics.jsonl"  # in a workdir: a line is {"step", "time", name: number, ...}
+WANDB = "wandb_run.txt"  # in a workdir: the id of its run
 SAMPLES = "samples.jsonl"  # in a workdir: a line is {"step", "name", "prompt", "text"}
 
 
@@ -129,24 +130,34 @@ class Writer:
 
 
 def start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
-  """A run of Weights & Biases; the same one for the same workdir, so that a resumed run goes on there."""
+  """A run of Weights & Biases; a resumed run goes on in the one that WANDB in its workdir names.
+
+  Raises ConfigError where it cannot be begun.
+  """
   try:
     import wandb
   except ImportError as error:
     raise ConfigError(f"log.wandb={project!r} needs `pip install wandb` (or set it to none)") from error
+  workdir = workdir if in_bucket(workdir) else workdir.absolute()
+  if not (workdir / WANDB).exists():
+    (workdir / WANDB).write_text(uuid.uuid4().hex[:16])
   entity, _, name = project.rpartition("/")
-  local = not in_bucket(workdir)
-  workdir = workdir.absolute() if local else workdir
-  run = wandb.init(
-    entity=entity or None,
-    project=name,
-    name=workdir.name,
-    group=workdir.parent.name,
-    id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
-    resume="allow",
-    dir=str(workdir if local else cache_dir()),
-    config=dict(config),
-  )
+  try:
+    run = wandb.init(
+      entity=entity or None,
+      project=name,
+      name=workdir.name,
+      group=workdir.parent.name,
+      id=(workdir / WANDB).read_text().strip(),
+      resume="allow",
+      dir=str(cache_dir() if in_bucket(workdir) else workdir),
+      config=dict(config),
+    )
+  except Exception as error:  # its own, of the network, of a missing key
+    why = " ".join(str(error).split())
+    raise ConfigError(
+      f"log.wandb={project!r} cannot be begun: {why}; mend that, set WANDB_MODE=offline, or set it to none"
+    ) from error
   run.define_metric("*", step_metric="step")  # a resumed run repeats steps, and wandb's own count only grows
   return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from llmjax.finetune import flatten
 from llmjax.pretrained import abstract_params
 from llmjax.program import Program, make_program, open_source
 from llmjax.resume import kept_tokenizer
-from llmjax.train import make_evals, make_stream, period
+from llmjax.train import make_stream, plans, profiler
 from llmjax.types import Batch
 
 WAYS_OUT = "raise accum, set model.remat=full, cut along mesh.fsdp, or lower batch_size"
@@ -33,9 +34,8 @@ def checked(config: Any, devices: list[Any] | None = None) -> tuple[Program, Bat
   """The program of a config that a run can begin with, and this process's first batch; nothing is compiled."""
   config = to_dict(config)
   program = make_program(config, tokenizer=kept_tokenizer(config, None), devices=devices)
-  make_evals(program)
-  for part in ("checkpoint", "log"):
-    period(program, part)
+  plans(program)
+  profiler(program.config["profile"], Path())
   stream = make_stream(program, open_source(program.config, program.config["data"]["train"]), prefetch=0)
   batch = next(iter(stream))
   stream.close()

@@ -71,12 +71,9 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
   kept = {k: earlier[k] for k in INHERITED if k in earlier} if earlier else inherited(config["init_from"])
   manifest = make_manifest(program) | kept | {"data_fingerprint": source.fingerprint}
   changed = check_same(earlier, manifest, workdir) if earlier else {}
-  evals, save_every, log_every = make_evals(program), period(program, "checkpoint"), period(program, "log")
+  evals, save_every, log_every, stopper = plans(program)
   profile = profiler(config["profile"], workdir)
-  best, best_is = config["checkpoint"]["best"], config["checkpoint"]["best_is"]
-  check_metric(best, best_is, evals, "checkpoint.best")
-  stopper = EarlyStopping(**config["early_stopping"])
-  check_metric(stopper.metric, stopper.best_is, evals, "early_stopping.metric")
+  best = config["checkpoint"]["best"]
   if fresh and leader:
     set_aside(workdir)
   hosts.preflight(lambda: {"fresh": fresh})  # nobody looks into the folder before it is moved
@@ -86,7 +83,7 @@ def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, f
     write=True,
     keep_every=steps(config["checkpoint"]["keep_every"], "checkpoint.keep_every"),
     best=best,
-    best_is=best_is,
+    best_is=config["checkpoint"]["best_is"],
   )
   stream = make_stream(program, source, prefetch=config["data"]["prefetch"])
   try:
@@ -314,6 +311,19 @@ def period(program: Program, *keys: str) -> int:
   if steps == 0:
     raise ConfigError(f"{key}={value!r} must be at least one step; none is never")
   return program.total_steps + 1 if steps is None else steps
+
+
+def plans(program: Program) -> tuple[dict[str, tuple[Any, Any]], int, int, EarlyStopping]:
+  """What happens beside the steps: evaluations, the periods of saves and of log lines, when to stop early.
+
+  Raises ConfigError for all of it that cannot be.
+  """
+  config = program.config
+  evals = make_evals(program)
+  stopper = EarlyStopping(**config["early_stopping"])
+  check_metric(config["checkpoint"]["best"], config["checkpoint"]["best_is"], evals, "checkpoint.best")
+  check_metric(stopper.metric, stopper.best_is, evals, "early_stopping.metric")
+  return evals, period(program, "checkpoint"), period(program, "log"), stopper
 
 
 def make_evals(program: Program) -> dict[str, tuple[Any, Any]]:

@@ -116,12 +116,20 @@ def test_weights_and_biases_get_the_same_numbers_and_a_resumed_run_is_the_same_o
     writer.close()
   assert logged == [{"step": 1, "train/loss": 2.0}, "end", {"step": 2, "train/loss": 2.0}, "end"]
   assert started[0] == started[1] and started[0]["config"] == {"seed": 1}
+  assert started[0]["id"] == (tmp_path / "sweep" / "trial" / metrics.WANDB).read_text() != ""
   assert [started[0][key] for key in ("entity", "project", "group", "name")] == ["team", "project", "sweep", "trial"]
 
 
-def test_a_missing_package_for_logging_is_told_in_one_line(tmp_path, monkeypatch):
+def test_logging_that_cannot_be_begun_is_told_in_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ConfigError, match="pip install wandb"):
+    metrics.Writer(tmp_path, wandb="project")
+
+  def refuse(**_):
+    raise RuntimeError("no key\nin sight")
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+  with pytest.raises(ConfigError, match="no key in sight; mend"):
     metrics.Writer(tmp_path, wandb="project")
 
 

@@ -94,7 +94,9 @@ def main(folder, larger=None):
       {"flops": float(row[":flops"]), "size": parameters(int(row[":width"])), "tokens": int(row["tokens"])}
       | {"loss": float(row["eval/heldout/bits_per_byte"])}
       for row in csv.DictReader(file)
+      if row["state"] == "finished"
     ]
+  assert len(rows) == sum(map(len, BUDGETS.values())), f"only {len(rows)} trials are finished; run the sweep to its end"
   size, tokens, measured = (np.array([row[key] for row in rows], float) for key in ("size", "tokens", "loss"))
   theta = fit(size, tokens, measured)
   e, a, b, alpha, beta = theta
