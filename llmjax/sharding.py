@@ -134,10 +134,23 @@ def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def spec(names: Names, rules: Rules = RULES) -> PartitionSpec:
-  """Logical names, one a dimension, as a PartitionSpec. KeyError-proof: an unknown name is a ValueError."""
+  """Logical names, one a dimension, as a PartitionSpec.
+
+  Raises:
+    ValueError: an unknown name.
+    ConfigError: rules that cut two of the dimensions over one mesh axis.
+  """
+  cut: dict[str, str] = {}  # {mesh axis: the name that is cut over it}
   for name in names:
     if name is not None and name not in rules:
       raise ValueError(f"logical axis {name!r} has no rule; {nearest(name, rules)}")
+    for axis in () if name is None else _as_tuple(rules[name]):
+      if axis in cut:
+        raise ConfigError(
+          f"rules.{cut[axis]} and rules.{name} both cut over {axis!r}, and an array has both dimensions; "
+          "set one of them to none"
+        )
+      cut[axis] = str(name)
   return PartitionSpec(*(None if name is None else rules[name] for name in names))
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -40,6 +41,7 @@ from llmjax.types import Batch
 TOLERANCE = 1e-5  # of a leaf's norm
 FLOOR = 1e-3  # of the whole tree's norm: a leaf that is smaller than this is mostly rounding, as a key's bias is
 STEPS = 3
+FOR_DEVICES = ("cudnn", "splash")  # attention kernels that have no float32, or no simulated device
 LENGTH = 128  # tokens of a sequence at most
 NOISE = 0.02  # what is added to every parameter: behind one that is 0, gradients are 0, and any two are the same
 PARTS = ("initial", "held out", "loss", "gradient", "after")
@@ -71,14 +73,18 @@ def meshes_of(devices: int) -> list[str]:
 def shrink(config: Any, devices: int) -> dict[str, Any]:
   """The same choices at the smallest size that cuts over `devices`: short sequences, few and narrow layers, float32.
 
-  A model of one's own, and a pretrained one, keep their size. Shipped optimizers become gradient descent: Adam divides
-  rounding noise by its own size.
+  A model of one's own, and a pretrained one, keep their size. A kernel in `FOR_DEVICES` gives way to what these devices
+  have. Shipped optimizers become gradient descent: Adam divides rounding noise by its own size.
   """
   config = to_dict(config)
   accum = min(config["accum"], 2)
   length = LENGTH if config["seq_len"] is None else min(config["seq_len"], LENGTH)
   config |= {"accum": accum, "batch_size": devices * accum, "seq_len": length, "total_steps": STEPS, "evals": {}}
-  config["model"] = {**config["model"], "dtype": "float32", "param_dtype": "float32"}
+  config["logit_tiles"] = math.gcd(config["logit_tiles"], length)
+  plain = {"dtype": "float32", "param_dtype": "float32"}
+  if config["model"].get("attention") in FOR_DEVICES:
+    plain["attention"] = "auto"
+  config["model"] = {**config["model"], **{key: value for key, value in plain.items() if key in config["model"]}}
   if config["model"]["name"] == "transformer" and config["init_from"] is None:
     config["model"] |= small(config["model"], length)
   optimizer = {key: value for key, value in config["optim"].items() if key not in COMMON}
@@ -145,7 +151,9 @@ def measure(config: Mapping[str, Any], sizes: Sizes, devices: Sequence[Any] | No
       parts["loss"] |= {f"{name} of step {i}": value for name, value in ratios(metrics).items()}
       if i == 0:
         parts["gradient"] = fetched(program, recorded(program, state))
-  parts["after"] = fetched(program, program.eval_params(state))
+  parts["after"] = fetched(program, finetune.join(state.params, state.frozen))
+  average = {} if state.ema is None else fetched(program, state.ema)
+  parts["after"] |= {f"average/{name}": array for name, array in average.items()}
   rows = {f"{i}/{row}": name for i, batch in enumerate(local) for row, name in row_hashes(batch)}
   return Measured(parts, rows, count_collectives(train_step.as_text()))
 
@@ -304,9 +312,14 @@ def verify(
     sound &= report(text, want, got)
     compared.append(text)
   for count in processes:
-    for mesh in compared if meshes is not None else compared[1::4]:
+    for mesh in compared if meshes is not None else compared[1::4] or compared:
+      shared: set[str] = set()
       for index, got in enumerate(measure_processes(flags, count, mesh, len(devices))):
         sound &= report(f"{mesh}, process {index} of {count}", want, got)
+        shared |= got.rows.keys()
+      if missing := want.rows.keys() - shared:
+        say(f"  row {min(missing)} is no process's")
+        sound = False
   if not compared:
     raise ConfigError(f"nothing was compared: none of the meshes is for this config on {len(devices)} devices")
   say(f"\nthe same on {len(compared)} meshes" if sound else "\nNOT the same")

@@ -72,3 +72,10 @@ def test_a_rule_for_no_mesh_axis_is_refused():
     sharding.use(sharding.make_mesh({"data": -1}), {**sharding.RULES, "mlp": "tensors"}),
   ):
     pass
+
+
+def test_two_dimensions_over_one_mesh_axis_are_told():
+  rules = {**sharding.RULES, "embed": "tensor"}
+  with pytest.raises(ConfigError, match=r"rules\.embed and rules\.mlp both cut over 'tensor'"):
+    sharding.spec(("embed", "mlp"), rules)
+  assert sharding.spec(("embed", None), rules) == PartitionSpec("tensor", None)

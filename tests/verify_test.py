@@ -136,6 +136,31 @@ def test_a_planted_mistake_is_found(mistake, right, capsys):
   assert said.rstrip().endswith("NOT the same") and "times the tolerance" in said
 
 
+@pytest.mark.slow
+def test_two_processes_give_what_one_device_gives(capsys):
+  meshes = "--meshes=context=4,tensor=2;expert=4,data=2"
+  assert cli.main(["verify", *KINDS["experts"], meshes, "--processes=2"]) == 0
+  said = capsys.readouterr().out
+  assert "the same on 2 meshes" in said and said.count("process 1 of 2") == 2
+
+
+def test_rows_that_no_process_has_are_missed(monkeypatch, capsys):
+  whole = one_device("decoder")
+  lost = dataclasses.replace(whole, rows={place: name for place, name in whole.rows.items() if place != "0/3"})
+  monkeypatch.setattr(verify, "measure", lambda *_: whole)
+  monkeypatch.setattr(verify, "measure_processes", lambda *_: [lost, lost])
+  assert not verify.verify(load_config(KINDS["decoder"]), ["data=8"], [2])
+  assert "row 0/3 is no process's" in capsys.readouterr().out
+
+
+def test_shrinking_keeps_a_config_that_can_run():
+  flags = ["--config=gpt:debug", "--config.seq_len=192", "--config.logit_tiles=3", "--config.model.attention=splash"]
+  config = verify.shrink(load_config(flags), 8)
+  assert (config["seq_len"], config["logit_tiles"], config["model"]["attention"]) == (128, 1, "auto")
+  own = verify.shrink({**to_dict(load_config(["--config=gpt:debug"])), "model": {"name": "my:make"}}, 8)
+  assert own["model"] == {"name": "my:make"}
+
+
 @pytest.mark.parametrize("kind", ["decoder", "adapters"])
 def test_a_gradient_that_is_wrong_inside_attention_is_found_in_every_kind(kind, monkeypatch):
   right = blockwise._backward
