@@ -187,9 +187,10 @@ def _write_tables(rows: Sequence[Row], workdir: Path) -> None:
 
 
 def label(plan: Sweep, row: Row) -> str:
-  """Of the line that a row belongs to."""
+  """Of the line that a row belongs to; a name stands for itself, a number beside its key."""
   short = short_keys([{key: None for key in plan.lines}])
-  return ", ".join(f"{short[key]} {_written(row.get(key))}" for key in plan.lines)
+  values = {key: row.get(key) for key in plan.lines}
+  return ", ".join(v if isinstance(v, str) else f"{short[key]} {_written(v)}" for key, v in values.items())
 
 
 def _written(value: Any) -> str:
@@ -261,7 +262,8 @@ def figure(
   looks = line_looks(list(groups), theme)
   with style(theme):
     canvas = Figure(figsize=(10, 5.2), dpi=160)
-    axes = canvas.add_axes((0.08, 0.14, 0.66, 0.72))
+    longest = max(len(f"{name}  {number(line[-1][1])}") for name, line in groups.items())
+    axes = canvas.add_axes((0.08, 0.14, min(0.8, 0.89 - 0.0085 * longest), 0.72))  # notes stand beside it
     if not named and min(xs) > 0 and max(xs) > 8 * min(xs):
       axes.set_xscale("log")
     axes.set_ylim(*_limits(plan, groups))

@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.scaling_law.sweep import BUDGETS, parameters
 
-LARGER = 8 * max(BUDGETS)  # FLOPs
+LARGER = 4 * max(BUDGETS)  # FLOPs
 WIDTHS = range(16, 257, 16)  # that the larger run may have
 
 

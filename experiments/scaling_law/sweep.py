@@ -1,4 +1,4 @@
-"""How does the loss fall with parameters and data, and does what small runs say hold for one eight times as large?
+"""How does the loss fall with parameters and data, and does what small runs say hold for one four times as large?
 
 llmjax sweep --config=experiments/scaling_law/sweep.py --workdir=runs/scaling_law --max_parallel=2
 python experiments/scaling_law/analyse.py runs/scaling_law
