@@ -56,7 +56,9 @@ def best_width(theta, flops):
 
 def measured_by(workdir):
   lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-  return next(line["eval/heldout/bits_per_byte"] for line in reversed(lines) if "eval/heldout/bits_per_byte" in line)
+  found = [line["eval/heldout/bits_per_byte"] for line in lines if "eval/heldout/bits_per_byte" in line]
+  assert found, f"{workdir} has not come to its end"
+  return found[-1]
 
 
 def draw(path, theta, rows, larger):
