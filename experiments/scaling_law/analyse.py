@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -83,6 +84,7 @@ def draw(path, theta, rows, larger):
   right.set(xscale="log", xlabel="training FLOPs", title="what the small runs say of the larger one")
   right.legend(frameon=False, fontsize=8)
   for axes in (left, right):
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="#e8ebee")
     for side in ("top", "right"):
       axes.spines[side].set_visible(False)
