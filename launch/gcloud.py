@@ -14,7 +14,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+from processes import pauses
 
 # https://cloud.google.com/tpu/docs/runtimes: what JAX uses.
 RUNTIMES = {
@@ -54,7 +56,6 @@ NODE = {
 }
 
 TRIES = 20  # of a connection, before giving up
-LONGEST_PAUSE = 60.0  # seconds between two looks
 BROKEN, BUSY, MISSING = 65, 66, 127  # exit codes of tpu_worker.sh, or without it; ssh has 255, gcloud 1
 MARK = "\036llmjax "  # before the state of a worker
 NOISE = r"(SSH|SCP|Retrying): |Using (ssh|scp) batch size|#####|SSH key found|Failed to execute command on multiple"
@@ -201,11 +202,6 @@ def _look(command: Sequence[str], states: dict[str, str]) -> tuple[str, str]:
   details = state if isinstance(state, dict) else {"state": state}
   error = details.get("failedData", {}).get("error", {}).get("message", "")
   return states.get(details["state"], "waiting"), error or details["state"]
-
-
-def pauses(first: float) -> Iterator[float]:
-  """Seconds, growing to LONGEST_PAUSE."""
-  return (min(first * 1.5 ** min(index, 50), max(first, LONGEST_PAUSE)) for index in itertools.count())
 
 
 def last(text: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import shipping
 from jobset import TPUS, chips_and_machines, manifest, secret_name
-from processes import Parser, positive, split
+from processes import Parser, pauses, positive, split
 
 EXAMPLES = """examples:
   python3 launch/gke.py image --tag=REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax
@@ -36,7 +36,6 @@ EXAMPLES = """examples:
   python3 launch/gke.py run --name=b --image=TAG --accelerator=nvidia-h100-80gb --gpus=8 --nodes=2 -- train ...
   python3 launch/gke.py status|logs|delete --name=a"""
 
-LONGEST_PAUSE = 60.0  # seconds between two looks
 TRIES = 20  # of kubectl, once it has worked
 JOBSET = "https://jobset.sigs.k8s.io/docs/installation"
 
@@ -135,7 +134,7 @@ def identity(jobset: dict[str, Any]) -> str:
 def follow(options: argparse.Namespace) -> int:
   """Shows the log of worker 0, that of its successors after restarts, and waits for the end; the exit code."""
   shown: dict[str, str] = {}  # {pod: the time of its last line}
-  said, pauses = "", growing(options.poll)
+  said, waits = "", pauses(options.poll)
   while True:
     jobset, items = observe(options)
     pod, before = first(items), dict(shown)
@@ -148,15 +147,15 @@ def follow(options: argparse.Namespace) -> int:
       return code
     now = describe(jobset, pod)
     if now != said:
-      said, pauses = now, growing(options.poll)
+      said, waits = now, pauses(options.poll)
       say(f"{options.name}: {now}")
     if shown == before:
-      time.sleep(next(pauses))
+      time.sleep(next(waits))
 
 
 def observe(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """The JobSet and its pods; again where there is no connection."""
-  for pause in itertools.islice(growing(options.poll), TRIES):
+  for pause in itertools.islice(pauses(options.poll), TRIES):
     code, jobset, errors = call(get(options))
     if not code and not jobset.strip():
       raise ValueError(f"{options.name} was deleted by someone else; run the same command to create it anew")
@@ -222,11 +221,6 @@ def waiting(pod: dict[str, Any]) -> str:
   ]
   why = "; ".join(f"{each.get('reason', '')} {each.get('message', '')}".strip() for each in reasons)
   return status["phase"].lower() + (f" ({why})" if why else "")
-
-
-def growing(start: float) -> Iterator[float]:
-  """Seconds, growing to LONGEST_PAUSE."""
-  return (min(start * 1.5 ** min(index, 50), max(start, LONGEST_PAUSE)) for index in itertools.count())
 
 
 # The other subcommands.

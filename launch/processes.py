@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -28,6 +29,8 @@ examples:
   # four processes with a GPU each
   python3 launch/processes.py --processes=4 --gpus -- train --config=gpt:size=gpt2_124m
 """
+
+LONGEST_PAUSE = 60.0  # seconds between two looks
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +50,11 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """Own arguments, and what stands behind the first `--`."""
   cut = argv.index("--") if "--" in argv else len(argv)
   return list(argv[:cut]), list(argv[cut + 1 :])
+
+
+def pauses(start: float) -> Iterator[float]:
+  """Seconds, growing to LONGEST_PAUSE."""
+  return (min(start * 1.5 ** min(index, 50), max(start, LONGEST_PAUSE)) for index in itertools.count())
 
 
 def find_llmjax(venv: str | None = None) -> str:

@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 
 import gcloud
 import shipping
-from gcloud import MARK, RUNTIMES, TRIES, Gone, Untouched, everywhere, last, look, nodes, pauses, remote, say, worker
-from processes import Parser, positive, split
+from gcloud import MARK, RUNTIMES, TRIES, Gone, Untouched, everywhere, last, look, nodes, remote, say, worker
+from processes import Parser, pauses, positive, split
 
 EXAMPLES = """examples:
   python3 launch/tpu_vm.py run --name=a --zone=us-west4-a --type=v5litepod-16 --spot -- \\

@@ -2,7 +2,7 @@
 its own in a folder of its own, and goes on where an earlier call was cut off.
 
 What has become of a trial lies in its folder: TRIAL says how its last attempt ended, and while one runs it holds a
-lock on LOCK, which outlives this process. This process never starts JAX: devices belong to the trials.
+lock on LOCK, which outlives this process. This process takes no device: they belong to the trials.
 """
 
 from __future__ import annotations

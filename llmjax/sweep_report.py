@@ -36,8 +36,7 @@ def curves_of(job: Any) -> dict[str, Curve]:
 def make_row(job: Any, curves: Mapping[str, Curve]) -> Row:
   """The last value of every metric, beside what the trial changes and costs."""
   step = max((steps[-1] for steps, _ in curves.values()), default=0)
-  tokens = step * job.facts.get("tokens", 0)
-  costs = {"parameters": job.facts.get("parameters"), "tokens": tokens, "flops": step * job.facts.get("flops", 0)}
+  costs = {"parameters": job.facts["parameters"], **{key: step * job.facts[key] for key in ("tokens", "flops")}}
   last = {name: values[-1] for name, (_, values) in sorted(curves.items()) if not name.startswith("yardstick/")}
   return {
     **{"trial": job.name, "state": job.state, **job.trial, "step": step, **costs, "seconds": round(job.seconds, 1)},
@@ -117,16 +116,10 @@ class Table:
       step = max((steps[-1] for steps, _ in curves.values()), default=0)
       value = curves.get(self.plan.metric, ([], [math.nan]))[1][-1]
       spent = job.seconds + (time.time() - job.started if job.state == "running" else 0)
-      of = f"{step:,}/{job.facts['steps']:,}" if "steps" in job.facts else f"{step:,}"
+      of = f"{step:,}/{job.facts['steps']:,}"
       result = number(value) if math.isfinite(value) else job.error[:40]
-      grid.add_row(
-        escape(job.name),
-        job.state,
-        of,
-        escape(result),
-        human_time(spent),
-        style="bold" if job.state == "running" else "",
-      )
+      look = "bold" if job.state == "running" else ""
+      grid.add_row(escape(job.name), job.state, of, escape(result), human_time(spent), style=look)
     counts = {state: sum(job.state == state for job in jobs) for state in ("finished", "running", "waiting", "failed")}
     grid.caption = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     return grid
@@ -377,7 +370,7 @@ def _page(
       number(measured(plan, row)) if math.isfinite(measured(plan, row)) else "",
       *(_written(row[key]) if key in row else "" for key in short),
       row["state"] + (f": {row['error']}" if row["error"] else ""),
-      *(f"{row['step']:,}", human_number(row["parameters"] or 0), f"{row['flops']:.3g}", human_time(row["seconds"])),
+      *(f"{row['step']:,}", human_number(row["parameters"]), f"{row['flops']:.3g}", human_time(row["seconds"])),
     ]
     for row in shown
   ]
