@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from processes import pauses
+from command_line import pauses
 
 # https://cloud.google.com/tpu/docs/runtimes: what JAX uses.
 RUNTIMES = {

@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import shipping
+from command_line import Parser, pauses, positive, serve, split
 from jobset import TPUS, chips_and_machines, manifest, secret_name
-from processes import Parser, pauses, positive, split
 
 EXAMPLES = """examples:
   python3 launch/gke.py image --tag=REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax
@@ -322,13 +321,12 @@ ACTIONS = {
 }
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> argparse.Namespace:
   own, arguments = split(words)
-  layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-  parser = Parser(prog="gke.py", description=__doc__, epilog=EXAMPLES, **layout)
+  parser = Parser(prog="gke.py", description=__doc__, epilog=EXAMPLES)
   actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
   for name, (_, text) in ACTIONS.items():
-    add = actions.add_parser(name, help=text, description=text, epilog=EXAMPLES, **layout).add_argument
+    add = actions.add_parser(name, help=text, description=text, epilog=EXAMPLES).add_argument
     add("--dry_run", action="store_true", help="print every command, and run none")
     if name == "image":
       add("--tag", required=True, help="such as REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax:NAME")
@@ -389,21 +387,13 @@ def check(options: argparse.Namespace) -> None:
     )
 
 
-def main(words: list[str]) -> int:
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
-    options = parse(words)
-    if options.dry_run:
-      print("\n".join(plan(options)))
-      return 0
-    return ACTIONS[options.action][0](options)
-  except ValueError as error:
-    say(str(error))
-    return 2
-  except KeyboardInterrupt:
-    say("interrupted; a run goes on in the cluster: the same command follows it, and gke.py delete ends it")
-    return 130
+def main(words: Sequence[str]) -> int:
+  options = parse(words)
+  if options.dry_run:
+    print("\n".join(plan(options)))
+    return 0
+  return ACTIONS[options.action][0](options)
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  serve(main, "a run goes on in the cluster: the same command follows it, and gke.py delete ends it")

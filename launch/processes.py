@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import os
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
+
+from command_line import Parser, positive, serve, split
 
 PATIENCE = 10.0  # seconds in which the others may say why they end too, once one has failed
 EPILOG = """\
@@ -29,32 +28,6 @@ examples:
   # four processes with a GPU each
   python3 launch/processes.py --processes=4 --gpus -- train --config=gpt:size=gpt2_124m
 """
-
-LONGEST_PAUSE = 60.0  # seconds between two looks
-
-
-class Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line."""
-
-  def error(self, message: str) -> NoReturn:
-    raise ValueError(f"{message}; see --help")
-
-
-def positive(text: str) -> int:
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f"{text} must be a number, 1 or more")
-  return int(text)
-
-
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Own arguments, and what stands behind the first `--`."""
-  cut = argv.index("--") if "--" in argv else len(argv)
-  return list(argv[:cut]), list(argv[cut + 1 :])
-
-
-def pauses(start: float) -> Iterator[float]:
-  """Seconds, growing to LONGEST_PAUSE."""
-  return (min(start * 1.5 ** min(index, 50), max(start, LONGEST_PAUSE)) for index in itertools.count())
 
 
 def find_llmjax(venv: str | None = None) -> str:
@@ -160,8 +133,6 @@ def parser() -> Parser:
     usage="python3 launch/processes.py --processes=N [--devices=N | --gpus] -- COMMAND ...",
     description=__doc__,
     epilog=EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
   )
   made.add_argument("--processes", type=positive, required=True, metavar="N", help="how many")
   kind = made.add_mutually_exclusive_group()
@@ -190,8 +161,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-  try:
-    sys.exit(main(sys.argv[1:]))
-  except (ValueError, OSError) as error:
-    print(f"processes.py: {error}", file=sys.stderr)
-    sys.exit(2)
+  serve(main, "nothing was started")

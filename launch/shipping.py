@@ -9,7 +9,6 @@ Shared by the launchers beside it; needs git, and nothing of llmjax.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import io
@@ -20,6 +19,8 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from command_line import Parser, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,21 +120,15 @@ def _git(root: Path, *words: str) -> bytes:
   return done.stdout
 
 
-def main() -> int:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-  )
+def main(words: Sequence[str]) -> int:
+  parser = Parser(prog="shipping.py", description=__doc__)
   parser.add_argument("--output", type=Path, required=True, help="the .tar.gz to write")
   parser.add_argument("--root", type=Path, default=ROOT, help="of the checkout (this one)")
   parser.add_argument("--dirty", action="store_true", help="ship uncommitted changes of tracked files")
-  options = parser.parse_args()
-  try:
-    print(archive(options.root, options.output, options.dirty))
-  except (ValueError, OSError) as error:
-    print(f"shipping.py: {error}", file=sys.stderr)
-    return 2
+  options = parser.parse_args(words)
+  print(archive(options.root, options.output, options.dirty))
   return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  serve(main, "nothing was shipped")

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import shipping
-from processes import Parser, find_llmjax, positive, split
+from command_line import Parser, positive, serve, split
+from processes import find_llmjax
 
 EXAMPLES = """\
 What a job says is in WORKDIR/log.txt; its script, commit and number are in the folder slurm of --workdir or --folder.
@@ -67,6 +68,7 @@ trap : TERM
 export PYTHONUNBUFFERED=1 # lines come when they are said
 code=0
 srun "${options[@]}" "$llmjax" "${arguments[@]}" || code=$?
+printf -- '-- job %s ended with %d after %d seconds\n' "$job" "$code" "$SECONDS"
 
 # 143 had not yet begun to train. A job that is cancelled, or queued again by SLURM, is not RUNNING any more.
 if { [ "$code" = 130 ] || [ "$code" = 143 ]; } &&
@@ -341,17 +343,11 @@ def run_cancel(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def parser() -> Parser:
-  made = Parser(
-    prog="slurm.py",
-    description=__doc__,
-    epilog=EXAMPLES,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  made = Parser(prog="slurm.py", description=__doc__, epilog=EXAMPLES)
   commands = made.add_subparsers(dest="action", required=True, metavar="submit|array|queued|cancel")
 
   def add(function: Any, name: str, about: str) -> Parser:
-    added: Parser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+    added: Parser = commands.add_parser(name, help=about, description=about)
     added.set_defaults(function=function)
     added.add_argument("--dry_run", action="store_true", help="print every command and file, and do nothing")
     return added
@@ -411,16 +407,8 @@ def gpus(text: str) -> str:
 def main(argv: Sequence[str]) -> int:
   own, command = split(argv)
   options = parser().parse_args(own)
-  try:
-    return int(options.function(options, command))
-  except KeyboardInterrupt:
-    print("slurm.py: interrupted; what was submitted goes on", file=sys.stderr)
-    return 130
+  return int(options.function(options, command))
 
 
 if __name__ == "__main__":
-  try:
-    sys.exit(main(sys.argv[1:]))
-  except (ValueError, OSError) as error:
-    print(f"slurm.py: {error}", file=sys.stderr)
-    sys.exit(2)
+  serve(main, "what was submitted goes on")

@@ -17,18 +17,17 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import gcloud
 import shipping
+from command_line import Parser, pauses, positive, serve, split
 from gcloud import MARK, RUNTIMES, TRIES, Gone, Untouched, everywhere, last, look, nodes, remote, say, worker
-from processes import Parser, pauses, positive, split
 
 EXAMPLES = """examples:
   python3 launch/tpu_vm.py run --name=a --zone=us-west4-a --type=v5litepod-16 --spot -- \\
@@ -379,13 +378,12 @@ ACTIONS = {
 }
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> argparse.Namespace:
   own, arguments = split(words)
-  layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-  parser = Parser(prog="tpu_vm.py", description=__doc__, epilog=EXAMPLES, **layout)
+  parser = Parser(prog="tpu_vm.py", description=__doc__, epilog=EXAMPLES)
   actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
   for name, (_, text) in ACTIONS.items():
-    add = actions.add_parser(name, help=text, description=text, epilog=EXAMPLES, **layout).add_argument
+    add = actions.add_parser(name, help=text, description=text, epilog=EXAMPLES).add_argument
     add("--name", required=True, help="of the queued resource and its node (several slices: NAME-0, NAME-1, ...)")
     add("--zone", required=True)
     add("--project", help="(the one that gcloud is set to)")
@@ -440,24 +438,16 @@ def check(options: argparse.Namespace) -> None:
     )
 
 
-def main(words: list[str]) -> int:
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
+def main(words: Sequence[str]) -> int:
+  options = parse(words)
+  if options.dry_run:
+    print("\n".join(plan(options)))
+    return 0
   try:
-    options = parse(words)
-    if options.dry_run:
-      print("\n".join(plan(options)))
-      return 0
     return ACTIONS[options.action][0](options)
   except Gone as gone:
-    say(f"{options.name} is {gone.args[0]} ({gone.args[1]}); run requests it anew")
-    return 2
-  except ValueError as error:
-    say(str(error))
-    return 2
-  except KeyboardInterrupt:
-    say("interrupted; the same command goes on")
-    return 130
+    raise ValueError(f"{options.name} is {gone.args[0]} ({gone.args[1]}); run requests it anew") from None
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  serve(main, "the same command goes on")

@@ -33,7 +33,8 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict
     compiling: the names of those to compile for the devices of this machine, whose memory they must fit in. Where there
       are none, the devices are elsewhere.
   Returns:
-    {name: {"parameters", "steps", "tokens" a step, "flops" a step, "config": what is equal where the config is but for
+    {name: {"parameters", "steps", "tokens" a step, "flops" a step, "evals": their
+    names, "config": what is equal where the config is but for
     its length and its bookkeeping, "program": what is equal where the compiled step is} or {"error": one line}}.
   """
   built: dict[str, dict[str, Any]] = {}
@@ -84,6 +85,7 @@ def facts(program: Program, batch: Batch) -> dict[str, Any]:
     "steps": program.total_steps,
     "tokens": config["batch_size"] * config["seq_len"],
     "flops": program.step_flops(batch),
+    "evals": list(config["evals"]),
     "program": digest((without(config, (*TRACED, *HOST)), arrays)),
   }
 

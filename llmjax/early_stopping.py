@@ -32,8 +32,7 @@ def check_metric(name: str | None, best_is: str, evals: Mapping[str, Any], key: 
   known = next((direction for direction, names in KNOWN.items() if re.fullmatch(names, what)), best_is)
   if best_is != known:
     raise ConfigError(
-      f"{key}={name!r} with {part}.best_is={best_is!r} would take the worst for the best; set "
-      f"--config.{part}.best_is={known}"
+      f"{key}={name!r} with {part}.best_is={best_is!r} would take the worst for the best; set {part}.best_is={known!r}"
     )
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax import sharding
+from llmjax import parametrization, sharding
 from llmjax.config import to_dict
 from llmjax.finetune import flatten
 from llmjax.pretrained import abstract_params
@@ -27,7 +27,10 @@ WAYS_OUT = "raise accum, set model.remat=full, cut along mesh.fsdp, or lower bat
 def preview(config: Any) -> str:
   """Builds and compiles the step of a config, runs nothing."""
   program, batch = checked(config)
-  return "\n\n".join([parameters(program, batch), memory(program, batch), tokens(program, batch)])
+  parts = [parameters(program, batch), memory(program, batch), tokens(program, batch)]
+  if getattr(program.model.cfg, "base_width", None):
+    parts.insert(1, f"muP, each over that of the base model\n{parametrization.table(program)}")
+  return "\n\n".join(parts)
 
 
 def checked(config: Any, devices: list[Any] | None = None) -> tuple[Program, Batch]:

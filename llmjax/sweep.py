@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from llmjax import trials as algebra
 from llmjax.config import ConfigError, find, nearest, open_roots, roots, run_file, split_reference
+from llmjax.early_stopping import check_metric
 from llmjax.metrics import CURVES, human_time
 from llmjax.trials import COSTS, Sweep, Trial
 
@@ -122,10 +123,11 @@ def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> t
   return sweep, jobs
 
 
-def admit(jobs: Sequence[Job], compiling: Sequence[str], environment: Mapping[str, str]) -> None:
+def admit(plan: Sweep, jobs: Sequence[Job], compiling: Sequence[str], environment: Mapping[str, str]) -> None:
   """Fills in what each trial is.
 
   Args:
+    plan: whose metric all of them must measure.
     compiling: the names of those to compile as well.
     environment: of a trial, so that only its devices are seen.
   Raises ConfigError where any cannot run, with the reasons; then none has been started.
@@ -142,11 +144,22 @@ def admit(jobs: Sequence[Job], compiling: Sequence[str], environment: Mapping[st
   errors: dict[str, list[str]] = {}
   for job in jobs:
     job.facts = found[job.name]
-    if "error" in job.facts:
-      errors.setdefault(job.facts["error"], []).append(job.name)
+    error = job.facts.get("error") or misjudged(plan, job.facts["evals"])
+    if error:
+      errors.setdefault(error, []).append(job.name)
   if errors:
     several = {error: f"{of[0]}" + (f" and {len(of) - 1} more" if of[1:] else "") for error, of in errors.items()}
     raise ConfigError("nothing has been started: " + "; ".join(f"trial {of}: {error}" for error, of in several.items()))
+
+
+def misjudged(plan: Sweep, evals: Sequence[str]) -> str:
+  """Why the sweep's metric cannot decide on a trial with these evaluations; "" where it can."""
+  try:
+    if not plan.metric.startswith("train/"):
+      check_metric(plan.metric, plan.best_is, dict.fromkeys(evals), "Sweep.metric")
+  except ConfigError as error:
+    return str(error)
+  return ""
 
 
 def answer(question: str, output: str) -> None:
@@ -268,9 +281,9 @@ def settle(job: Job, stopping: bool) -> None:
 
 
 def last_words(log: Path) -> str:
-  """The last line that is no empty one."""
+  """The last line that is neither empty nor the launcher's own."""
   lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-  return next((line.strip() for line in reversed(lines) if line.strip()), "")
+  return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("-- job ")), "")
 
 
 class Slot(NamedTuple):
@@ -390,6 +403,14 @@ def _launch(words: Sequence[str], flags: Sequence[str], parts: Mapping[str, str]
   return [sys.executable, str(launch_script(script)), *(word.format(**parts) for word in more), *flags]
 
 
+def rehearse(job: Job, before: Sequence[str]) -> None:
+  """Raises ConfigError where a launcher refuses a trial: a flag of its own, changes that are not committed."""
+  done = subprocess.run(program(job, [*before, "--dry_run"]), capture_output=True, text=True, check=False)
+  if done.returncode:
+    said = (done.stderr.strip().split("\n") or [""])[-1]
+    raise ConfigError(f"nothing has been started: {said or f'{before[1]} ended with exit code {done.returncode}'}")
+
+
 def launch_script(script: str) -> Path:
   path = next((root / script for root in roots() if (root / script).is_file()), None)
   if path is None:
@@ -445,8 +466,10 @@ def close_queued(job: Job) -> None:
   from llmjax.data.buckets import place
   from llmjax.resume import over
 
-  done = over(place(job.workdir), job.facts["steps"])
-  said = last_words(job.folder / LOG) if not done and (job.folder / LOG).exists() else "nothing was logged"
+  done, log = over(place(job.workdir), job.facts["steps"]), job.folder / LOG
+  text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+  job.seconds = sum(map(float, re.findall(r"^-- job .* after (\d+) seconds$", text, re.MULTILINE)))
+  said = (last_words(log) if text else "") or "nothing was logged"
   job.error = "" if done else f"left the queue before its end: {said}"
   job.state = FINISHED if done else FAILED
   write_record(job, 0 if done else 1)
@@ -484,8 +507,10 @@ def sweep(
   workdir = Path(workdir).absolute()
   plan, jobs = load(arguments, workdir, trials_in)
   places = slots(max_parallel, launcher)
+  if launcher in AWAY:
+    rehearse(jobs[0], prefix(launcher, flags, parts_of_names(workdir.name, 0, jobs[0])))
   if dry_run:
-    admit(jobs, [job.name for job in jobs if launcher == "local"], places[0].environment)
+    admit(plan, jobs, [job.name for job in jobs if launcher == "local"], places[0].environment)
     programs = len({job.facts["program"] for job in jobs})
     for job in jobs:
       before = prefix(launcher, flags, parts_of_names(workdir.name, 0, job)) if launcher != "slurm" else []
@@ -498,7 +523,7 @@ def sweep(
       raise ConfigError(f"{workdir}: another `llmjax sweep` is at work there; wait for it, or use another --workdir")
     began = time.time()
     unfinished = [job.name for job in jobs if read_record(job).get("code") != 0]
-    admit(jobs, unfinished if launcher == "local" else [], places[0].environment)
+    admit(plan, jobs, unfinished if launcher == "local" else [], places[0].environment)
     for job in jobs:
       look(job, retry)
     programs = len({job.facts["program"] for job in jobs})

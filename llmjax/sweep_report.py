@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmjax.config import ConfigError
+from llmjax.config import ConfigError, nearest
 from llmjax.data.buckets import in_bucket
 from llmjax.metrics import human_number, human_time, read
 from llmjax.page import fold, picture, section, table, whole
@@ -97,8 +97,11 @@ class Table:
       self.live.update(self._table(jobs), refresh=True)
 
   def _result(self, job: Any) -> str:
-    steps, values = curves_of(job).get(self.plan.metric, ([], []))
-    return f", {self.plan.metric} {number(values[-1])} at step {steps[-1]:,}" if values and job.state in ENDED else ""
+    curves = curves_of(job) if job.state in ENDED else {}
+    if self.plan.metric in curves:
+      steps, values = curves[self.plan.metric]
+      return f", {self.plan.metric} {number(values[-1])} at step {steps[-1]:,}"
+    return f", without {self.plan.metric}; {nearest(self.plan.metric, curves)}" if job.state == "finished" else ""
 
   def _table(self, jobs: Sequence[Any]) -> Any:
     """What runs and the latest that ended; the others as a count."""

@@ -46,7 +46,7 @@ def test_patience_counts_evaluations_that_did_not_beat_the_best():
 def test_the_worst_is_not_taken_for_the_best(metric, direction, key):
   evals, [other] = {"heldout": 0, "answers": 0}, {"least", "most"} - {direction}
   check_metric(f"eval/{metric}", direction, evals, key)
-  way_out = f"would take the worst for the best; set --config.{key.partition('.')[0]}.best_is={direction}"
+  way_out = f"would take the worst for the best; set {key.partition('.')[0]}.best_is={direction!r}"
   with pytest.raises(ConfigError, match=way_out):
     check_metric(f"eval/{metric}", other, evals, key)
   check_metric("eval/answers/alignment", direction, evals, key)

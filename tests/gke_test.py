@@ -221,7 +221,7 @@ def test_a_cluster_that_lacks_something_is_one_line(cluster, answer, expected):
 def test_an_image_is_built_from_a_clean_archive(cluster, tmp_path):
   root = tmp_path / "checkout"
   (root / "launch").mkdir(parents=True)
-  for name in ("gke.py", "jobset.py", "shipping.py", "processes.py", "Dockerfile"):
+  for name in ("gke.py", "jobset.py", "shipping.py", "command_line.py", "Dockerfile"):
     shutil.copy(ROOT / "launch" / name, root / "launch")
   git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
   for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):

@@ -6,9 +6,11 @@ The cluster is made in a temporary folder from what Debian calls slurm-wlm and m
 """
 
 import contextlib
+import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -317,7 +319,7 @@ def test_code_is_shipped_once_and_run_from_there(fake, tmp_path):
   """Of a checkout whose setup only makes an empty `llmjax`."""
   root, shared = tmp_path / "checkout", tmp_path / "shared code"
   (root / "launch").mkdir(parents=True)
-  for name in ("slurm.py", "processes.py", "shipping.py"):
+  for name in ("slurm.py", "command_line.py", "processes.py", "shipping.py"):
     shutil.copy(ROOT / "launch" / name, root / "launch")
   (root / "launch" / "setup.sh").write_text(
     'setup() (cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -p .venv/bin && echo "with:$1" >>.venv/bin/llmjax)\n'
@@ -598,3 +600,47 @@ def test_real_slurm_queues_again_and_runs_go_on(cluster, settings, tmp_path):
   assert starts(home / "two") == ["1", "2"] and resumed(home / "two", 12) in (4, 8)
   np.testing.assert_array_equal(loss(home / "two")[0], loss(home / "one")[0])
   np.testing.assert_allclose(loss(home / "two")[1], loss(home / "one")[1], rtol=1e-5)
+
+
+SWEEP = """
+from configs import gpt
+from llmjax.trials import Sweep, vary
+
+def get_config(arg=None):
+  config = gpt.get_config("text={text},debug")
+  config.total_steps, config.batch_size = 300, 8
+  config.evals = {{}}
+  config.checkpoint.update({{"best": None, "every": None}})
+  config.log.update({{"every": 5, "tensorboard": False}})
+  return config
+
+def get_sweep():
+  return Sweep(vary("optim.lr", [1e-3, 3e-3]), metric="train/loss", x="optim.lr")
+"""
+
+
+@pytest.mark.slow
+def test_real_slurm_runs_a_sweep(cluster, settings, tmp_path):
+  """Two trials, one of which is told to end: both come to their end, and the same command has nothing left to do."""
+  (tmp_path / "t.txt").write_text("\n".join(f"{i}: the quick brown fox jumps over {i * 37 % 101}." for i in range(300)))
+  (tmp_path / "rates.py").write_text(SWEEP.format(text=tmp_path / "t.txt"))
+  home = tmp_path / "a sweep"
+  command = [VENV / "bin" / "llmjax", "sweep", f"--config={tmp_path / 'rates.py'}", f"--workdir={home}"]
+  command += ["--launcher=slurm", "--max_parallel=2", f"--launcher_flags={shlex.join(settings)}"]
+  trials = [home / "lr=0.001", home / "lr=0.003"]
+  sweep = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  try:
+    wait_for(lambda: logged(trials[0]) or sweep.poll() is not None)
+    [number] = [path.read_text().strip() for path in (home / "slurm").glob("*.job")]
+    cluster.ask("scancel", "--signal=TERM", f"{number}_0")
+    said, _ = sweep.communicate(timeout=WAIT)
+  finally:
+    sweep.kill()
+  assert sweep.returncode == 0, said + log_of(trials[0])
+  assert 0 < resumed(trials[0], 300) < 300 and [starts(trial) for trial in trials] == [["1", "2"], ["1"]]
+  rows = list(csv.DictReader(open(home / "results.csv")))
+  assert [(row["state"], row["step"]) for row in rows] == [("finished", "300")] * 2
+  assert all(float(row["seconds"]) > 1 for row in rows)
+  again = subprocess.run(command, capture_output=True, text=True)
+  assert again.returncode == 0 and "0 to run" in again.stdout
+  assert len(list((home / "slurm").glob("*.job"))) == 1

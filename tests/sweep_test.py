@@ -285,22 +285,29 @@ def test_a_sweep_that_is_killed_goes_on_with_nothing_lost_and_nothing_run_twice(
   assert third.returncode == 0 and "0 to run" in said
 
 
-@pytest.mark.parametrize(
-  "more, words",
-  [
-    ('vary("model.num_heads", [3])', "trial d_model=16,lr=0.001,num_heads=3"),
-    ('vary("optim.lrr", [3])', "optim.lr"),
-    ('vary("optim.lr", [3])', "two parts of a product"),
-    ('vary("schedule.warmup", [100])', "schedule.warmup=100"),
-    ('vary("model.d_ff", [2**30])', "does not fit"),
-  ],
-)
-def test_what_cannot_run_is_refused_before_anything_starts(command, home, more, words):
-  process = command("refused", more=more)
+def test_what_cannot_run_is_refused_before_anything_starts(command, home):
+  wrong = {"model.num_heads": 3, "optim.lrr": 3, "schedule.warmup": 100, "model.d_ff": 2**30}
+  process = command("refused", more="[{}, " + ", ".join(f"{{{key!r}: {wrong[key]}}}" for key in wrong) + "]")
   _, error = process.communicate(timeout=200)
   last = error.strip().split("\n")[-1]
-  assert process.returncode == 2 and words in last, error[-2000:]
+  assert process.returncode == 2 and last.count("d_model=16,lr=0.001") == len(wrong), error[-2000:]
+  for words in ("num_heads=3", "did you mean `optim.lr", "schedule.warmup=100", "does not fit"):
+    assert words in last
   assert not list(home.glob("refused/*/"))
+
+
+@pytest.mark.parametrize(
+  "plan, said",
+  [
+    ({"metric": "eval/heldot/loss"}, "is none of the run's measurements: eval/heldout/..., eval/nap/..."),
+    ({"metric": "eval/heldout/loss", "best_is": "most"}, "would take the worst for the best"),
+    ({"metric": "train/loss"}, ""),
+    ({"metric": "eval/nap/x", "best_is": "most"}, ""),
+  ],
+)
+def test_a_metric_that_cannot_decide_is_told_first(plan, said):
+  assert said in sweep.misjudged(Sweep([{}], **plan), ["heldout", "nap"])
+  assert bool(said) == bool(sweep.misjudged(Sweep([{}], **plan), ["heldout", "nap"]))
 
 
 @pytest.mark.parametrize(
@@ -313,6 +320,11 @@ def test_what_cannot_run_is_refused_before_anything_starts(command, home, more, 
     (["--launcher_flags=--zone 'z"], "No closing quotation"),
     (["--launcher_flags=--zone z"], "--FLAG=VALUE each"),
     (["--config.model.d_mdel=3"], "no key of this config"),
+    (
+      ["--launcher=tpu_vm", "--trials_in=gs://b/x", "--launcher_flags=--zon=z"],
+      "nothing has been started: tpu_vm.py: ",
+    ),
+    (["--launcher=gke", "--trials_in=gs://b/x"], "nothing has been started: gke.py: "),
   ],
 )
 def test_flags_are_checked(flags, words, home, capsys, monkeypatch):

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ANSWERS = json.loads((ROOT / "tests" / "testdata" / "tpu_vm.json").read_text())
-SCRIPTS = ("tpu_vm.py", "gcloud.py", "shipping.py", "processes.py", "tpu_worker.sh")
+SCRIPTS = ("tpu_vm.py", "gcloud.py", "shipping.py", "command_line.py", "tpu_worker.sh")
 FLAGS = ("--name=a", "--zone=us-west4-a", "--poll=0")
 REQUEST = ("run", *FLAGS, "--type=v5litepod-16")
 TRAIN = ("train", "--config=quick", "--workdir=gs://b/a")
