@@ -1,9 +1,10 @@
-"""What the command lines of the launchers share: a mistake of the user is one line and exit code 2."""
+"""What the command lines of the launchers share: what goes wrong is one line and an exit code, see README.md."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LONGEST_PAUSE = 60.0  # seconds between two looks
+
+
+class Unsettled(Exception):
+  """How the run ends is not known: it has not begun, or goes on."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +49,7 @@ def serve(main: Callable[[Sequence[str]], int], interrupted: str) -> NoReturn:
   """Ends this process with what `main` makes of its arguments; SIGTERM is a Ctrl-C.
 
   Args:
-    main: raises ValueError or OSError for what is wrong.
+    main: raises ValueError or OSError for what is wrong, and Unsettled.
     interrupted: what is true after a Ctrl-C, and how to go on.
   """
   script = Path(sys.argv[0]).name
@@ -54,6 +59,9 @@ def serve(main: Callable[[Sequence[str]], int], interrupted: str) -> NoReturn:
   except (ValueError, OSError) as error:
     print(f"{script}: {error}", file=sys.stderr)
     sys.exit(2)
+  except Unsettled as error:
+    print(f"{script}: {error}", file=sys.stderr)
+    sys.exit(os.EX_TEMPFAIL)
   except KeyboardInterrupt:
     print(f"{script}: interrupted; {interrupted}", file=sys.stderr)
     sys.exit(130)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from command_line import pauses
+from command_line import Unsettled, pauses
 
 # https://cloud.google.com/tpu/docs/runtimes: what JAX uses.
 RUNTIMES = {
@@ -65,7 +65,7 @@ class Gone(Exception):
   """The VMs are not active any more; `args` are what they are instead, and why."""
 
 
-class Untouched(ValueError):
+class Untouched(Unsettled):
   """What is there is not ours to delete."""
 
 
@@ -167,15 +167,15 @@ def remote(options: argparse.Namespace, commands: Sequence[Sequence[str]]) -> li
         raise Untouched(f"{options.name}: {last(errors)}; wait, end that by tpu_vm.py stop, or use another --name")
       if code == BROKEN:
         print(errors, file=sys.stderr)
-        raise ValueError(f"{options.name}: the installation failed, see above; mend it and run again")
+        raise Unsettled(f"{options.name}: the installation failed, see above; mend it and run again")
       if code == MISSING:
-        raise ValueError(f"{options.name}: nothing was run there yet, or its home was emptied; tpu_vm.py run does both")
+        raise Unsettled(f"{options.name}: nothing was run there yet, or its home was emptied; tpu_vm.py run does both")
     state, why = look(options)
     if state not in ("active", "unknown"):
       raise Gone(state, why)
     say(f"{options.name}: no connection ({last(failed[0][1])}); trying again")
     time.sleep(pause)
-  raise ValueError(
+  raise Unsettled(
     f"{options.name}: no connection in {TRIES} tries; the network's firewall must allow ssh (--internal_ips: from "
     "within the network), and the agent have the key (ssh-add ~/.ssh/google_compute_engine)"
   )

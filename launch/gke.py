@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import shipping
-from command_line import Parser, pauses, positive, serve, split
-from jobset import TPUS, chips_and_machines, manifest, secret_name
+from command_line import Parser, Unsettled, pauses, positive, serve, split
+from jobset import TPUS, VERSION, chips_and_machines, manifest, secret_name
 
 EXAMPLES = """examples:
   python3 launch/gke.py image --tag=REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax
   python3 launch/gke.py run --name=a --image=TAG --accelerator=tpu-v5-lite-podslice --topology=4x4 --spot -- \\
     train --config=gpt:size=gpt2_124m --workdir=gs://BUCKET/a
   the same with --slices=2             several slices as one run (multislice)
-  the same with --env=WANDB_API_KEY    a variable of this shell, by name, through a Secret
+  the same with --env=WANDB_API_KEY    a variable of this shell, by name, through a Secret (image --extra=wandb)
   the same with --dry_run              prints the manifest and every command, and runs none
   python3 launch/gke.py run --name=b --image=TAG --accelerator=nvidia-h100-80gb --gpus=8 --nodes=2 -- train ...
   python3 launch/gke.py status|logs|delete --name=a"""
@@ -48,7 +48,8 @@ def kubectl(options: argparse.Namespace, *words: str) -> list[str]:
 
 
 def create(options: argparse.Namespace) -> list[str]:
-  return kubectl(options, "create", "--filename=-")
+  """Prints the uid."""
+  return kubectl(options, "create", "--filename=-", "--output=jsonpath={.metadata.uid}")
 
 
 def get(options: argparse.Namespace) -> list[str]:
@@ -73,19 +74,26 @@ def create_secret(options: argparse.Namespace) -> list[str]:
   return kubectl(options, "create", "secret", "generic", secret_name(options), "--from-env-file=/dev/stdin")
 
 
+def own_secret(options: argparse.Namespace, uid: str) -> list[str]:
+  """The Secret then goes with the JobSet of that uid."""
+  owner = {"apiVersion": VERSION, "kind": "JobSet", "name": options.name, "uid": uid}
+  patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
+  return kubectl(options, "patch", "secret", secret_name(options), "--type=merge", f"--patch={patch}")
+
+
 def call(command: Sequence[str], given: str = "") -> tuple[int, str, str]:
   """The exit code, output and errors."""
   try:
     done = subprocess.run(command, input=given, capture_output=True, text=True)
   except FileNotFoundError:
-    raise ValueError(f"{command[0]} was not found; install it, and log in to the cluster or registry") from None
+    raise Unsettled(f"{command[0]} was not found; install it, and log in to the cluster") from None
   return done.returncode, done.stdout, done.stderr
 
 
 def ask(command: Sequence[str], given: str = "") -> str:
   code, output, errors = call(command, given)
   if code:
-    raise ValueError(explain(errors))
+    raise Unsettled(explain(errors))
   return output
 
 
@@ -113,15 +121,19 @@ def run(options: argparse.Namespace) -> int:
     ask(delete(options))
     jobset = {}
   if jobset and identity(jobset) != identity(wanted):
-    raise ValueError(f"{options.name} is running something else; end it by gke.py delete, or use another --name")
+    raise Unsettled(f"{options.name} is running something else; end it by gke.py delete, or use another --name")
   if jobset:
     say(f"{options.name} is there")
     return follow(options)
   if secrets:
     ask(delete(options, "secret"))
     ask(create_secret(options), "".join(f"{name}={value}\n" for name, value in secrets.items()))
-  ask(create(options), json.dumps(wanted))
+  uid = ask(create(options), json.dumps(wanted)).strip()
   say(f"{options.name}: created")
+  if secrets:
+    code, _, errors = call(own_secret(options, uid))
+    if code:
+      say(f"the Secret {secret_name(options)} stays when {options.name} is gone: {explain(errors)}")
   return follow(options)
 
 
@@ -157,13 +169,13 @@ def observe(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str,
   for pause in itertools.islice(pauses(options.poll), TRIES):
     code, jobset, errors = call(get(options))
     if not code and not jobset.strip():
-      raise ValueError(f"{options.name} was deleted by someone else; run the same command to create it anew")
+      raise Unsettled(f"{options.name} was deleted by someone else; run the same command to create it anew")
     if not code:
       code, listed, errors = call(pods(options))
     if not code:
       return json.loads(jobset), json.loads(listed)["items"]
     time.sleep(pause)
-  raise ValueError(f"{explain(errors)}; the run goes on, and the same command finds it")
+  raise Unsettled(f"{explain(errors)}; the run goes on, and the same command finds it")
 
 
 def stream(options: argparse.Namespace, pod: str, shown: dict[str, str], follow: bool) -> None:
@@ -240,7 +252,7 @@ def status(options: argparse.Namespace) -> int:
 def logs(options: argparse.Namespace) -> int:
   pod = first(json.loads(ask(pods(options)))["items"])
   if pod is None:
-    raise ValueError(f"{options.name} has no pods; gke.py status says what there is")
+    raise Unsettled(f"{options.name} has no pods; gke.py status says what there is")
   stream(options, pod["metadata"]["name"], {}, options.follow)
   return 0
 
@@ -270,7 +282,8 @@ def image(options: argparse.Namespace) -> int:
 
 
 def build(options: argparse.Namespace, commit: str) -> list[str]:
-  arguments = [f"--build-arg=COMMIT={commit}", f"--build-arg=EXTRA={options.extra}"]
+  extras = options.extra if "cuda" in options.extra else dict.fromkeys(["tpu", *options.extra])
+  arguments = [f"--build-arg=COMMIT={commit}", f"--build-arg=EXTRA={','.join(extras)}"]
   return ["docker", "build", "--file=launch/Dockerfile", *arguments, f"--tag={options.tag}", "-"]
 
 
@@ -296,18 +309,23 @@ def plan(options: argparse.Namespace) -> Iterator[str]:
     if not options.secret:
       yield shlex.join(delete(options, "secret"))
     return
-  yield shlex.join(get(options))
+  if options.action != "logs":
+    yield shlex.join(get(options))
   if options.action == "run":
-    if options.env and not options.secret:
+    secret = options.env and not options.secret
+    if secret:
       yield shlex.join(delete(options, "secret"))
       values = " ".join(f'{name} "${name}"' for name in options.env)
       yield f"printf '%s=%s\\n' {values} | {shlex.join(create_secret(options))}"
-    yield f"{shlex.join(create(options))} <<'MANIFEST'"
-    yield json.dumps(manifest(options), indent=2)
-    yield "MANIFEST"
-  yield "# again until it has ended; POD is that of worker 0"
+    creation = f"{shlex.join(create(options))} <<'MANIFEST'\n{json.dumps(manifest(options), indent=2)}\nMANIFEST"
+    yield f'OWNER="$({creation}\n)"' if secret else creation
+    if secret:
+      yield shlex.join(own_secret(options, "OWNER")).replace("OWNER", "'\"$OWNER\"'")
+    yield "# again until it has ended"
   yield shlex.join(pods(options))
-  yield shlex.join(log(options, "POD", "", True))
+  if options.action == "logs" or (options.action == "run" and options.follow):
+    yield "# POD is that of worker 0"
+    yield shlex.join(log(options, "POD", "", options.follow))
 
 
 # The command line.
@@ -330,7 +348,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--dry_run", action="store_true", help="print every command, and run none")
     if name == "image":
       add("--tag", required=True, help="such as REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax:NAME")
-      add("--extra", choices=("tpu", "cuda"), default="tpu", help="what JAX is installed for (tpu)")
+      add(
+        "--extra",
+        type=shipping.extras,
+        default=[],
+        metavar="NAME[,NAME]",
+        help="of setup.py, besides gcs: cuda for GPUs (tpu), and more such as wandb",
+      )
       add("--dirty", action="store_true", help="ship uncommitted changes of tracked files")
     else:
       add("--name", required=True, help="of the JobSet")

@@ -21,7 +21,10 @@ TPUS = {
   "tpu-v6e-slice": (4, 2),
   "tpu7x": (4, 3),
 }
+VERSION = "jobset.x-k8s.io/v1alpha2"
 PORT = 1234  # where the processes on GPUs meet
+PATIENT = "--start_timeout=86400"  # the nodes of a run can come, or come back, hours apart
+TOGETHER = ("train", "evaluate", "generate", "embed", "predict")  # what several processes run, and what has that flag
 
 
 def manifest(options: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
   if tpu:  # a slice is a node pool
     annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
   return {
-    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "apiVersion": VERSION,
     "kind": "JobSet",
     "metadata": {"name": options.name, "annotations": annotations},
     "spec": spec,
@@ -90,10 +93,13 @@ def container(options: argparse.Namespace, resources: dict[str, int], machines: 
       {"name": "LLMJAX_NUM_PROCESSES", "value": str(machines)},
       {"name": "LLMJAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": index}}},
     ]
+  arguments = list(options.arguments)
+  if machines * options.slices > 1 and arguments[0] in TOGETHER:
+    arguments.insert(1, PATIENT)  # an own --start_timeout comes later, and counts
   return {
     "name": "llmjax",
     "image": options.image,
-    "args": [argument.replace("$(", "$$(") for argument in options.arguments],  # which Kubernetes would expand
+    "args": [argument.replace("$(", "$$(") for argument in arguments],  # which Kubernetes would expand
     "env": variables,
     "resources": {"requests": resources, "limits": resources},
   }

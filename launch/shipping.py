@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What goes to other machines: the code as a clean git archive with its commit in `.commit`, and secrets by name.
+"""What goes to other machines: the code as a clean git archive with its commit in `.commit`, secrets by name, extras.
 
   python3 launch/shipping.py --output=llmjax.tar.gz            # prints the commit
   python3 launch/shipping.py --output=llmjax.tar.gz --dirty    # the tracked files as they are
@@ -9,6 +9,8 @@ Shared by the launchers beside it; needs git, and nothing of llmjax.
 
 from __future__ import annotations
 
+import argparse
+import ast
 import gzip
 import hashlib
 import io
@@ -68,6 +70,17 @@ def secrets(names: Sequence[str]) -> dict[str, str]:
     if "\n" in os.environ[name]:
       raise ValueError(f"--env={name}: the value of {name} has several lines, and must be one")
   return {name: os.environ[name] for name in names}
+
+
+def extras(text: str) -> list[str]:
+  """Names of setup.py's extras with commas between, for argparse: pip would ignore one that is not there."""
+  nodes = ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+  values = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "extras_require"]
+  names = [ast.literal_eval(key) for value in values if isinstance(value, ast.Dict) for key in value.keys if key]
+  for name in text.split(","):
+    if name not in names:
+      raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(names)}")
+  return text.split(",")
 
 
 def _pack(root: Path, dirty: bool) -> tuple[str, bytes]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import shipping
-from command_line import Parser, positive, serve, split
+from command_line import Parser, Unsettled, positive, serve, split
 from processes import find_llmjax
 
 EXAMPLES = """\
@@ -33,7 +33,7 @@ What a job says is in WORKDIR/log.txt; its script, commit and number are in the 
 examples:
   python3 launch/slurm.py submit --workdir=/shared/a --nodes=2 --gpus_per_node=8 --time=24:00:00 -- \\
     train --config=gpt:size=gpt2_124m
-  the same with --env=WANDB_API_KEY       a variable of this shell, by name
+  the same with --env=WANDB_API_KEY       a variable of this shell, by name (with --ship also --setup=cuda,wandb)
   the same with --sbatch=--exclusive      any other flag of sbatch
   the same with --ship=/shared/code       runs this commit from there, whatever happens to this checkout
   the same with --dry_run                 prints every command and file, and does nothing
@@ -54,13 +54,19 @@ ACTIVE = {
   "SIGNALING",
 }
 
-# Behind what `script` writes: `workdir`, `llmjax`, `options` of srun, and `arguments` of llmjax.
+# Behind what `script` writes: `commit`, `root` (its folder), `workdir`, `llmjax`, `options` of srun, and `arguments` of
+# llmjax.
 BODY = r"""
 mkdir -p "$workdir"
 exec >>"$workdir/log.txt" 2>&1
 # Of an array's last task, the bare number names the whole array.
 job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 printf -- '-- job %s on %s, start %d\n' "$job" "$SLURM_JOB_NODELIST" "$((${SLURM_RESTART_COUNT:-0} + 1))"
+# A checkout may have moved on; what is shipped has no .git.
+now="$(git --git-dir="$root/.git" rev-parse HEAD 2>/dev/null)" || now="${commit%%-*}"
+if [ "$now" != "${commit%%-*}" ]; then
+  printf -- '-- job %s: submitted at %s, runs %s\n' "$job" "$commit" "$now"
+fi
 
 # Before the time limit, at a preemption with a grace time and when a job is cancelled, SLURM itself sends SIGTERM to
 # all tasks: they save, and end with 130. This shell has to outlive them.
@@ -107,7 +113,13 @@ def directives(options: argparse.Namespace, folder: Path, chdir: Path, count: in
 
 
 def script(
-  trials: Sequence[Mapping[str, Any]], flags: Sequence[str], srun: Sequence[str], llmjax: str, commit: str, array: bool
+  trials: Sequence[Mapping[str, Any]],
+  flags: Sequence[str],
+  srun: Sequence[str],
+  llmjax: str,
+  commit: str,
+  root: Path,
+  array: bool,
 ) -> str:
   """The batch script, which chooses the trial by the number of the array task."""
   choices = [
@@ -124,12 +136,20 @@ def script(
     "",
     "set -euo pipefail",
     "",
-    f"# {commit}",
+    f"commit={commit}",
+    f"root={shlex.quote(str(root))}",
     f"llmjax={shlex.quote(llmjax)}",
     f"options=({shlex.join(srun)})",
     *choice,
   ]
   return "\n".join(head) + "\n" + BODY
+
+
+def ask(words: Sequence[str], **how: Any) -> subprocess.CompletedProcess[str]:
+  try:
+    return subprocess.run(words, text=True, **how)
+  except FileNotFoundError:
+    raise Unsettled(f"{words[0]} was not found; run this on a machine of the cluster") from None
 
 
 def call(words: Sequence[str], dry_run: bool, output: Path | None = None) -> None:
@@ -138,9 +158,9 @@ def call(words: Sequence[str], dry_run: bool, output: Path | None = None) -> Non
     print(shlex.join(words) + (f" >{shlex.quote(str(output))}" if output else ""))
     return
   with open(output, "w") if output else open(1, "w", closefd=False) as out:
-    code = subprocess.run(words, stdout=out).returncode
+    code = ask(words, stdout=out).returncode
   if code:
-    raise ValueError(f"`{shlex.join(words)}` ended with exit code {code}, see above; mend it and run again")
+    raise Unsettled(f"`{shlex.join(words)}` ended with exit code {code}, see above; mend it and run again")
 
 
 def write(path: Path, text: str, dry_run: bool) -> None:
@@ -166,14 +186,16 @@ def looking(jobs: Sequence[str]) -> list[str]:
   return ["squeue", "--noheader", "--array", "--format=%F %K", f"--jobs={','.join(jobs)}"]
 
 
-def queued(folder: Path) -> dict[str, str]:
-  """{name: job} of what is pending or running, in the order in which it was submitted."""
+def queued(folder: Path, dry_run: bool = False) -> dict[str, str]:
+  """{name: job} of what is pending or running, in the order in which it was submitted; empty where `dry_run`."""
   jobs = recorded(folder)
-  if not jobs:
+  if jobs and dry_run:
+    print(shlex.join(looking(list(jobs))))
+  if not jobs or dry_run:
     return {}
-  done = subprocess.run(looking(list(jobs)), capture_output=True, text=True)
+  done = ask(looking(list(jobs)), capture_output=True)
   if done.returncode and "Invalid job id" not in done.stderr:  # SLURM has forgotten what ended long ago
-    raise ValueError(f"squeue does not say what is queued ({done.stderr.strip()}); try again")
+    raise Unsettled(f"squeue does not say what is queued ({done.stderr.strip()}); try again")
   there = {tuple(line.split()) for line in done.stdout.splitlines()}
   return {
     name: job
@@ -230,38 +252,43 @@ def submit(options: argparse.Namespace, trials: Sequence[Mapping[str, Any]], fol
   """Submits trials as one job; returns the exit code."""
   check(options, trials)
   values = shipping.secrets([name for name in options.env if name != "ALL"])
-  if not options.dry_run:
-    busy = queued(folder)
-    for trial in trials:
-      if trial["name"] in busy:
-        raise ValueError(
-          f"{trial['name']} is still in the queue as job {busy[trial['name']]}; wait for it, or end it by "
-          f"`{sys.argv[0]} cancel --folder={folder}`"
-        )
+  busy = queued(folder, options.dry_run)
+  for trial in trials:
+    if trial["name"] in busy:
+      raise Unsettled(
+        f"{trial['name']} is still in the queue as job {busy[trial['name']]}; wait for it, or end it by "
+        f"`{sys.argv[0]} cancel --folder={folder}`"
+      )
   if options.ship:
     commit, chdir = ship(options)
-    llmjax = str(chdir / ".venv" / "bin" / "llmjax")
+    root, llmjax = chdir, str(chdir / ".venv" / "bin" / "llmjax")
   else:
-    commit, chdir, llmjax = here(), Path.cwd(), find_llmjax(options.venv)
+    commit, root, chdir, llmjax = here(), shipping.ROOT, Path.cwd(), find_llmjax(options.venv)
   srun = ["--export=ALL", "--kill-on-bad-exit=1"]
   srun += [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []  # which it does not take over
   srun += ["--label"] if options.nodes * options.processes_per_node > 1 else []
   flags = directives(options, folder, chdir, len(trials) if array else None)
-  text = script(trials, flags, srun, llmjax, commit, array)
+  text = script(trials, flags, srun, llmjax, commit, root, array)
   for name, value in values.items():
     if value and value in text and re.search("KEY|TOKEN|SECRET|PASSWORD", name):
       raise ValueError(f"the value of {name} stands in the command, where others can see it; have llmjax read it there")
-  number = len(list((folder / "slurm").glob("*.json")))
-  place = folder / "slurm" / f"{number}.sh"
+  place = folder / "slurm" / f"{len(list((folder / 'slurm').glob('*.json')))}.sh"
   about = {"commit": commit, "names": [trial["name"] for trial in trials]}
   write(place, text, options.dry_run)
   write(place.with_suffix(".json"), json.dumps(about) + "\n", options.dry_run)
   call(["sbatch", "--parsable", str(place)], options.dry_run, place.with_suffix(".job"))
   if options.dry_run:
+    if options.wait:
+      number = f'"$(cut -d ";" -f 1 {shlex.quote(str(place.with_suffix(".job")))})"'
+      print(f"# again until it is over\n{shlex.join(showing())} {number}")
     return 0
   job = place.with_suffix(".job").read_text(encoding="utf-8").strip().split(";")[0]
   print(f"job {job}, {folder / 'slurm'}; end it by `{sys.argv[0]} cancel --folder={folder}`", flush=True)
   return wait(job, options.poll) if options.wait else 0
+
+
+def showing(*job: str) -> list[str]:
+  return ["scontrol", "--oneliner", "show", "job", *job]
 
 
 def wait(job: str, poll: float) -> int:
@@ -271,9 +298,9 @@ def wait(job: str, poll: float) -> int:
   """
   ended: dict[str, tuple[str, int]] = {}  # {task: its state, its exit code}
   while True:
-    done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+    done = ask(showing(job), capture_output=True)
     if done.returncode and "Invalid job id" not in done.stderr:
-      raise ValueError(f"scontrol does not say what has become of job {job} ({done.stderr.strip()}); see its log")
+      raise Unsettled(f"scontrol does not say what has become of job {job} ({done.stderr.strip()}); see its log")
     found = re.findall(r"\bJobId=(\d+)\b.*?\bJobState=(\w+).*?\bExitCode=(\d+):", done.stdout)
     ended |= {task: (state, int(code)) for task, state, code in found}
     if not any(state in ACTIVE for state, _ in ended.values()):
@@ -325,18 +352,15 @@ def run_array(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def run_queued(options: argparse.Namespace, command: Sequence[str]) -> int:
-  folder = Path(options.folder).absolute()
-  if options.dry_run:
-    print(shlex.join(looking(list(recorded(folder)))))
-    return 0
-  for name in queued(folder):
+  for name in queued(Path(options.folder).absolute(), options.dry_run):
     print(name)
   return 0
 
 
 def run_cancel(options: argparse.Namespace, command: Sequence[str]) -> int:
   folder = Path(options.folder).absolute()
-  jobs = list(recorded(folder)) if options.dry_run else list(dict.fromkeys(queued(folder).values()))
+  there = queued(folder, options.dry_run)
+  jobs = list(recorded(folder)) if options.dry_run else list(dict.fromkeys(there.values()))
   if jobs:
     call(["scancel", *jobs], options.dry_run)
   return 0
@@ -384,7 +408,7 @@ def parser() -> Parser:
     each.add_argument(
       "--setup",
       metavar="EXTRA",
-      help="what --ship installs: cuda, jax[cuda12], or nothing more (default: cuda for GPUs)",
+      help="what --ship installs: cuda, cuda,wandb, jax[cuda12], or nothing more (default: cuda for GPUs)",
     )
     each.add_argument("--wait", action="store_true", help="until the job is over; the exit code is the job's")
     each.add_argument("--poll", type=float, default=5, metavar="SECONDS", help="between looks at it (default: 5)")

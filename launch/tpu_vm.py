@@ -26,14 +26,14 @@ from typing import NoReturn
 
 import gcloud
 import shipping
-from command_line import Parser, pauses, positive, serve, split
+from command_line import Parser, Unsettled, pauses, positive, serve, split
 from gcloud import MARK, RUNTIMES, TRIES, Gone, Untouched, everywhere, last, look, nodes, remote, say, worker
 
 EXAMPLES = """examples:
   python3 launch/tpu_vm.py run --name=a --zone=us-west4-a --type=v5litepod-16 --spot -- \\
     train --config=gpt:size=gpt2_124m --workdir=gs://BUCKET/a
   the same with --slices=2             several slices as one run (multislice)
-  the same with --env=WANDB_API_KEY    a variable of this shell, by name
+  the same with --extra=wandb --env=WANDB_API_KEY     an extra of setup.py, and a variable of this shell, by name
   the same with --dry_run              prints every command, and runs none
   python3 launch/tpu_vm.py run --name=mine --zone=us-west4-a --existing -- train ...     on a TPU VM that is there
   python3 launch/tpu_vm.py logs --name=a --zone=us-west4-a --follow
@@ -44,6 +44,7 @@ TPUs with several workers need the key in the agent: ssh-add ~/.ssh/google_compu
 
 MEGASCALE_PORT = 8081  # between slices; what Ray's TPU support uses
 CHUNK = 1_000_000  # bytes of a log at once
+SAVING = 600.0  # seconds that a run which is told to end may reasonably take to save
 
 # The life of a run: requested, waiting, active, installed, running, ended; and again from the start if preempted.
 
@@ -74,11 +75,11 @@ def run(options: argparse.Namespace) -> int:
           if state != "preempted" or options.existing:
             refuse(options, state, why)
           say(f"{options.name}: preempted ({why}); requesting it anew")
-      raise ValueError(
+      raise Unsettled(
         f"{options.name} was lost {options.max_restarts + 1} times, and --max_restarts={options.max_restarts}; run the "
         "same command to go on"
       )
-    except Untouched:
+    except (Untouched, ValueError):  # what is there is not ours, or nothing is
       keep = True
       raise
     except KeyboardInterrupt:
@@ -121,7 +122,7 @@ def acquire(options: argparse.Namespace) -> None:
 
 def request(options: argparse.Namespace) -> None:
   if not options.type:
-    raise Untouched(f"there is no {options.name}, and requesting it needs --type, such as --type=v5litepod-16")
+    raise ValueError(f"there is no {options.name}, and requesting it needs --type, such as --type=v5litepod-16")
   say(f"{options.name}: requesting {options.slices} x {options.type}")
   code, _, errors = gcloud.together([gcloud.create(options)])[0]
   if code and "ALREADY_EXISTS" not in errors:
@@ -132,32 +133,37 @@ def refuse(options: argparse.Namespace, state: str, why: str) -> NoReturn:
   """Says what trying again does not mend."""
   quota = re.search(r"[Qq]uota (?:limit |metric )?'([^']+)'", why)
   if quota or "RESOURCE_EXHAUSTED" in why:
-    raise ValueError(
+    raise Unsettled(
       f"{options.name}: the quota {quota[1] if quota else 'for TPUs'} is used up ({why}); delete queued resources that "
       f"are left over (gcloud compute tpus queued-resources list --zone={options.zone}), ask for more at "
       "https://console.cloud.google.com/iam-admin/quotas, or choose another --zone, --type or --spot"
     )
   if options.existing:
-    raise ValueError(f"{options.name} is {state} ({why}); --existing needs a TPU VM in {options.zone} that is READY")
+    raise Unsettled(f"{options.name} is {state} ({why}); --existing needs a TPU VM in {options.zone} that is READY")
   if state in ("absent", "deleting"):
-    raise ValueError(f"{options.name} was deleted by someone else ({why}); run the same command to request it anew")
-  raise ValueError(f"{options.name} {state}: {why}; mend it, or choose another --zone or --type, and run again")
+    raise Unsettled(f"{options.name} was deleted by someone else ({why}); run the same command to request it anew")
+  raise Unsettled(f"{options.name} {state}: {why}; mend it, or choose another --zone or --type, and run again")
 
 
 def install(options: argparse.Namespace, archive: Path, commit: str) -> None:
-  """The commit on all workers; quick where it is there."""
-  if any(code for code, _, _ in gcloud.together(everywhere(options, ready(commit)))):
+  """The commit and its extras on all workers; quick where they are there."""
+  if any(code for code, _, _ in gcloud.together(everywhere(options, ready(options, commit)))):
     say(f"{options.name}: installing {commit} on all workers (some minutes)")
     remote(options, [gcloud.scp(options, node, str(archive), f"llmjax-{commit}.tar.gz") for node in nodes(options)])
-    remote(options, everywhere(options, unpack(commit)))
+    remote(options, everywhere(options, unpack(options, commit)))
 
 
-def ready(commit: str) -> str:
-  return worker("ready", commit, script=f"llmjax-{commit}/launch/tpu_worker.sh")
+def ready(options: argparse.Namespace, commit: str) -> str:
+  return worker("ready", commit, extras(options), script=f"llmjax-{commit}/launch/tpu_worker.sh")
 
 
-def unpack(commit: str) -> str:
-  install = worker("install", commit, script=f"llmjax-{commit}/launch/tpu_worker.sh")
+def extras(options: argparse.Namespace) -> str:
+  """What pip installs; without `gcs` nothing can be saved in a bucket."""
+  return ",".join(dict.fromkeys(["tpu", "gcs", *options.extra]))
+
+
+def unpack(options: argparse.Namespace, commit: str) -> str:
+  install = worker("install", commit, extras(options), script=f"llmjax-{commit}/launch/tpu_worker.sh")
   return f"mkdir -p llmjax-{commit} && tar -xzf llmjax-{commit}.tar.gz -C llmjax-{commit} && {install}"
 
 
@@ -259,7 +265,8 @@ def release(options: argparse.Namespace, saving: bool = False) -> None:
   command = shlex.join(gcloud.delete(options))
   try:
     if saving:
-      save(options)
+      with contextlib.suppress(Gone, Unsettled):
+        save(options)
     for pause in itertools.islice(pauses(options.poll), TRIES):
       code, _, errors = gcloud.together([gcloud.delete(options)])[0]
       if not code or "NOT_FOUND" in errors:
@@ -273,13 +280,13 @@ def release(options: argparse.Namespace, saving: bool = False) -> None:
 
 
 def save(options: argparse.Namespace) -> None:
-  """Ends the run as a preemption would, and waits for it as long as a checkpoint may reasonably take."""
-  with contextlib.suppress(Gone, ValueError):
-    remote(options, everywhere(options, worker("stop")))
-    for _ in range(TRIES):
-      if "running" not in workers(options).values():
-        return
-      time.sleep(options.poll)
+  """Ends the run as a preemption would, and waits until no worker runs any more; Unsettled after SAVING seconds."""
+  remote(options, everywhere(options, worker("stop")))
+  deadline = time.monotonic() + SAVING
+  while "running" in workers(options).values():
+    if time.monotonic() > deadline:
+      raise Unsettled(f"{options.name}: the run was told to end, and still goes on after {SAVING:g} seconds")
+    time.sleep(options.poll)
 
 
 # The other subcommands.
@@ -300,8 +307,8 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-  remote(options, everywhere(options, worker("stop")))
-  say(f"{options.name}: the run was told to save and end; the VMs stay until they are deleted")
+  save(options)
+  say(f"{options.name}: the run was told to save, and has ended; the VMs stay until they are deleted")
   return 0
 
 
@@ -323,6 +330,7 @@ def plan(options: argparse.Namespace) -> Iterator[str]:
     yield from lines("again from where it ended", log(options, 0))
   elif options.action == "stop":
     yield from lines("SIGTERM on all workers", *everywhere(options, worker("stop")))
+    yield from lines("until all workers have ended", *everywhere(options, worker("report")))
   elif options.action == "delete":
     yield from lines("with its VMs", gcloud.delete(options))
   else:
@@ -331,11 +339,12 @@ def plan(options: argparse.Namespace) -> Iterator[str]:
     ship = ["python3", shipping.__file__, f"--output={archive}", *(["--dirty"] if options.dirty else [])]
     yield from lines("the code", ship)
     if not options.existing:
-      yield from lines("the VMs, unless they are there", gcloud.describe(options), gcloud.create(options))
+      create = [gcloud.create(options)] if options.type else []
+      yield from lines("the VMs, unless they are there", gcloud.describe(options), *create)
     yield from lines("until all are ACTIVE and READY", *state)
-    yield from lines("whether this commit is installed; else:", *everywhere(options, ready(commit)))
+    yield from lines("whether this commit is installed; else:", *everywhere(options, ready(options, commit)))
     yield from lines("", *(gcloud.scp(options, node, archive, Path(archive).name) for node in nodes(options)))
-    yield from lines("", *everywhere(options, unpack(commit)))
+    yield from lines("", *everywhere(options, unpack(options, commit)))
     yield from variables_plan(options)
     yield from lines("the run, unless it is going on", *everywhere(options, start(options, commit)))
     yield from lines("its log, again from where it ended", log(options, 0))
@@ -373,7 +382,7 @@ ACTIONS = {
   "run": (run, "request VMs, install, run, follow, delete"),
   "status": (status, "what there is, and what its workers do"),
   "logs": (logs, "the log of worker 0"),
-  "stop": (stop, "have the run save and end; the VMs stay"),
+  "stop": (stop, "have the run save and end, and wait for that; the VMs stay"),
   "delete": (delete_all, "delete the queued resource and its VMs"),
 }
 
@@ -405,6 +414,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
       add("--subnetwork")
       add("--service_account", help="e-mail address of what the VMs act as (Compute Engine's default)")
       add("--env", action="append", default=[], metavar="NAME", help="variable that the run gets too; repeatable")
+      add(
+        "--extra",
+        type=shipping.extras,
+        default=[],
+        metavar="NAME[,NAME]",
+        help="of setup.py, such as wandb, installed besides tpu,gcs",
+      )
       add("--keep", action="store_true", help="leave the VMs at the end, and the run after Ctrl-C")
       add("--max_restarts", type=int, default=100, help="after preemptions (100)")
       add("--dirty", action="store_true", help="ship uncommitted changes of tracked files")
@@ -446,7 +462,7 @@ def main(words: Sequence[str]) -> int:
   try:
     return ACTIONS[options.action][0](options)
   except Gone as gone:
-    raise ValueError(f"{options.name} is {gone.args[0]} ({gone.args[1]}); run requests it anew") from None
+    raise Unsettled(f"{options.name} is {gone.args[0]} ({gone.args[1]}); run requests it anew") from None
 
 
 if __name__ == "__main__":

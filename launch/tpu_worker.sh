@@ -10,10 +10,10 @@ set -euo pipefail
 place="$HOME/.llmjax"
 variables="$HOME/.llmjax-environment"
 
-# ready COMMIT: whether it is installed.
-ready() { test -e "$HOME/llmjax-$1/.ready"; }
+# ready COMMIT EXTRAS: whether it is installed with them.
+ready() { [ "$(cat "$HOME/llmjax-$1/.ready" 2>/dev/null)" = "$2" ]; }
 
-# install COMMIT, whose archive has been unpacked.
+# install COMMIT EXTRAS: the commit, whose archive has been unpacked, with extras of setup.py such as tpu,gcs.
 install() {
   trap 'code=$?; [ "$code" = 0 ] || exit 65' EXIT
   mkdir -p "$place"
@@ -21,7 +21,7 @@ install() {
   flock 9
   cd "$HOME/llmjax-$1"
   cp launch/tpu_worker.sh "$place/worker.sh"
-  if ready "$1"; then return; fi
+  if ready "$1" "$2"; then return; fi
   # Ubuntu 22.04, which most runtime versions are, has Python 3.10 alone.
   if ! python3.12 -m ensurepip --version >/dev/null 2>&1; then
     packages update
@@ -30,9 +30,9 @@ install() {
       packages install python3.12-venv
     }
   fi
-  bash -c '. launch/setup.sh; setup tpu'
+  bash -c '. launch/setup.sh; setup "$1"' setup "$2"
   rm -f "$HOME/llmjax-$1.tar.gz"
-  touch .ready
+  printf '%s\n' "$2" >.ready
 }
 
 packages() { sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=600 "$@"; }

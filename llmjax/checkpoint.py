@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import importlib.metadata
 import logging
+import os
+import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,13 +55,30 @@ def make_manifest(program: Any) -> dict[str, Any]:
     "total_steps": program.total_steps,
     "layout": "scanned" if program.model.cfg.scan else "unrolled",
     "ema": program.config["optim"]["ema_decay"] is not None,
-    "versions": versions(),
+    "versions": versions() | {"commit": commit()},
   }
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that a checkpoint was made with."""
+  """Of the packages that a checkpoint was made with; processes that run as one must have the same."""
   return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+@functools.cache
+def commit(root: Path = Path(__file__).parent.parent) -> str | None:
+  """Of the code that runs, with "-dirty" where tracked files are changed; None where nothing says it.
+
+  Containers have it in LLMJAX_COMMIT, archives that launchers ship in `.commit`, and else git knows it of a checkout.
+  """
+  with contextlib.suppress(OSError):
+    return os.environ.get("LLMJAX_COMMIT") or (root / ".commit").read_text(encoding="utf-8").strip()
+  git = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+  words = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    # What is installed can lie in somebody else's repository, or be part of one.
+    if 'name="llmjax"' in (root / "setup.py").read_text(encoding="utf-8"):
+      return subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+  return None
 
 
 def pack_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -162,7 +182,7 @@ class Checkpoints:
 
   def _meet(self, when: str) -> None:
     if not hosts.meet(f"{self.folder}/set_aside/{when}", timeout=600):
-      raise ConfigError(f"{self.folder}: not all processes came to set damaged checkpoints aside; run again")
+      raise TimeoutError(f"{self.folder}: not all processes came to set damaged checkpoints aside; run again")
 
   def newest_manifest(self) -> tuple[int, dict[str, Any]] | None:
     """The newest step whose manifest can be read, and that; None if there is no checkpoint at all.

@@ -34,7 +34,15 @@ ASKED = {
 
 
 class Disagreement(ConfigError):
-  """The processes cannot go on together. All of them raise it, and process 0 alone says it."""
+  """The processes cannot go on together. All of them raise it, and process 0 alone says it.
+
+  `code` is what they end with: 2 for what the user can mend, 1 where a process did not come or has gone, which is no
+  mistake where machines are taken away and come back.
+  """
+
+  def __init__(self, said: str, code: int = 2):
+    super().__init__(said)
+    self.code = code
 
 
 class Place(NamedTuple):
@@ -69,6 +77,7 @@ def start(
   Raises:
     ConfigError: settings that are incomplete, or contradict each other.
     Disagreement: a process did not come, or is there twice.
+    OSError: process 0 did not come, or has gone.
   """
   global _place
   place = _asked(coordinator, num_processes, process_id) or _found(timeout)
@@ -175,7 +184,7 @@ def _call_roll(place: Place, timeout: float) -> None:
   """Process 0 waits for all others, and tells them whether to go on."""
   known = {0: socket.gethostname()}  # {process: its host}
   came: list[socket.socket] = []
-  begun, failure = time.monotonic(), ""
+  begun, failure, code = time.monotonic(), "", 2
   deadline, patience = begun + timeout, begun + PATIENCE
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listen(place.coordinator))
@@ -191,10 +200,12 @@ def _call_roll(place: Place, timeout: float) -> None:
           patience = deadline
           _tell(f"waiting at {place.coordinator} for {missing} of {place.num_processes}")
         elif time.monotonic() > deadline:
-          failure = failure or (
-            f"{missing} of {place.num_processes} did not come to {place.coordinator} within {timeout:g} s; start it "
-            "with this --coordinator and --num_processes, and its own --process_id"
-          )
+          if not failure:
+            code = 1
+            failure = (
+              f"{missing} of {place.num_processes} did not come to {place.coordinator} within {timeout:g} s; start it "
+              "with this --coordinator and --num_processes, and its own --process_id"
+            )
           break
       except (OSError, ValueError, TypeError):  # a stranger
         continue
@@ -213,9 +224,9 @@ def _call_roll(place: Place, timeout: float) -> None:
           deadline = min(deadline, time.monotonic() + PATIENCE)
     for connection in came:
       with contextlib.suppress(OSError):
-        connection.sendall(json.dumps(failure).encode() + b"\n")
+        connection.sendall(json.dumps([failure, code]).encode() + b"\n")
   if failure:
-    raise Disagreement(failure)
+    raise Disagreement(failure, code)
 
 
 def _listen(address: str) -> socket.socket:
@@ -241,7 +252,7 @@ def _report(place: Place, timeout: float) -> None:
     except (OSError, OverflowError) as error:
       waited = time.monotonic() - begun
       if waited > timeout:
-        raise ConfigError(
+        raise TimeoutError(
           f"process 0 did not open {place.coordinator} within {timeout:g} s ({error}); start it, or mend --coordinator"
         ) from error
       if waited > patience:
@@ -254,13 +265,13 @@ def _report(place: Place, timeout: float) -> None:
     connection.sendall(json.dumps([place.process_id, place.num_processes, socket.gethostname()]).encode() + b"\n")
     answer = connection.makefile(errors="replace").readline()
   try:
-    failure = json.loads(answer)
-  except ValueError:
-    raise ConfigError(
+    failure, code = json.loads(answer)
+  except (ValueError, TypeError):
+    raise ConnectionError(
       f"process 0 has ended, or what answers at {place.coordinator} is another program; choose another port"
     ) from None
   if failure:
-    raise Disagreement(failure)
+    raise Disagreement(failure, code)
 
 
 def _processes(numbers: Sequence[int]) -> str:
@@ -313,18 +324,19 @@ def preflight(facts: Callable[[], Mapping[str, Any]], timeout: float = PREPARING
   count, index, name = jax.process_count(), jax.process_index(), f"preflight/{_preflights}"
   _write(f"{name}/{index}", json.dumps({"facts": facts()}, default=str))
   if index == 0:
-    failure = _compare(name, count, timeout)
-    _write(f"{name}/all", failure)
+    failure, code = _compare(name, count, timeout)
+    _write(f"{name}/all", json.dumps([failure, code]))
   else:
     heard = _read(f"{name}/all", timeout + PATIENCE)
-    failure = f"process 0 did not come to the preflight within {timeout:g} s" if heard is None else heard
+    late = f"process 0 did not come to the preflight within {timeout:g} s", 1
+    failure, code = late if heard is None else json.loads(heard)
   if failure:
-    raise Disagreement(failure)
+    raise Disagreement(failure, code)
   _preflights += 1
 
 
-def _compare(name: str, count: int, timeout: float) -> str:
-  """What is wrong with the facts of all processes; empty where nothing is."""
+def _compare(name: str, count: int, timeout: float) -> tuple[str, int]:
+  """What is wrong with the facts of all processes, empty where nothing is, and the exit code for it."""
   begun, patience = time.monotonic(), min(PATIENCE, timeout)
   facts = []
   for index in range(count):
@@ -334,12 +346,12 @@ def _compare(name: str, count: int, timeout: float) -> str:
       _tell(f"waiting for process {index} of {count}")
       text = _read(f"{name}/{index}", max(begun + patience - time.monotonic(), 0))
     if text is None:
-      return f"process {index} of {count} did not come to the preflight within {timeout:g} s; see its output"
+      return f"process {index} of {count} did not come to the preflight within {timeout:g} s; see its output", 1
     said = json.loads(text)
     if "ended" in said:
-      return f"process {index} has ended: {said['ended']}"
+      return f"process {index} has ended: {said['ended']}", said["code"]
     facts.append(said["facts"])
-  return disagreement(facts)
+  return disagreement(facts), 2
 
 
 def disagreement(facts: Sequence[Mapping[str, Any]]) -> str:
@@ -399,9 +411,9 @@ def leave(code: int, said: str) -> NoReturn:
     _tell(f"process {_place.process_id}: {said}")
     with contextlib.suppress(Exception):  # the coordinator may not be there
       if _place.process_id:
-        _write(f"preflight/{_preflights}/{_place.process_id}", json.dumps({"ended": said}))
+        _write(f"preflight/{_preflights}/{_place.process_id}", json.dumps({"ended": said, "code": code}))
       else:
-        _write(f"preflight/{_preflights}/all", f"process 0 has ended: {said}")
+        _write(f"preflight/{_preflights}/all", json.dumps([f"process 0 has ended: {said}", code]))
   sys.stdout.flush()
   sys.stderr.flush()
   if _place.process_id == 0:

@@ -17,10 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from llmjax import hosts
+from llmjax.flags import parser as cli_parser
+
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "testdata"
 GKE = ROOT / "launch" / "gke.py"
 ANSWERS = json.loads((DATA / "gke.json").read_text())
+UNSETTLED = 75  # exit code
 TRAIN = ("--", "train", "--config=gpt:size=small", "--workdir=gs://b/a")
 TPU = ("run", "--name=a", "--image=I", "--accelerator=tpu-v5-lite-podslice", "--topology=4x4", "--spot", "--env=TOKEN")
 GPU = ("run", "--name=b", "--image=I", "--accelerator=nvidia-h100-80gb", "--gpus=8", "--nodes=2")
@@ -51,7 +55,7 @@ class Cluster:
     usual = {"jobset": "absent running running completed", "pods": "nothing pod pod_succeeded", "logs": "log more_log"}
     usual |= {"create": "created"} | answers
     text = json.dumps([{"call": calls[name], "answers": [ANSWERS[a] for a in usual[name].split()]} for name in calls]
-                      + [{"call": "kubectl delete|docker", "answers": [{}]}])  # fmt: skip
+                      + [{"call": "kubectl (delete|patch)|docker", "answers": [{}]}])  # fmt: skip
     # The name of the run is what the manifest has.
     manifest = self.manifest(*TPU)
     (self.folder / "transcript.json").write_text(text.replace("RUN", manifest["metadata"]["annotations"]["llmjax/run"]))
@@ -134,13 +138,31 @@ def test_secrets_go_through_standard_input_alone(cluster):
   cluster.says().run(*run_words())
   inputs = [call["input"] for call in cluster.calls() if "secret" in call["words"] and "create" in call["words"]]
   assert inputs == ["TOKEN=s3cret\n"]
+  pasted = cluster.run(*TPU, "--dry_run", *TRAIN)[1]
+  subprocess.run(["bash"], input=pasted, env=cluster.environment, text=True, stdout=subprocess.DEVNULL)
+  patch, same = [call["words"] for call in cluster.calls() if "patch" in call["words"]]
+  assert same == patch
+  assert patch[2:4] == ["secret", "a-environment"]  # which Kubernetes then deletes with its owner
+  owner = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": "a", "uid": "1f-a5"}
+  assert json.loads(patch[-1].removeprefix("--patch=")) == {"metadata": {"ownerReferences": [owner]}}
   assert all("s3cret" not in " ".join(call["words"]) for call in cluster.calls())
   (cluster.folder / "calls.jsonl").unlink()
   (cluster.folder / "counts.json").unlink()
   manifest = cluster.manifest(*TPU, "--secret=mine")
   container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
   assert container["env"] == [{"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "mine", "key": "TOKEN"}}}]
-  assert cluster.run(*run_words("--secret=mine"))[0] == 0 and not cluster.count("secret generic")
+  assert cluster.run(*run_words("--secret=mine"))[0] == 0 and not cluster.count("secret generic|patch")
+
+
+def test_a_process_may_come_long_after_the_others(cluster):
+  """A node that was taken away can be back hours later, and a process that gives up would end the run for good."""
+  one = ("run", "--name=a", "--image=I", "--accelerator=tpu-v5-lite-podslice", "--topology=2x2")
+  expected = {(*one, "--slices=2"): True, TPU: True, GPU: True, one: False, (*GPU, "--nodes=1"): False}
+  for words, patient in expected.items():
+    job = cluster.manifest(*words)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    arguments = job["template"]["spec"]["containers"][0]["args"]
+    assert arguments == ["train", *(["--start_timeout=86400"] if patient else []), *TRAIN[2:]]
+    assert cli_parser().parse_known_args(arguments)[0].start_timeout == (86400 if patient else hosts.TIMEOUT)
 
 
 def test_a_failed_run_has_the_exit_code_of_worker_0(cluster):
@@ -164,7 +186,7 @@ def test_the_same_command_attaches_and_another_one_is_refused(cluster):
   assert code == 0 and "is there" in errors and not cluster.count("create")
   (cluster.folder / "counts.json").unlink()
   code, _, errors = cluster.says(jobset="another").run(*run_words())
-  assert code == 2 and "running something else" in errors and not cluster.count("create|delete")
+  assert code == UNSETTLED and "running something else" in errors and not cluster.count("create|delete")
 
 
 def test_what_has_ended_is_replaced(cluster):
@@ -204,6 +226,7 @@ def test_status_logs_and_delete(cluster):
     ((*GPU, "--node_selector=a", *TRAIN), "KEY=VALUE"),
     ((*TPU, "--env=ABSENT", *TRAIN), "ABSENT is not set"),
     (("status", "--name=A_b"), "lower-case"),
+    (("image", "--tag=T", "--extra=wandbb"), "wandbb is none of tpu"),
     (("run", "--name=a", *TRAIN), "--image"),
   ],
 )
@@ -212,10 +235,20 @@ def test_mistakes_are_one_line(cluster, words, expected):
   assert code == 2 and expected in errors and errors.startswith("gke.py: ") and errors.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [("status",), ("logs",), ("logs", "--follow")])
+def test_a_dry_run_prints_the_commands_that_are_run(cluster, words):
+  cluster.says(jobset="running", pods="pod")
+  printed = cluster.run(*words, "--name=a", "--dry_run")[1].replace("POD", "a-slice-0-0-x")
+  assert not cluster.calls()
+  cluster.run(*words, "--name=a")
+  called = [shlex.join(call["words"]) for call in cluster.calls()]
+  assert [line for line in printed.splitlines() if not line.startswith("#")] == called
+
+
 @pytest.mark.parametrize("answer, expected", [("no_jobset", "install it: https"), ("no_cluster", "refused")])
 def test_a_cluster_that_lacks_something_is_one_line(cluster, answer, expected):
   code, _, errors = cluster.says(jobset=answer).run(*run_words())
-  assert code == 2 and expected in errors and not cluster.count("create|delete")
+  assert code == UNSETTLED and expected in errors and not cluster.count("create|delete")
 
 
 def test_an_image_is_built_from_a_clean_archive(cluster, tmp_path):
@@ -223,6 +256,7 @@ def test_an_image_is_built_from_a_clean_archive(cluster, tmp_path):
   (root / "launch").mkdir(parents=True)
   for name in ("gke.py", "jobset.py", "shipping.py", "command_line.py", "Dockerfile"):
     shutil.copy(ROOT / "launch" / name, root / "launch")
+  shutil.copy(ROOT / "setup.py", root)
   git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
   for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
     subprocess.run([*git, *words], check=True)
@@ -230,11 +264,11 @@ def test_an_image_is_built_from_a_clean_archive(cluster, tmp_path):
   (root / "untracked").touch()
   docker = tmp_path / "bin" / "docker"
   docker.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/docker\n[ "$1" = push ] || cat >{tmp_path}/context.tar.gz\n')
-  words = ("image", "--tag=T", "--extra=cuda")
+  words = ("image", "--tag=T", "--extra=cuda,wandb")
   code, _, errors = cluster.run(*words, script=root / "launch" / "gke.py")
   assert code == 0 and "untracked not shipped" in errors
   calls = (tmp_path / "docker").read_text().splitlines()
-  assert f"--build-arg=COMMIT={commit} --build-arg=EXTRA=cuda --tag=T -" in calls[0] and calls[1] == "push T"
+  assert f"--build-arg=COMMIT={commit} --build-arg=EXTRA=cuda,wandb --tag=T -" in calls[0] and calls[1] == "push T"
   with tarfile.open(tmp_path / "context.tar.gz") as tar:
     assert ".commit" in tar.getnames() and "launch/Dockerfile" in tar.getnames() and "untracked" not in tar.getnames()
     assert tar.extractfile(".commit").read().decode() == f"{commit}\n"
@@ -255,13 +289,20 @@ def test_every_flag_is_one_of_the_installed_kubectl_and_docker(cluster):
   for words in ((*TPU, "--namespace=n", "--context=c", "--dry_run", *TRAIN), ("delete", "--name=a", "--dry_run"),
                 ("image", "--tag=T", "--dirty", "--dry_run")):  # fmt: skip
     _, output, _ = cluster.run(*words)
-    lines += re.findall(r"(?:^|\| )((?:kubectl|docker) [^<|\n]*)", output, re.MULTILINE)
+    lines += re.findall(r"(?:^|\| |\$\()((?:kubectl|docker) [^<|\n]*)", output, re.MULTILINE)
   used = {}
   for words in map(shlex.split, lines):
     depth = 4 if "generic" in words else 2
     used.setdefault(tuple(words[:depth]), set()).update(word.split("=")[0] for word in words if word.startswith("--"))
   assert {" ".join(command) for command in used} == {
-    *("kubectl get", "kubectl create", "kubectl create secret generic", "kubectl logs", "kubectl delete"),
+    *(
+      "kubectl get",
+      "kubectl create",
+      "kubectl create secret generic",
+      "kubectl logs",
+      "kubectl delete",
+      "kubectl patch",
+    ),
     *("docker build", "docker push"),
   }
   for command, flags in used.items():

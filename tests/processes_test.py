@@ -154,9 +154,9 @@ def test_fewer_visible_gpus_than_processes(venv, monkeypatch):
   assert code == 2 and "CUDA_VISIBLE_DEVICES=0 shows 1" in err
 
 
-@pytest.mark.parametrize("name", ["processes.py", "slurm.py"])
-def test_scripts_are_python_3_9(name):
-  ast.parse((LAUNCH / name).read_text(), feature_version=(3, 9))
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
+def test_scripts_are_python_3_9(path):
+  ast.parse(path.read_text(), feature_version=(3, 9))
 
 
 @pytest.mark.slow

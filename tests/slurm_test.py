@@ -27,6 +27,7 @@ import pytest
 from llmjax import metrics
 
 ROOT = Path(__file__).parent.parent
+UNSETTLED = 75  # exit code
 VENV = Path(sys.prefix)
 # Notes how it was called, and says what the test has put beside it.
 FAKE = r"""#!{python}
@@ -120,7 +121,7 @@ def test_the_commit_is_recorded(fake, tmp_path):
   assert submit(tmp_path)[2] == 0
   about = json.loads((tmp_path / "run" / "slurm" / "0.json").read_text())
   assert re.fullmatch(r"[0-9a-f]{40}(-dirty-[0-9a-f]{8})?", about["commit"]) and about["names"] == ["run"]
-  assert f"# {about['commit']}" in script(tmp_path / "run")
+  assert f"commit={about['commit']}\n" in script(tmp_path / "run")
 
 
 def test_a_dry_run_does_nothing_and_pasted_does_the_same(fake, tmp_path):
@@ -137,8 +138,15 @@ def test_a_dry_run_does_nothing_and_pasted_does_the_same(fake, tmp_path):
     assert pasted == {path.name: path.read_text() for path in (folder / "slurm").iterdir()}
     assert pasted["0.job"] == "17\n" and fake.calls()[0] == fake.calls()[1]
     (fake.folder / "calls.jsonl").unlink()
+  looking = "squeue --noheader --array '--format=%F %K' --jobs=17\n"
+  assert queued(tmp_path, dry_run=True)[0] == looking
   printed, _, _ = slurm("cancel", f"--folder={tmp_path / 'sweep'}", "--dry_run")
-  assert printed == "scancel 17\n" and not fake.calls()
+  assert printed == f"{looking}scancel 17\n"
+  printed, _, _ = array(tmp_path, "--wait", "--dry_run")
+  assert printed.startswith(looking) and not fake.calls()
+  shutil.copy(tmp_path / "sweep/slurm/0.job", tmp_path / "sweep/slurm/1.job")
+  subprocess.run(["bash", "-c", printed.splitlines()[-1]], check=True)
+  assert fake.calls() == [["scontrol", "--oneliner", "show", "job", "17"]]
 
 
 def test_secrets_are_passed_by_name(fake, tmp_path, monkeypatch):
@@ -166,8 +174,8 @@ def test_trials_are_tasks_of_an_array(fake, tmp_path):
   assert fake.calls() == [["sbatch", "--parsable", f"{tmp_path}/sweep/slurm/0.sh"]]
 
 
-def queued(home, folder="sweep"):
-  return slurm("queued", f"--folder={home / folder}")
+def queued(home, folder="sweep", dry_run=False):
+  return slurm("queued", f"--folder={home / folder}", *(["--dry_run"] if dry_run else []))
 
 
 def test_what_is_queued_is_known_by_its_name(fake, tmp_path):
@@ -192,7 +200,7 @@ def test_a_queue_that_does_not_answer_is_not_an_empty_one(fake, tmp_path):
   array(tmp_path)
   fake.says("squeue", "", "slurm_load_jobs error: Unable to contact slurm controller\n", 1)
   for out, err, code in (queued(tmp_path), array(tmp_path), slurm("cancel", f"--folder={tmp_path / 'sweep'}")):
-    assert (out, code) == ("", 2) and "squeue does not say what is queued" in err
+    assert (out, code) == ("", UNSETTLED) and "squeue does not say what is queued" in err
   assert len(fake.calls("sbatch")) == 1 and not fake.calls("scancel")
 
 
@@ -201,14 +209,28 @@ def test_what_is_queued_is_not_submitted_again(fake, tmp_path):
   fake.says("squeue", "17 N/A\n")
   assert queued(tmp_path, "run")[0] == "run\n"
   _, err, code = submit(tmp_path)
-  assert code == 2 and "run is still in the queue as job 17" in err and len(fake.calls("sbatch")) == 1
+  assert code == UNSETTLED and "run is still in the queue as job 17" in err and len(fake.calls("sbatch")) == 1
 
 
 def test_a_refused_submission_leaves_nothing_queued(fake, tmp_path):
   fake.says("sbatch", "", "sbatch: error: invalid partition specified: p\n", 1)
   _, err, code = submit(tmp_path, "--partition=p")
-  assert code == 2 and "invalid partition" in err and "slurm.py: `sbatch --parsable" in err
+  assert code == UNSETTLED and "invalid partition" in err and "slurm.py: `sbatch --parsable" in err
   assert queued(tmp_path, "run") == ("", "", 0)
+
+
+def test_a_job_that_cannot_be_looked_at_has_no_exit_code(fake, tmp_path):
+  fake.says("scontrol", "", "slurm_load_jobs error: Unable to contact slurm controller\n", 1)
+  _, err, code = submit(tmp_path, "--wait", "--poll=0")
+  assert code == UNSETTLED and "what has become of job 17" in err
+
+
+def test_without_slurm_nothing_is_settled(fake, tmp_path, monkeypatch):
+  (fake.folder / "git").symlink_to(shutil.which("git"))
+  (fake.folder / "sbatch").unlink()
+  monkeypatch.setenv("PATH", str(fake.folder))
+  _, err, code = submit(tmp_path)
+  assert code == UNSETTLED and err.count("\n") == 1 and "sbatch was not found" in err
 
 
 def job(state, code, task=""):
@@ -315,19 +337,29 @@ def test_trials_that_cannot_be_are_one_line(fake, tmp_path, trials, said):
   assert code == 2 and err.count("\n") == 1 and said in err and not fake.calls()
 
 
-def test_code_is_shipped_once_and_run_from_there(fake, tmp_path):
-  """Of a checkout whose setup only makes an empty `llmjax`."""
-  root, shared = tmp_path / "checkout", tmp_path / "shared code"
+def git(root, *words):
+  command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+  return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+  """Of the launcher, with a setup that only makes an empty `llmjax`."""
+  root = tmp_path / "checkout"
   (root / "launch").mkdir(parents=True)
   for name in ("slurm.py", "command_line.py", "processes.py", "shipping.py"):
     shutil.copy(ROOT / "launch" / name, root / "launch")
   (root / "launch" / "setup.sh").write_text(
     'setup() (cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -p .venv/bin && echo "with:$1" >>.venv/bin/llmjax)\n'
   )
-  git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
   for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
-    subprocess.run([*git, *words], check=True)
-  commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    git(root, *words)
+  return root
+
+
+def test_code_is_shipped_once_and_run_from_there(fake, tmp_path, checkout):
+  root, shared = checkout, tmp_path / "shared code"
+  commit = git(root, "rev-parse", "HEAD")
   words = ["submit", f"--workdir={tmp_path / 'run'}", f"--ship={shared}", "--gpus_per_node=1"]
   assert slurm(*words, "--dry_run", "--", "train", root=root)[2] == 0 and not shared.exists()
   for _ in range(2):
@@ -341,6 +373,21 @@ def test_code_is_shipped_once_and_run_from_there(fake, tmp_path):
   (root / "launch" / "setup.sh").write_text("changed")
   _, err, code = slurm(*words, "--", "train", root=root)
   assert code == 2 and "uncommitted changes in launch/setup.sh" in err
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_the_log_says_where_a_checkout_has_moved_on(fake, tmp_path, monkeypatch, checkout, shipped):
+  where = f"--ship={tmp_path / 'shared'}" if shipped else f"--venv={VENV}"
+  assert slurm("submit", f"--workdir={tmp_path / 'run'}", where, "--", "train", root=checkout)[2] == 0
+  monkeypatch.setenv("SLURM_JOB_ID", "17")
+  monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+  log, said = tmp_path / "run" / "log.txt", []
+  for _ in range(2):
+    subprocess.run(["bash", "-c", script(tmp_path / "run")], check=True)
+    said += [line for line in log.read_text().splitlines() if "submitted at" in line]
+    git(checkout, "commit", "--quiet", "--allow-empty", "--message=b")
+  before, after = git(checkout, "rev-parse", "HEAD~2", "HEAD~1").split()
+  assert said == ([] if shipped else [f"-- job 17: submitted at {before}, runs {after}"])
 
 
 # SLURM itself

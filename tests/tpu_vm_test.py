@@ -7,6 +7,7 @@ installed one. The scripts that workers run are the real ones, with a stand-in f
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parent.parent
 ANSWERS = json.loads((ROOT / "tests" / "testdata" / "tpu_vm.json").read_text())
@@ -24,16 +26,19 @@ FLAGS = ("--name=a", "--zone=us-west4-a", "--poll=0")
 REQUEST = ("run", *FLAGS, "--type=v5litepod-16")
 TRAIN = ("train", "--config=quick", "--workdir=gs://b/a")
 
-# In place of launch/setup.sh, what installs, and llmjax: `slow` runs until the home has a file `go`.
+UNSETTLED = 75  # exit code
+
+# In place of launch/setup.sh, what installs, and llmjax: `slow` runs until the home has a file `go`, and takes $SAVING
+# seconds to end when it is told to.
 SETUP = """
 setup() {
-  echo installed >>"$HOME/installations"
+  echo "installed $1" >>"$HOME/installations"
   mkdir -p .venv/bin
   cat >.venv/bin/llmjax <<'LLMJAX'
 #!/usr/bin/env bash
 echo "started $*" | tee -a "$HOME/runs"
 echo "token ${TOKEN:-none} slice ${MEGASCALE_SLICE_ID:-none}/${MEGASCALE_NUM_SLICES:-1} $MEGASCALE_COORDINATOR_ADDRESS"
-trap 'echo saved; exit 130' TERM
+trap 'sleep "${SAVING:-0}"; echo saved; exit 130' TERM
 case "$*" in
   *config=bad*) echo 'llmjax: a mistake' >&2; exit 2 ;;
   *config=slow*) until [ -e "$HOME/go" ]; do sleep 0.05; done ;;
@@ -47,11 +52,12 @@ LLMJAX
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-  """A git checkout of the launchers alone."""
+  """A git checkout of the launchers and setup.py alone."""
   root = tmp_path_factory.mktemp("checkout")
   (root / "launch").mkdir()
   for name in SCRIPTS:
     shutil.copy(ROOT / "launch" / name, root / "launch")
+  shutil.copy(ROOT / "setup.py", root)
   (root / "launch" / "setup.sh").write_text(SETUP)
   git(root, "init", "-q")
   git(root, "add", ".")
@@ -176,6 +182,21 @@ def test_dry_run_prints_every_command_and_runs_none(cloud):
   assert called <= printed
 
 
+def test_what_is_installed_can_write_to_a_bucket(cloud, monkeypatch):
+  given = {}
+  monkeypatch.setattr(setuptools, "setup", lambda **keywords: given.update(keywords))
+  runpy.run_path(str(ROOT / "setup.py"))
+  for flags in ((), ("--extra=wandb",)):
+    _, output, _ = cloud.run(*REQUEST, *flags, "--dry_run", "--", *TRAIN)
+    installed = re.search(r"worker\.sh install \w+ (\S+)'", output)[1].split(",")
+    assert {"tpu", "gcs"} <= set(installed) <= set(given["extras_require"])
+
+
+def test_a_dry_run_without_a_type_requests_nothing(cloud):
+  code, output, errors = cloud.run("run", *FLAGS, "--dry_run", "--", *TRAIN)
+  assert code == 0 and "queued-resources describe" in output and " create " not in output, errors
+
+
 def plain(line):
   """A command without what differs from run to run."""
   line = re.sub(r'ADDRESS="\$\((.*)\)"', r"\1", line)
@@ -238,6 +259,8 @@ def test_keep_leaves_the_vm_and_the_next_run_installs_only_where_it_must(cloud):
   assert cloud.run(*other)[0] == 0
   counts = [(cloud.home(worker) / "installations").read_text().count("installed") for worker in ("a-w0", "a-w1")]
   assert counts == [1, 2]
+  assert cloud.run(*REQUEST, "--extra=wandb", *other[len(REQUEST) :])[0] == 0
+  assert (cloud.home("a-w0") / "installations").read_text() == "installed tpu,gcs\ninstalled tpu,gcs,wandb\n"
   assert cloud.count("create") == 1 and not cloud.count("delete")
 
 
@@ -273,7 +296,7 @@ def test_a_run_that_was_ended_by_the_machine_is_started_again(cloud):
 def test_too_many_preemptions_end(cloud):
   cloud.says(describe="suspended", log="unusable")
   code, _, errors = cloud.run(*REQUEST, "--max_restarts=1", "--", *TRAIN)
-  assert code == 2 and "lost 2 times" in errors
+  assert code == UNSETTLED and "lost 2 times" in errors
   one_line(errors)
 
 
@@ -289,7 +312,7 @@ def test_too_many_preemptions_end(cloud):
 )
 def test_what_trying_again_does_not_mend_ends_at_once_and_is_cleaned_up(cloud, answers, expected):
   code, _, errors = cloud.says(**answers).run(*REQUEST, "--", *TRAIN)
-  assert code == 2 and expected in errors
+  assert code == UNSETTLED and expected in errors
   assert cloud.count("create") == cloud.count("delete") == 1
 
 
@@ -313,7 +336,7 @@ def test_an_existing_vm_is_used_and_never_deleted(cloud):
   (cloud.folder / "counts.json").unlink()
   cloud.says(node="ready preempted", log="unusable")
   code, _, errors = cloud.run(*run, "train", "--config=quick")
-  assert code == 2 and "--existing needs a TPU VM" in errors
+  assert code == UNSETTLED and "--existing needs a TPU VM" in errors
   assert not cloud.count("queued-resources")
 
 
@@ -338,7 +361,7 @@ def test_the_same_command_attaches_and_another_one_is_refused(cloud):
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 130 and "left running" in errors and "the same command goes on" in errors
   code, _, errors = cloud.run(*REQUEST, "--", *TRAIN)
-  assert code == 2 and "it is running llmjax train --config=slow" in errors
+  assert code == UNSETTLED and "it is running llmjax train --config=slow" in errors
   one_line(errors)
   assert cloud.run("status", *FLAGS)[1].splitlines() == ["a: active (READY)", "a-w0: running"]
   calls = cloud.count(r"\.sh log ")
@@ -377,6 +400,26 @@ def test_a_second_ctrl_c_leaves_the_vm_and_says_how_to_delete_it(cloud):
   assert "delete it with: gcloud compute tpus queued-resources delete a --force --zone=us-west4-a" in errors
 
 
+def test_stop_waits_until_the_run_has_saved(cloud):
+  cloud.environment["SAVING"] = "1"
+  cloud.says(describe="active", workers=2)
+  process = cloud.start(*REQUEST, "--keep", "--", "train", "--config=slow", "--workdir=gs://b/a")
+  cloud.wait(lambda: cloud.count(r"\.sh log ") > 1)
+  code, _, errors = cloud.run("stop", *FLAGS)
+  assert code == 0 and "has ended" in errors
+  for worker in ("a-w0", "a-w1"):
+    assert "saved" in (cloud.home(worker) / ".llmjax" / "log").read_text()
+  process.communicate(timeout=60)
+  assert process.returncode == 130
+
+
+def test_what_is_not_there_is_no_verdict_on_the_run(cloud):
+  for action in ("logs", "stop"):
+    code, _, errors = cloud.says(describe="not_found", ssh="lost", log="lost").run(action, *FLAGS)
+    assert code == UNSETTLED and "a is absent" in errors
+    one_line(errors)
+
+
 def test_stop_logs_and_delete(cloud):
   cloud.says(describe="active")
   process = cloud.start(*REQUEST, "--keep", "--", "train", "--config=slow", "--workdir=gs://b/a")
@@ -396,6 +439,7 @@ def test_stop_logs_and_delete(cloud):
     (("run", *FLAGS, "--type=v9-8", "--", *TRAIN), "v5litepod-N"),
     (("run", *FLAGS, "--", *TRAIN), "needs --type"),
     ((*REQUEST, "--spot", "--reserved", "--", *TRAIN), "not allowed with"),
+    ((*REQUEST, "--extra=wandbb", "--", *TRAIN), "wandbb is none of tpu"),
     (("run", "--name=A_b", "--zone=z", "--", *TRAIN), "lower-case"),
     (("run", "--nam=a", "--zone=z", "--", *TRAIN), "--name"),
     (("delete", *FLAGS, "--existing"), "not deleted"),
@@ -410,7 +454,7 @@ def test_mistakes_are_one_line(cloud, words, expected):
 
 def test_without_an_account_nothing_is_touched(cloud):
   code, _, errors = cloud.says(describe="no_account").run(*REQUEST, "--", *TRAIN)
-  assert code == 2 and "active account" in errors
+  assert code == UNSETTLED and "active account" in errors
   assert not cloud.count("create|delete")
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import llmjax
+from llmjax import checkpoint, evaluate, train
 from llmjax import config as cfglib
-from llmjax import evaluate, train
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import ConfigError
 
@@ -258,3 +258,44 @@ def test_starting_from_a_checkpoint_runs_no_code_that_its_tokenizer_names(folder
   manifest.write_text(json.dumps(content))
   with pytest.raises(ConfigError, match="none of llmjax"):
     run(folder, "b", f"--config.init_from={folder / 'a'}")
+
+
+def test_a_checkpoint_says_of_which_commit_it_is_and_another_commit_goes_on(folder, monkeypatch):
+  monkeypatch.setattr(checkpoint, "commit", lambda: "a")
+  run(folder, "x", "--config.total_steps=1")
+  monkeypatch.setattr(checkpoint, "commit", lambda: "b")
+  run(folder, "x", "--config.total_steps=2")
+  found = Checkpoints(folder / "x")
+  assert [found.read(step, "manifest")["versions"]["commit"] for step in (1, 2)] == ["a", "b"]
+
+
+def test_the_commit_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
+  monkeypatch.delenv("LLMJAX_COMMIT", raising=False)
+
+  def commit(root, name="llmjax"):
+    checkpoint.commit.cache_clear()
+    root.mkdir(exist_ok=True)
+    (root / "setup.py").write_text(f'setup(\n  name="{name}",\n)\n')
+    return checkpoint.commit(root)
+
+  def git(*words):
+    command = ["git", "-C", tmp_path / "clone", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+  assert commit(tmp_path / "clone") is None
+  for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"], ["tag", "v1"]):
+    git(*words)
+  head = git("rev-parse", "HEAD")
+  (tmp_path / "clone" / "untracked").touch()
+  assert commit(tmp_path / "clone") == head
+  assert commit(tmp_path / "clone" / "site-packages") is None  # what is installed in a repository is not of it
+  assert commit(tmp_path / "clone", "other") is None
+  (tmp_path / "clone" / "site-packages" / ".commit").write_text("shipped\n")
+  assert commit(tmp_path / "clone" / "site-packages") == "shipped"
+  git("rm", "-q", "--cached", "setup.py")
+  assert commit(tmp_path / "clone") == f"{head}-dirty"
+  monkeypatch.setenv("PATH", "")
+  assert commit(tmp_path / "clone") is None
+  monkeypatch.setenv("LLMJAX_COMMIT", "built")
+  assert commit(tmp_path / "clone") == "built"
+  checkpoint.commit.cache_clear()
