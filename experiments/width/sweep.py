@@ -11,7 +11,7 @@ from llmjax.trials import Sweep, chain, product, vary
 
 BASE = 64  # where both parametrisations are the same
 WIDTHS = (32, 64, 128, 256)
-RATES = [2.0**-i for i in range(9, 4, -1)]
+RATES = [2.0**-i for i in range(9, 2, -1)]
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
