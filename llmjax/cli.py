@@ -19,11 +19,13 @@ from llmjax.config import ConfigError
 from llmjax.flags import parser
 
 SHOWN = 10  # bad lines
+# Of the errors of the system, such as a broken connection, those that the user can mend.
+MENDABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command; returns its exit code: 0, 2 for what the user can mend, 130 when interrupted, and 1 where `verify`
-  finds a difference or a trial of a `sweep` has failed.
+  finds a difference, a trial of a `sweep` has failed, or trying again may help.
 
   One of several processes that fails ends here, with such a code, or 1 where the user can mend nothing.
   """
@@ -36,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
   except BrokenPipeError:  # the reader, such as `head`, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except hosts.Disagreement as error:
-    code, said = 2, str(error) if hosts.leader() else ""
+    code, said = error.code, str(error) if hosts.leader() else ""
   except (ConfigError, OSError) as error:
-    code, said = 2, " ".join(str(error).split())
+    code, said = 2 if isinstance(error, (ConfigError, *MENDABLE)) else 1, " ".join(str(error).split())
   except KeyboardInterrupt as error:
     code, said = 130, str(error) or "interrupted"
   except Exception as error:
@@ -124,14 +126,14 @@ def run_verify(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def run_sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
-  from llmjax import sweep
+  from llmjax.sweeps import command
 
   if arguments.admit:
     start_jax()
-    sweep.answer(arguments.admit, arguments.workdir)
+    command.answer(arguments.admit, arguments.workdir)
     return 0
   names = ("launcher", "launcher_flags", "max_parallel", "trials_in", "retry", "dry_run")
-  return 0 if sweep.sweep(rest, arguments.workdir, **{name: getattr(arguments, name) for name in names}) else 1
+  return 0 if command.sweep(rest, arguments.workdir, **{name: getattr(arguments, name) for name in names}) else 1
 
 
 def default_workdir(rest: list[str]) -> str:

@@ -129,15 +129,21 @@ class Writer:
       self._mirror.refresh()
 
 
+def import_wandb(project: str) -> Any:
+  """The library; raises ConfigError where it is missing."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise ConfigError(f"log.wandb={project!r} needs `pip install wandb` (or set it to none)") from error
+  return wandb
+
+
 def start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
   """A run of Weights & Biases; a resumed run goes on in the one that WANDB in its workdir names.
 
   Raises ConfigError where it cannot be begun.
   """
-  try:
-    import wandb
-  except ImportError as error:
-    raise ConfigError(f"log.wandb={project!r} needs `pip install wandb` (or set it to none)") from error
+  wandb = import_wandb(project)
   workdir = workdir if in_bucket(workdir) else workdir.absolute()
   if not (workdir / WANDB).exists():
     (workdir / WANDB).write_text(uuid.uuid4().hex[:16])

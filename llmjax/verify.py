@@ -31,6 +31,7 @@ import optax
 from llmjax import finetune, sharding
 from llmjax import metrics as metriclib
 from llmjax.config import ConfigError, build, to_dict
+from llmjax.models.kernels import FOR_DEVICES
 from llmjax.optim import COMMON, OPTIMIZERS
 from llmjax.program import Program, make_program, make_tokenizer, open_source
 from llmjax.resume import kept_tokenizer
@@ -41,7 +42,6 @@ from llmjax.types import Batch
 TOLERANCE = 1e-5  # of a leaf's norm
 FLOOR = 1e-3  # of the whole tree's norm: a leaf that is smaller than this is mostly rounding, as a key's bias is
 STEPS = 3
-FOR_DEVICES = ("cudnn", "splash")  # attention kernels that have no float32, or no simulated device
 LENGTH = 128  # tokens of a sequence at most
 NOISE = 0.02  # what is added to every parameter: behind one that is 0, gradients are 0, and any two are the same
 PARTS = ("initial", "held out", "loss", "gradient", "after")

@@ -27,9 +27,8 @@ STOREYS = [
   "evaluate resume convert",
   "train",
   "verify plan report parametrization",
-  "preview sweep_report",
-  "admission",
-  "sweep",
+  "preview",
+  "sweeps",
   "cli",
   "__main__",
 ]

@@ -53,6 +53,7 @@ KERNELS = {  # what each supports; all know segments
   | {"tpu devices", "float32", "bfloat16", "float16", "softcaps", "heads wider than 128 or no multiple of 8"}
   | {"odd lengths"},
 }
+FOR_DEVICES = tuple(name for name, able in KERNELS.items() if "cpu devices" not in able)
 MASKED = ("xla", "cudnn")  # these read a mask [B L S], made once for all layers
 
 LONG = 1024 * 1024  # so many pairs of a query and a key are not held at once, where a device has no kernel of its own

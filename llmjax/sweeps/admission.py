@@ -15,6 +15,8 @@ from typing import Any
 import jax
 
 from llmjax.config import ConfigError, load_config, to_dict
+from llmjax.metrics import import_wandb
+from llmjax.models.kernels import FOR_DEVICES
 from llmjax.preview import WAYS_OUT, checked, compiled_bytes, device_memory, size
 from llmjax.program import Program
 from llmjax.types import Batch
@@ -52,9 +54,13 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict
     try:
       if not isinstance(config["optim"]["lr"], (int, float)) or config["optim"]["lr"] < 0:
         raise ConfigError(f"optim.lr={config['optim']['lr']!r} must be a number, 0 or more")
+      if compiling and config["log"]["wandb"] is not None:
+        import_wandb(config["log"]["wandb"])
       key = digest(without(config, TRACED))
       if key not in built:
-        program, batch = checked(config, None if compiling else jax.devices()[: named_devices(config)])
+        program, batch = (
+          checked(config) if compiling else checked(elsewhere(config), jax.devices()[: named_devices(config)])
+        )
         built[key] = facts(program, batch)
         step = built[key]["program"]
         if name in compiling and step not in compiled:
@@ -67,6 +73,13 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict
     except Exception as error:  # whatever it is, the trial is named
       out[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
   return out
+
+
+def elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config with which a CPU can stand for its devices."""
+  model = config["model"]
+  kernel = {"attention": "auto"} if model.get("attention") in FOR_DEVICES else {}
+  return {**config, "model": {**model, **kernel}}
 
 
 def named_devices(config: Mapping[str, Any]) -> int:
