@@ -258,6 +258,15 @@ def test_runs_in_such_buckets_end_before_they_begin(server, home, bucket, said):
     llmjax.load("gs://bucket/nothing")
 
 
+def test_what_trying_again_may_mend_is_no_mistake():
+  import aiohttp
+
+  with pytest.raises(ConnectionError, match="gs://b/x: ServerDisconnectedError"), buckets.telling("gs://b/x"):
+    raise aiohttp.ServerDisconnectedError
+  with pytest.raises(ConfigError, match="gs://b/x: Forbidden"), buckets.telling("gs://b/x"):
+    raise type("Forbidden", (Exception,), {})
+
+
 def test_without_gcsfs_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ConfigError, match=r'pip install "llmjax\[gcs\]"'):

@@ -6,7 +6,7 @@ llmjax sweep --config=experiments/temperature/sweep.py --workdir=runs/temperatur
 from ml_collections import ConfigDict
 
 from configs import contrastive
-from llmjax.trials import Sweep, product, vary
+from llmjax.trials import Sweep, product, seeds, vary
 
 PAIRS = 8_000  # seen in training, whatever the batch
 
@@ -23,6 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def get_sweep() -> Sweep:
-  trials = product(vary("batch_size", [16, 64, 256]), vary("objective.temperature", [0.02, 0.05, 0.1, 0.2, 0.5]))
+  temperatures = vary("objective.temperature", [0.02, 0.05, 0.1, 0.2, 0.5])
+  trials = product(vary("batch_size", [16, 64, 256]), temperatures, seeds(3))
   metric = "eval/retrieval/mrr"
   return Sweep(trials, metric=metric, best_is="most", x="objective.temperature", lines=("batch_size",))

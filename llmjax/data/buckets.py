@@ -33,7 +33,8 @@ def place(path: str | Path) -> Path:
   """A path: pathlib's where it is local; in a bucket epath's, which stands in for it.
 
   Raises:
-    ConfigError: the bucket is missing, may not be read or cannot be reached, or gcsfs is not installed.
+    ConfigError: the bucket is missing or may not be read, or gcsfs is not installed.
+    ConnectionError: it cannot be reached now.
   """
   if not in_bucket(path):
     return Path(path)
@@ -69,15 +70,18 @@ def _files(path: str) -> Any:
 
 @contextlib.contextmanager
 def telling(path: str | Path) -> Iterator[None]:
-  """Around requests about `path`: what goes wrong with one in a bucket is a ConfigError of one line."""
+  """Around requests about `path`: what goes wrong with one in a bucket is one line, of a ConnectionError where trying
+  again may help, else of a ConfigError."""
   try:
     yield
   except Exception as error:  # gcsfs, aiohttp and google.auth have no class in common
     if isinstance(error, ConfigError) or not in_bucket(path):
       raise
+    from gcsfs.retry import is_retriable
+
     missing = isinstance(error, FileNotFoundError)
     reason = "there is no such bucket" if missing else f"{type(error).__name__}: {' '.join(str(error).split())}"
-    raise ConfigError(
+    raise (ConnectionError if is_retriable(error) else ConfigError)(
       f"{path}: {reason}; check the name, the credentials (gcloud auth application-default login, or the machine's "
       "service account) and their role in the bucket (Storage Object User)"
     ) from error
@@ -89,7 +93,7 @@ def fetch(pattern: str) -> list[Path]:
   A copy is of one generation of an object, so a changed object is fetched anew.
 
   Raises:
-    ConfigError: see `place`.
+    ConfigError, ConnectionError: see `place`.
   """
   files = _files(pattern)
   with telling(pattern):

@@ -106,7 +106,7 @@ def killed(code: int) -> bool:
 def at_its_end(job: Job) -> bool:
   """Whether what lies in its workdir is a finished run.
 
-  Raises ConfigError where that is a bucket that cannot be reached.
+  Raises ConfigError or OSError where that is a bucket that cannot be reached.
   """
   from llmjax.data.buckets import place, telling
   from llmjax.resume import over

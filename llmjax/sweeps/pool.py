@@ -227,7 +227,7 @@ def settle(job: Job, stopping: bool, away: bool) -> bool:
 def settle_foreign(job: Job) -> None:
   """Notes that a trial of an earlier call has ended; nobody has heard its exit code."""
   job.process, job.started, job.state = None, 0.0, WAITING
-  with contextlib.suppress(ConfigError):  # else the same command says at once whether it is finished
+  with contextlib.suppress(ConfigError, OSError):  # else the same command says at once whether it is finished
     if at_its_end(job):
       job.state = FINISHED
       write_record(job, 0)

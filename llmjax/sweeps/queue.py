@@ -62,7 +62,7 @@ def run(
           else:
             close(job)
         failures = 0
-      except ConfigError:  # the controller has its pauses, and a bucket too
+      except (ConfigError, OSError):  # the controller has its pauses, and a bucket too
         failures += 1
         if failures > PATIENCE:
           raise
