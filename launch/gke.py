@@ -414,6 +414,8 @@ def check(options: argparse.Namespace) -> None:
 def main(words: Sequence[str]) -> int:
   options = parse(words)
   if options.dry_run:
+    if options.action == "run" and not options.secret:
+      shipping.secrets(options.env)  # those that are missing are told
     print("\n".join(plan(options)))
     return 0
   return ACTIONS[options.action][0](options)

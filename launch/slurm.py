@@ -360,6 +360,8 @@ def run_queued(options: argparse.Namespace, command: Sequence[str]) -> int:
 def run_cancel(options: argparse.Namespace, command: Sequence[str]) -> int:
   folder = Path(options.folder).absolute()
   there = queued(folder, options.dry_run)
+  if not recorded(folder):
+    raise ValueError(f"--folder={options.folder}: no job was submitted from there")
   jobs = list(recorded(folder)) if options.dry_run else list(dict.fromkeys(there.values()))
   if jobs:
     call(["scancel", *jobs], options.dry_run)

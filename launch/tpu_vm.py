@@ -294,6 +294,8 @@ def save(options: argparse.Namespace) -> None:
 
 def status(options: argparse.Namespace) -> int:
   state, why = look(options)
+  if state == "unknown":
+    raise Unsettled(f"{options.name}: {why}")
   print(f"{options.name}: {state} ({why})")
   if state == "active":
     for host, doing in workers(options).items():
@@ -457,6 +459,7 @@ def check(options: argparse.Namespace) -> None:
 def main(words: Sequence[str]) -> int:
   options = parse(words)
   if options.dry_run:
+    shipping.secrets(getattr(options, "env", []))  # those that are missing are told
     print("\n".join(plan(options)))
     return 0
   try:

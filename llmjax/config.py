@@ -377,6 +377,8 @@ def run_file(path: Path, function: str, *arguments: Any) -> Any:
   sys.modules[spec.name] = module  # dataclasses look themselves up there
   try:
     spec.loader.exec_module(module)
+    if not hasattr(module, function):
+      raise ConfigError(f"{path} has no {function}(); every such file needs one, see configs/ and experiments/")
     return getattr(module, function)(*arguments)
   except ConfigError:
     raise

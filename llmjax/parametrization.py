@@ -80,8 +80,8 @@ def _named(out: Outputs) -> dict[str, jax.Array]:
 
 
 def table(program: Program) -> str:
-  """What the width does to every parameter: its initial standard deviation, what it reads and its learning rate, each
-  over that of the base model."""
+  """What the width multiplies of every parameter: its initial standard deviation, what it reads ("input") and its
+  learning rate, each over that of the base model."""
   axes = sharding.parameters(program.model)[1]
   ratios = program.model.cfg.width_ratios
   lines = [f"{'parameter':<52} {'stddev':>8} {'input':>8} {'rate':>8}"]
@@ -93,4 +93,7 @@ def table(program: Program) -> str:
       width.rate(program.config["optim"], own, ratios),
     )
     lines.append(f"{path:<52} " + " ".join(f"{value:>8.4g}" for value in columns))
+  if program.model.cfg.tie_embeddings and program.model.cfg.head == "lm":
+    output = width.multiplier(("embed", "vocab"), ratios)
+    lines.append(f"{'embedding/table, as the output head':<52} {'':>8} {output:>8.4g}")
   return "\n".join(lines)

@@ -141,7 +141,7 @@ def test_there_is_a_report_whatever_has_come_of_trials(plan, values, ended, tmp_
   said = write_results(plan, ended(plan.trials, values), tmp_path)
   assert (tmp_path / "results.csv").exists()
   best = any(value is not None and math.isfinite(value) for value in values)
-  assert best == (tmp_path / "sweep.html").exists() == ("the best again" in said) != ("no trial has come" in said)
+  assert best == (tmp_path / "sweep.html").exists() == ("least is best" in said) != ("no trial has come" in said)
   assert (tmp_path / "sweep.png").exists() == (best and plan.x != "eval/other/loss")
 
 

@@ -21,7 +21,7 @@ from llmjax.data.buckets import place, telling
 from llmjax.early_stopping import check_metric
 from llmjax.metrics import human_time
 from llmjax.sweeps import pool, queue
-from llmjax.sweeps.jobs import FINISHED, WAITING, Job, held, look, program, read_record
+from llmjax.sweeps.jobs import FAILED, FINISHED, WAITING, Job, held, look, program, read_record
 from llmjax.trials import COSTS, Sweep
 
 LAUNCHERS = (*pool.LAUNCHERS, "slurm")
@@ -45,7 +45,8 @@ def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> t
   for field, column in (("x", sweep.x), *(("lines", line) for line in sweep.lines)):
     measured = column in COSTS or column.startswith(("eval/", "train/"))
     if column not in varied and (not measured or field == "lines"):
-      raise ConfigError(f"{path}: Sweep.{field}={column!r} is nothing that trials change; {nearest(column, varied)}")
+      known = {*varied, *(COSTS if field == "x" else ())}
+      raise ConfigError(f"{path}: Sweep.{field}={column!r} is nothing that trials change; {nearest(column, known)}")
   jobs = []
   for name, trial in zip(algebra.names(sweep.trials), sweep.trials):
     first, *changes = algebra.flags(reference, trial)
@@ -115,6 +116,7 @@ def sweep(
 ) -> bool:
   """Runs or continues a sweep, and writes what came of it; returns whether all its trials are finished."""
   from llmjax.sweeps.report import write_results
+  from llmjax.sweeps.results import curves_of
   from llmjax.sweeps.table import Table
 
   if launcher not in LAUNCHERS:
@@ -131,14 +133,17 @@ def sweep(
     raise ConfigError(f"--launcher_flags={launcher_flags!r}: {error}") from None
   if any(not flag.startswith("--") for flag in flags):
     raise ConfigError(f"--launcher_flags={launcher_flags!r} must be --FLAG or --FLAG=VALUE each, without a space")
+  if launcher == "local" and flags:
+    raise ConfigError(f"--launcher_flags={launcher_flags!r} needs a --launcher that takes them: slurm, tpu_vm or gke")
   workdir = Path(workdir).absolute()
   plan, jobs = load(arguments, workdir, trials_in)
   name, local = pool.name(workdir, trials_in), launcher == "local"
   places = pool.slots(max_parallel, launcher)
 
-  def before(job: Job) -> list[str]:
-    return pool.prefix(launcher, flags, pool.parts_of_names(name, 0, job))
+  def before(job: Job, slot: int = 0) -> list[str]:
+    return pool.prefix(launcher, flags, pool.parts_of_names(name, slot, job))
 
+  say(f"looking at {len(jobs)} trials{', compiling each program once' if local else ''}")
   if launcher in pool.AWAY:
     pool.rehearse(jobs[0], before(jobs[0]))
   if dry_run:
@@ -146,8 +151,8 @@ def sweep(
     if launcher == "slurm":
       queue.submit(jobs, flags, workdir, max_parallel, dry_run)
     else:
-      for job in jobs:
-        say(shlex.join(program(job, before(job))))
+      for number, job in enumerate(jobs):
+        say(shlex.join(program(job, before(job, number % max_parallel))))
     programs = len({job.facts["program"] for job in jobs})
     say(f"{len(jobs)} trials, {programs} programs, {sum(j.facts['flops'] * j.facts['steps'] for j in jobs):.3g} FLOPs")
     return True
@@ -165,7 +170,7 @@ def sweep(
       look(job, retry)
     programs = len({job.facts["program"] for job in jobs})
     left = sum(job.state == WAITING for job in jobs)
-    say(f"{len(jobs)} trials of {programs} programs, {left} to run; looked at in {human_time(time.time() - began)}")
+    say(f"{len(jobs)} trials, {programs} programs, {left} to run; looked at in {human_time(time.time() - began)}")
     with Table(plan, jobs, say) as table:
       try:
         if launcher == "slurm":
@@ -175,4 +180,11 @@ def sweep(
       finally:
         written = write_results(plan, jobs, workdir)
     say(written)
-  return all(job.state == FINISHED for job in jobs)
+  finished = [job for job in jobs if job.state == FINISHED]
+  failed = [job for job in jobs if job.state == FAILED]
+  if finished and not any(plan.metric in curves_of(job) for job in finished):
+    hint = nearest(plan.metric, curves_of(finished[0]))
+    raise ConfigError(f"Sweep.metric={plan.metric!r} was not measured; {hint}; mend it, and the same command goes on")
+  if failed:
+    say(f"{len(failed)} of {len(jobs)} failed, such as {failed[0].name}: {failed[0].error}; --retry runs them again")
+  return len(finished) == len(jobs)

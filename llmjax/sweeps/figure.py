@@ -94,11 +94,13 @@ def clipped(text: str, room: int = 36) -> str:
 def caption(plan: Sweep, groups: Sequence[Group]) -> str:
   """What the marks of a figure mean, as far as it has them, and what it lacks."""
   among = {point.among for line in points(plan, groups).values() for point in line}
-  seeds = max(len(group.values) for group in groups)
+  counts = {len(group.values) for group in groups}
+  seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
   absent = sum(group.x is None and (group.failed or math.isfinite(group.mean)) for group in groups)
   says = {
+    "large dots, and numbers: the best of a line": any(len(line) > 1 for line in points(plan, groups).values()),
     f"a point is the best of {'up to ' if len(among) > 1 else ''}{max(among)} settings": max(among) > 1,
-    f"lines are means of {seeds} seeds, bands from the least to the most": seeds > 1,
+    f"lines are means of {seeds} seeds, bands from the least to the most": max(counts) > 1,
     "× failed": any(group.failed and group.x is not None for group in groups),
     "dashed: nothing cheaper is better": plan.x in COSTS,
     f"not drawn: {absent} without {plan.x}": absent > 0,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,15 @@ def write_results(plan: Sweep, jobs: Sequence[Any], workdir: Path) -> str:
       *lines,
       f"{plan.metric}, {plan.best_is} is best:",
       *(f"  {number(group.mean):>10}  {_named(group.first['trial'], len(group.values))}" for group in best[:5]),
-      f"the best again: {best[0].first['command']}",
+      f"by {best[0].first['command']}",
       f"in {workdir}: {', '.join(files)}",
     ]
   )
 
 
 def _named(trial: str, count: int) -> str:
-  """A trial, and how many seeds there are of it."""
-  return trial if count == 1 else f"{trial} (mean of {count} seeds)"
+  """A trial, or several that differ in their seeds alone."""
+  return trial if count == 1 else f"{re.sub(r',seed=[^,]*', '', trial)} (mean of {count} seeds)"
 
 
 def _write_tables(rows: Sequence[Row], workdir: Path) -> None:
