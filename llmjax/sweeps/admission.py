@@ -35,9 +35,9 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict
     compiling: the names of those to compile for the devices of this machine, whose memory they must fit in. Where there
       are none, the devices are elsewhere.
   Returns:
-    {name: {"parameters", "steps", "tokens" a step, "flops" a step, "evals": their
-    names, "config": what is equal where the config is but for
-    its length and its bookkeeping, "program": what is equal where the compiled step is} or {"error": one line}}.
+    {name: {"parameters", "steps", "tokens" a step, "flops" a step, "evals": their names, "config": what is equal where
+    the config is but for its length and its bookkeeping, "program": what is equal where the compiled step is} or
+    {"error": one line}}.
   """
   built: dict[str, dict[str, Any]] = {}
   compiled: dict[str, str] = {}
@@ -58,9 +58,8 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict
         import_wandb(config["log"]["wandb"])
       key = digest(without(config, TRACED))
       if key not in built:
-        program, batch = (
-          checked(config) if compiling else checked(elsewhere(config), jax.devices()[: named_devices(config)])
-        )
+        here = (config, None) if compiling else (elsewhere(config), jax.devices()[: named_devices(config)])
+        program, batch = checked(*here)
         built[key] = facts(program, batch)
         step = built[key]["program"]
         if name in compiling and step not in compiled:

@@ -50,8 +50,8 @@ def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> t
   jobs = []
   for name, trial in zip(algebra.names(sweep.trials), sweep.trials):
     first, *changes = algebra.flags(reference, trial)
-    place = f"{trials_in.rstrip('/')}/{name}" if trials_in else str(workdir / name)
-    jobs.append(Job(name, trial, ["train", first, *rest, *changes, f"--workdir={place}"], workdir / name))
+    own = f"{trials_in.rstrip('/')}/{name}" if trials_in else str(workdir / name)
+    jobs.append(Job(name, trial, ["train", first, *rest, *changes, f"--workdir={own}"], workdir / name))
   return sweep, jobs
 
 
@@ -182,8 +182,9 @@ def sweep(
     say(written)
   finished = [job for job in jobs if job.state == FINISHED]
   failed = [job for job in jobs if job.state == FAILED]
-  if finished and not any(plan.metric in curves_of(job) for job in finished):
-    hint = nearest(plan.metric, curves_of(finished[0]))
+  found = [curves for curves in map(curves_of, finished) if curves]  # a bucket may be out of reach now
+  if found and not any(plan.metric in curves for curves in found):
+    hint = nearest(plan.metric, found[0])
     raise ConfigError(f"Sweep.metric={plan.metric!r} was not measured; {hint}; mend it, and the same command goes on")
   if failed:
     say(f"{len(failed)} of {len(jobs)} failed, such as {failed[0].name}: {failed[0].error}; --retry runs them again")

@@ -78,12 +78,12 @@ def look(job: Job, retry: bool) -> None:
   Raises ConfigError where its folder holds the trial with another config.
   """
   record = read_record(job)
-  job.seconds = record.get("seconds", 0.0)
   lock = job.folder / LOCK
   if lock.exists() and Elsewhere(lock).poll() is None:
     job.state, job.process, job.started = RUNNING, Elsewhere(lock), time.time()
   if not record:
     return
+  job.seconds = record["seconds"]
   if record["config"] != job.facts["config"] or record["steps"] > job.facts["steps"]:
     raise ConfigError(
       f"{job.folder} holds trial {job.name} with another config, or with more steps; change that back, or use another "
