@@ -61,7 +61,7 @@ setup(
       "torch==2.13.0",
       "transformers>=5.23",
       "peft>=0.17",
-    ],  # what tests/make_*.py and tests/transformers_test.py compare with
+    ],  # what tests/support/make_*.py and tests/transformers_test.py compare with
     "dev": [
       *EVAL,
       "beartype>=0.19",

@@ -7,12 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import make_beam_search
 import numpy as np
 import pytest
 from flax import linen as nn
-from generation_test import prompts
-from make_beam_search import log_softmax, logits_of, reference
 
 from llmjax import generation
 from llmjax.config import ConfigError
@@ -20,6 +17,9 @@ from llmjax.generation import beam_search, generate
 from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, Outputs, probe
+from tests.generation_test import prompts
+from tests.support import make_beam_search
+from tests.support.make_beam_search import log_softmax, logits_of, reference
 
 STORED = np.load(make_beam_search.PATH)
 

@@ -3,7 +3,6 @@
 import importlib.util
 from pathlib import Path
 
-import fake_bucket
 import jax
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from llmjax.checkpoint import Checkpoints
 from llmjax.config import ConfigError
 from llmjax.data import buckets, source
 from llmjax.program import make_program
+from tests.support import fake_bucket
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason='needs `pip install "llmjax[gcs]"`')
 

@@ -12,15 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import (
-  CASES,
-  GPT,
-  MODERNBERT,
-  T5,
-  gradients,
-  make_batch,
-  parameters,
-)
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -36,6 +27,15 @@ from llmjax.models.layout import stack, unstack
 from llmjax.models.transformer import Transformer
 from llmjax.program import make_program, open_source
 from llmjax.types import Outputs
+from tests.support.cases import (
+  CASES,
+  GPT,
+  MODERNBERT,
+  T5,
+  gradients,
+  make_batch,
+  parameters,
+)
 
 LORA = ((r".*lora_[ab]", True), (r".*", False))
 FEW, ALL = r".*attention/(query|value)", r"(en|de)coder/.*"

@@ -22,6 +22,7 @@ from llmjax.flags import parser as cli_parser
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "testdata"
+FAKE_CLOUD = ROOT / "tests" / "support" / "fake_cloud.py"
 GKE = ROOT / "launch" / "gke.py"
 ANSWERS = json.loads((DATA / "gke.json").read_text())
 UNSETTLED = 75  # exit code
@@ -44,7 +45,7 @@ class Cluster:
     (folder / "bin").mkdir()
     for name in ("kubectl", "docker"):
       path = folder / "bin" / name
-      path.write_text(f'#!/bin/bash\nexec {sys.executable} -S -E {ROOT / "tests" / "fake_cloud.py"} {name} "$@"\n')
+      path.write_text(f'#!/bin/bash\nexec {sys.executable} -S -E {FAKE_CLOUD} {name} "$@"\n')
       path.chmod(0o755)
     self.environment = {**os.environ, "FAKE_CLOUD": str(folder), "TOKEN": "s3cret"}
     self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"

@@ -115,7 +115,7 @@ def runs(data, classes, tmp_path_factory):
   homes = {count: tmp_path_factory.mktemp(f"of_{count}") for count in (1, 2)}
   processes = []
   for count, home in homes.items():
-    arguments = ("tests.hosts_worker", str(home), json.dumps(commands(data, classes, home)))
+    arguments = ("tests.support.hosts_worker", str(home), json.dumps(commands(data, classes, home)))
     processes += launch_all(home, count, *arguments, devices=4 // count)
   for code, _, said in finish(processes, 2 * WAIT):
     assert code == 0, said
@@ -191,7 +191,9 @@ def resume(data, homes, count, devices, mesh):
   """Six steps of each run that has four, in the workdirs of `homes`."""
   for home in homes:
     again = json.dumps([train(data, home / "run", steps=6, mesh=mesh)])
-    for code, _, said in finish(launch_all(home, count, "tests.hosts_worker", str(home), again, devices=devices)):
+    for code, _, said in finish(
+      launch_all(home, count, "tests.support.hosts_worker", str(home), again, devices=devices)
+    ):
       assert code == 0, said
 
 
@@ -493,7 +495,7 @@ def test_four_processes_are_as_one_and_go_on_where_two_were(data, classes, tmp_p
   for count, home in homes.items():
     home.mkdir()
     command = json.dumps(commands(data, classes, home, mesh="data=4,fsdp=2"))
-    processes += launch_all(home, count, "tests.hosts_worker", str(home), command, devices=8 // count)
+    processes += launch_all(home, count, "tests.support.hosts_worker", str(home), command, devices=8 // count)
   for code, _, said in finish(processes, 4 * WAIT):
     assert code == 0, said
   ledgers = [ledger(home, count) for count, home in homes.items()]

@@ -1,4 +1,4 @@
-"""Every family against what Hugging Face computes (tests/make_huggingface.py), and folders written and read again.
+"""Every family against Hugging Face (references: tests/support/make_huggingface.py); folders written and read again.
 
 Float32 noise between two implementations is a few 1e-6 here; the smallest misreading tried, a wrong norm epsilon, moves
 logits by 3e-4.
@@ -11,7 +11,6 @@ import math
 import shutil
 from pathlib import Path
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +29,7 @@ from llmjax.objectives.masked_lm import MaskedLM
 from llmjax.objectives.span_corruption import SpanCorruption
 from llmjax.pretrained import abstract_params
 from llmjax.types import Batch
+from tests.support import cases
 
 DATA = Path(__file__).parent / "testdata" / "huggingface"
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BERT, CASES, GPT, MODERNBERT, T5, TOKENIZER, make_batch, parameters, texts
 
 from llmjax.config import ConfigError
 from llmjax.data import packing, tokenizer
@@ -22,6 +21,7 @@ from llmjax.objectives.weighted_sum import weighted_sum
 from llmjax.program import check_fit
 from llmjax.step import ModelForward
 from llmjax.types import Batch, Forward, Outputs, Tokens
+from tests.support.cases import BERT, CASES, GPT, MODERNBERT, T5, TOKENIZER, make_batch, parameters, texts
 
 BOS, EOS, MASK, PAD = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.mask_id, TOKENIZER.pad_id
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from llmjax.config import ConfigError
 from llmjax.interop import huggingface
 from llmjax.models import width
 from llmjax.models.transformer import Transformer
+from tests.support import cases
 
 COMMON = {
   **{"lr": 1.0, "ema_decay": None, "weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": None},

@@ -1,4 +1,4 @@
-"""Adapters against what PEFT computes with them (tests/make_peft.py), written and read again, and bad folders."""
+"""Adapters against PEFT (references: tests/support/make_peft.py), written and read again, and bad folders."""
 
 import dataclasses
 import functools

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import GPT, TOKENIZER, parameters
 
 from llmjax import step
 from llmjax.config import ConfigError
@@ -18,6 +17,7 @@ from llmjax.data.hf_tokenizer import from_folder
 from llmjax.models.transformer import Transformer
 from llmjax.objectives import preference
 from llmjax.objectives.preference import Preference, pair_loss
+from tests.support.cases import GPT, TOKENIZER, parameters
 
 FOLDERS = Path(__file__).parent / "testdata" / "tokenizers"
 BOS, EOS, LENGTH, ROWS = TOKENIZER.bos_id, TOKENIZER.eos_id, 16, 8

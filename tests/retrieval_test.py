@@ -8,13 +8,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from embeddings_test import CONFIG
 from scipy import stats
 
 import llmjax
 from configs import base
 from llmjax import cli, evaluate, program, retrieval, train
 from llmjax.config import ConfigError, build, load_config, to_dict
+from tests.embeddings_test import CONFIG
 
 PAIRS = [{"title": f"how to get {i} or {i * 37 % 11}", "text": f"def getItem_{i}(): return {i}"} for i in range(30)]
 

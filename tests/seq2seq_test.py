@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import GPT, T5, TOKENIZER, Case, gradients, parameters, with_dropout
 
 from llmjax.config import ConfigError
 from llmjax.data import packing, tokenizer
@@ -15,6 +14,7 @@ from llmjax.models.transformer import Transformer
 from llmjax.objectives import seq2seq
 from llmjax.objectives.seq2seq import Seq2Seq
 from llmjax.program import check_fit
+from tests.support.cases import GPT, T5, TOKENIZER, Case, gradients, parameters, with_dropout
 
 BOS, EOS, PAD, LENGTH = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id, 32
 FOLDERS = Path(__file__).parent / "testdata" / "tokenizers"

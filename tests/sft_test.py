@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from cases import GPT, TOKENIZER, Case, gradients, parameters, with_dropout
 
 from llmjax.config import ConfigError
 from llmjax.data import packing, tokenizer
@@ -14,6 +13,7 @@ from llmjax.data.pipeline import make_plan
 from llmjax.data.source import Source
 from llmjax.objectives import sft
 from llmjax.objectives.sft import InstructionTuning
+from tests.support.cases import GPT, TOKENIZER, Case, gradients, parameters, with_dropout
 
 FOLDERS = Path(__file__).parent / "testdata" / "tokenizers"
 BOS, EOS, LENGTH = TOKENIZER.bos_id, TOKENIZER.eos_id, 64

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BERT, TOKENIZER, parameters
 
 from llmjax import step
 from llmjax.config import ConfigError, build
@@ -18,6 +17,7 @@ from llmjax.models.transformer import Transformer
 from llmjax.objectives import OBJECTIVES
 from llmjax.objectives.span_qa import BEST, SpanQA, accepted_answers, best_spans
 from llmjax.types import Outputs
+from tests.support.cases import BERT, TOKENIZER, parameters
 
 FOLDERS = Path(__file__).parent / "testdata" / "tokenizers"
 SMALL = {"stride": 5, "max_question": 8, "max_answer": 30}

@@ -9,9 +9,16 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from cases import (
+
+import llmjax.models.layers
+import llmjax.models.scores
+from llmjax import optim, sharding, step
+from llmjax.data import packing
+from llmjax.models.layout import stack, unstack
+from llmjax.models.transformer import Transformer
+from llmjax.types import Batch, Tokens
+from tests.support.cases import (
   CASES,
   GPT,
   LENGTH,
@@ -24,31 +31,10 @@ from cases import (
   predicted,
   with_dropout,
 )
-
-import llmjax.models.layers
-import llmjax.models.scores
-from llmjax import optim, sharding, step
-from llmjax.data import packing
-from llmjax.models.layout import stack, unstack
-from llmjax.models.transformer import Transformer
-from llmjax.types import Batch, Tokens
+from tests.support.compare import assert_trees_close, assert_trees_identical
 
 ODD = {"vocab": None, "act_vocab": None}  # the tokenizer's number of tokens does not divide
 SHARED = [name for name, case in CASES.items() if case.shared]
-
-
-def assert_same(got, want, tolerance=1e-5):
-  """Per leaf: |difference| <= tolerance * max(|leaf|, 1e-3 |everything|), in the 2-norm."""
-  whole = optax.global_norm(want)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
-    difference = float(jnp.linalg.norm(jnp.ravel(a - b)))
-    bound = tolerance * max(float(jnp.linalg.norm(jnp.ravel(b))), 1e-3 * float(whole))
-    assert difference <= bound, f"{jax.tree_util.keystr(path)}: {difference:.2e} > {bound:.2e}"
-
-
-def assert_identical(got, want):
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_array_equal(a, b)
 
 
 # Bugs, each planted once to see that a check finds it.
@@ -77,7 +63,7 @@ def check_leak(case):
 
   Experts get their tokens sorted, and a product rounds by the place of a row in it.
   """
-  same = assert_same if case.cfg.num_experts else assert_identical
+  same = assert_trees_close if case.cfg.num_experts else assert_trees_identical
   params, _ = parameters(case.cfg)
   batch = make_batch(case)
   model = Transformer(case.cfg)
@@ -126,8 +112,8 @@ def check_packing(case):
   rows += [packing.make_row([], each[0], sizes)] * (ROWS - len(rows))
   want, metrics = gradients(case, params, packing.make_batch(rows, range(ROWS)))
   got, same = gradients(case, params, packing.make_batch(alone, range(ROWS)))
-  assert_same(got, want)
-  assert_same(same, metrics)
+  assert_trees_close(got, want)
+  assert_trees_close(same, metrics)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -250,12 +236,12 @@ def test_scanned_is_unrolled_and_remat_is_none(name):
   want, metrics = gradients(case, params, batch)
   other = dataclasses.replace(case, cfg=dataclasses.replace(cfg, scan=False, remat="full"))
   got, same = gradients(other, unstack(params, cfg), batch)
-  assert_same(stack(got, cfg), want)
-  assert_same(same, metrics)
-  assert_identical(stack(unstack(params, cfg), cfg), params)
+  assert_trees_close(stack(got, cfg), want)
+  assert_trees_close(same, metrics)
+  assert_trees_identical(stack(unstack(params, cfg), cfg), params)
   for remat in ("full", "dots", "weight_dots") if name == "gpt causal_lm" else ():
     case = dataclasses.replace(case, cfg=dataclasses.replace(cfg, remat=remat))
-    assert_same(gradients(case, params, batch)[0], want)
+    assert_trees_close(gradients(case, params, batch)[0], want)
 
 
 def check_accumulated(case, accum):
@@ -263,11 +249,11 @@ def check_accumulated(case, accum):
   batch = make_batch(case)
   want, metrics = gradients(case, params, batch)
   got, same = gradients(case, params, batch, accum)
-  assert_same(got, want)
-  assert_same(same, metrics)
+  assert_trees_close(got, want)
+  assert_trees_close(same, metrics)
   other, _ = gradients(case, params, batch, key=1)
   with pytest.raises(AssertionError):  # dropout is really on
-    assert_same(other, want)
+    assert_trees_close(other, want)
 
 
 @pytest.mark.parametrize("name, accum", [("gpt causal_lm", 2), ("gpt causal_lm", 4), ("bert contrastive", 8)])
@@ -306,7 +292,7 @@ def test_a_mean_of_microbatch_means_would_be_seen(name):
   want, _ = gradients(case, params, batch)
   each = [gradients(case, params, only(batch, (np.arange(ROWS) % 2 == i)[:, None].astype(np.int32)))[0] for i in (0, 1)]
   with pytest.raises(AssertionError):
-    assert_same(jax.tree.map(lambda a, b: (a + b) / 2, *each), want)
+    assert_trees_close(jax.tree.map(lambda a, b: (a + b) / 2, *each), want)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -322,8 +308,8 @@ def test_accumulated_gradients_on_a_mesh_are_those_of_one_device(name):
   with sharding.use(mesh, rules):
     function = jax.jit(gradient, in_shardings=(where, rows, sharding.named(mesh)))
     got, same = jax.device_get(function(params, make_batch(CASES[name]), jax.random.key(0)))
-  assert_same(got, want)
-  assert_same(same, metrics)
+  assert_trees_close(got, want)
+  assert_trees_close(same, metrics)
 
 
 @pytest.mark.parametrize("name", ["bert masked_lm", "bert weighted_sum"])
@@ -347,10 +333,10 @@ def test_each_term_has_a_denominator_of_its_own(name):
     parts = [jax.tree.map(lambda g, t=term: g * coefficients[t] / weights[t], each[term]) for term in coefficients]
     return jax.tree.map(lambda *xs: sum(xs), *parts)
 
-  assert_same(total(weights), want)
+  assert_trees_close(total(weights), want)
   shared = dict.fromkeys(weights, next(iter(weights.values())))
   with pytest.raises(AssertionError):
-    assert_same(total(shared), want)
+    assert_trees_close(total(shared), want)
 
 
 def test_a_batch_without_loss_has_zero_gradient():
@@ -419,9 +405,9 @@ def test_steps_on_any_mesh_equal_one_device(name):
   meshes = [({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 8}, 1), ({"fsdp": 4, "tensor": 2}, 1)]
   for sizes, accum in meshes if name == "llama causal_lm" else meshes[:1]:
     got, same = train(sizes, accum)
-    assert_same(got.params, want.params)
-    assert_same(got.ema, want.ema)
-    assert_same(same, losses)
+    assert_trees_close(got.params, want.params)
+    assert_trees_close(got.ema, want.ema)
+    assert_trees_close(same, losses)
 
 
 def test_chunks_of_a_contrastive_batch_need_the_activations_of_one():

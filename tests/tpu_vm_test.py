@@ -81,7 +81,7 @@ class Cloud:
     self.folder, self.checkout = folder, checkout
     for name in ("bin", "worker_bin", "workers"):
       (folder / name).mkdir()
-    self.script("bin/gcloud", f'exec {sys.executable} -S -E {ROOT / "tests" / "fake_cloud.py"} gcloud "$@"')
+    self.script("bin/gcloud", f'exec {sys.executable} -S -E {ROOT / "tests" / "support" / "fake_cloud.py"} gcloud "$@"')
     self.script("worker_bin/hostname", 'echo "$WORKER"')
     self.script("worker_bin/python3.12", "exit 0")
     self.script("worker_bin/sudo", "exit 1")

@@ -14,12 +14,12 @@ pytest.importorskip("transformers", reason="needs torch and transformers, see th
 
 import torch
 import transformers
-from huggingface_test import DATA, NAMES, TOLERANCE, expected
 
 from llmjax import convert
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.hf_export import to_huggingface
 from llmjax.models.config import TransformerConfig
+from tests.huggingface_test import DATA, NAMES, TOLERANCE, expected
 
 
 def logits(path, e):

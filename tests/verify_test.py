@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import MIXTRAL
 from flax import linen as nn
 
 from llmjax import cli, sharding, verify
@@ -23,6 +22,7 @@ from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.losses import cross_entropy
 from llmjax.optim import COMMON
 from llmjax.types import Batch
+from tests.support.cases import MIXTRAL
 
 GOLDEN = Path(__file__).parent / "testdata" / "collectives.json"  # written anew with LLMJAX_UPDATE_GOLDEN=1
 

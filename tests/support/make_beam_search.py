@@ -1,6 +1,6 @@
 """Makes testdata/beam_search/transformers.npz: what Transformers' beam search finds, which ours must find too.
 
-  python tests/make_beam_search.py            # needs torch and transformers 5, which the tests do not
+  python tests/support/make_beam_search.py            # needs torch and transformers 5, which the tests do not
 
 The model is a table: the logits of the next token are those of the last two. It is also held against `reference`, beam
 search step by step in NumPy on lists, for many more random settings than are stored.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-PATH = Path(__file__).parent / "testdata" / "beam_search" / "transformers.npz"
+PATH = Path(__file__).parents[1] / "testdata" / "beam_search" / "transformers.npz"
 V, PAD = 9, 8
 STORED, CHECKED = 24, 600
 

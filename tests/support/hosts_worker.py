@@ -1,7 +1,7 @@
 """A process of hosts_test.py: runs commands of the command line one after the other, and writes down what they said and
 which rows of each training batch were made here.
 
-  python -m tests.hosts_worker FOLDER '[["train", "--config=...", ...], ...]'
+  python -m tests.support.hosts_worker FOLDER '[["train", "--config=...", ...], ...]'
 
 FOLDER/said.I.json is a list of what the commands said; FOLDER/rows.I.json of [which training, step, row, hash].
 """

@@ -1,7 +1,7 @@
 """Adapters that PEFT wrote, and what their models compute with them: tests/testdata/peft/NAME.
 
   pip install torch==2.13.0 transformers peft
-  python tests/make_peft.py [NAME ...]      # all of them, without names
+  python tests/support/make_peft.py [NAME ...]      # all of them, without names
 
 The tests read the files and need none of the packages. A folder holds what `save_pretrained` writes of an adapter on a
 model of tests/testdata/huggingface, which its base_model_name_or_path names as seen from the folder, with A and B drawn
@@ -20,7 +20,7 @@ import peft
 import torch
 import transformers
 
-DATA = Path(__file__).parent / "testdata"
+DATA = Path(__file__).parents[1] / "testdata"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 
 

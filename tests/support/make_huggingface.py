@@ -1,7 +1,7 @@
 """Tiny random Hugging Face models, and what Hugging Face computes with them: tests/testdata/huggingface/NAME.
 
   pip install torch==2.13.0 transformers
-  python tests/make_huggingface.py [NAME ...]      # all of them, without names
+  python tests/support/make_huggingface.py [NAME ...]      # all of them, without names
 
 The tests read the files and need neither package. A folder holds what `save_pretrained` writes (config.json,
 model.safetensors, generation_config.json), expected.npz, and, where Transformers 5 names fields otherwise than the
@@ -54,7 +54,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-OUTPUT = Path(__file__).parent / "testdata" / "huggingface"
+OUTPUT = Path(__file__).parents[1] / "testdata" / "huggingface"
 NEVER = -1  # an end of sequence that no model writes
 MARGIN = 2e-3  # between the best and the second best token, for greedy decoding to be the same everywhere
 FIELDS_OF_5 = ("dtype", "rope_parameters", "layer_types")  # Transformers 4 wrote none of them
