@@ -1,77 +1,75 @@
-"""The GKE launcher against a kubectl of ours; its manifests against goldens, its flags against the installed kubectl.
+"""launch/gke.py against a kubectl that answers from a transcript; its manifests against goldens.
 
-What kubectl says is written after its documentation (tests/testdata/gke.json): no cluster was at hand.
+The transcript's answers follow kubectl's documentation (tests/testdata/gke.json), since no cluster was available. The
+flags are checked against the installed kubectl.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
-from pathlib import Path
 
 import pytest
 
 from llmjax import hosts
 from llmjax.flags import parser as cli_parser
+from tests.support.launchers import (
+  EXIT_UNKNOWN,
+  FAKE_CLOUD,
+  LAUNCH,
+  ROOT,
+  assert_one_line_error,
+  run_script,
+  write_program,
+)
 
-ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "testdata"
-FAKE_CLOUD = ROOT / "tests" / "support" / "fake_cloud.py"
-GKE = ROOT / "launch" / "gke.py"
 ANSWERS = json.loads((DATA / "gke.json").read_text())
-UNSETTLED = 75  # exit code
 TRAIN = ("--", "train", "--config=gpt:size=small", "--workdir=gs://b/a")
 TPU = ("run", "--name=a", "--image=I", "--accelerator=tpu-v5-lite-podslice", "--topology=4x4", "--spot", "--env=TOKEN")
 GPU = ("run", "--name=b", "--image=I", "--accelerator=nvidia-h100-80gb", "--gpus=8", "--nodes=2")
 GOLDENS = {"gke_tpu.txt": (*TPU, "--slices=2", "--service_account=trainer"), "gke_gpu.txt": GPU}
 
 
-@pytest.fixture
-def cluster(tmp_path):
-  return Cluster(tmp_path)
+# Kinds of calls as regular expressions, and the usual answers to them, names of ANSWERS in order.
+CALLS = {"jobset": "get jobset", "pods": "get pods", "logs": "kubectl logs", "create": "kubectl create"}
+USUAL_ANSWERS = {
+  "jobset": "absent running running completed",
+  "pods": "nothing pod pod_succeeded",
+  "logs": "log more_log",
+  "create": "created",
+}
 
 
 class Cluster:
-  """A kubectl (and docker) that answers as it is told."""
+  """A kubectl (and docker) whose answers are set by the test."""
 
   def __init__(self, folder):
     self.folder = folder
     (folder / "bin").mkdir()
     for name in ("kubectl", "docker"):
-      path = folder / "bin" / name
-      path.write_text(f'#!/bin/bash\nexec {sys.executable} -S -E {FAKE_CLOUD} {name} "$@"\n')
-      path.chmod(0o755)
-    self.environment = {**os.environ, "FAKE_CLOUD": str(folder), "TOKEN": "s3cret"}
-    self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+      write_program(folder / "bin" / name, f'exec {sys.executable} -S -E {FAKE_CLOUD} {name} "$@"')
 
-  def says(self, **answers):
-    """Sets the answers to jobset, pods, logs, create: names of ANSWERS, in order."""
-    calls = {"jobset": "get jobset", "pods": "get pods", "logs": "kubectl logs", "create": "kubectl create"}
-    usual = {"jobset": "absent running running completed", "pods": "nothing pod pod_succeeded", "logs": "log more_log"}
-    usual |= {"create": "created"} | answers
-    text = json.dumps([{"call": calls[name], "answers": [ANSWERS[a] for a in usual[name].split()]} for name in calls]
-                      + [{"call": "kubectl (delete|patch)|docker", "answers": [{}]}])  # fmt: skip
-    # The name of the run is what the manifest has.
-    manifest = self.manifest(*TPU)
-    (self.folder / "transcript.json").write_text(text.replace("RUN", manifest["metadata"]["annotations"]["llmjax/run"]))
-    return self
+  def set_answers(self, **answers):
+    """Set the answers to kinds of calls, from the first one: names of ANSWERS, or lists of names and answers."""
+    entries = []
+    for kind, default in USUAL_ANSWERS.items():
+      given = answers.get(kind, default)
+      names = given.split() if isinstance(given, str) else given
+      entries.append({"call": CALLS[kind], "answers": [ANSWERS[n] if isinstance(n, str) else n for n in names]})
+    text = json.dumps([*entries, {"call": "kubectl (delete|patch)|docker", "answers": [{}]}])
+    run_id = self.manifest(*TPU)["metadata"]["annotations"]["llmjax/run"]
+    (self.folder / "transcript.json").write_text(text.replace("RUN", run_id))
+    for name in ("counts.json", "calls.jsonl"):
+      (self.folder / name).unlink(missing_ok=True)
 
-  def start(self, *words, script=GKE):
-    command = [sys.executable, "-S", "-E", str(script), *words]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True, cwd=self.folder)
-
-  def run(self, *words, **how):
-    process = self.start(*words, **how)
-    output, errors = process.communicate(timeout=60)
-    assert "Traceback" not in errors and all(call["known"] for call in self.calls()), errors
-    return process.returncode, output, errors
+  def run(self, *words, script=LAUNCH / "gke.py"):
+    result = run_script(script, *words)
+    assert all(call["known"] for call in self.calls()), result[2]
+    return result
 
   def manifest(self, *words):
     _, output, _ = self.run(*words, "--dry_run", *TRAIN)
@@ -85,20 +83,29 @@ class Cluster:
     return sum(bool(re.search(pattern, " ".join(call["words"]))) for call in self.calls())
 
 
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+  monkeypatch.setenv("FAKE_CLOUD", str(tmp_path))
+  monkeypatch.setenv("TOKEN", "s3cret")
+  monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+  monkeypatch.chdir(tmp_path)
+  return Cluster(tmp_path)
+
+
 def run_words(*more):
   return (*TPU, "--poll=0", *more, *TRAIN)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_manifests_and_commands_are_the_recorded_ones(cluster, name):
+def test_dry_run_output_equals_golden(cluster, name):
   _, output, _ = cluster.run(*GOLDENS[name], "--dry_run", *TRAIN)
   update = f"python3 launch/gke.py {shlex.join([*GOLDENS[name], '--dry_run', *TRAIN])} >tests/testdata/{name}"
-  assert output == (DATA / name).read_text(), f"if it is meant: {update}"
+  assert output == (DATA / name).read_text(), f"if the change is intended: {update}"
   assert subprocess.run(["bash", "-n"], input=output, text=True).returncode == 0
   assert not cluster.calls() and "s3cret" not in output
 
 
-def test_a_manifest_is_yaml_too(cluster):
+def test_manifest_is_valid_yaml(cluster):
   yaml = pytest.importorskip("yaml")
   manifest = cluster.manifest(*TPU)
   assert yaml.safe_load(json.dumps(manifest, indent=2)) == manifest
@@ -116,7 +123,7 @@ def test_a_manifest_is_yaml_too(cluster):
     ("tpu-v6e-slice", "4x4", (), 4, 4),
   ],
 )
-def test_machines_and_chips_follow_from_the_topology(cluster, accelerator, topology, more, chips, machines):
+def test_manifest_has_machines_and_chips_of_the_topology(cluster, accelerator, topology, more, chips, machines):
   manifest = cluster.manifest(
     "run", "--name=a", "--image=I", f"--accelerator={accelerator}", f"--topology={topology}", *more
   )
@@ -126,8 +133,9 @@ def test_machines_and_chips_follow_from_the_topology(cluster, accelerator, topol
   assert resources["limits"] == resources["requests"] == {"google.com/tpu": chips}
 
 
-def test_a_run_is_created_followed_and_its_log_shown_once(cluster):
-  code, output, errors = cluster.says().run(*run_words())
+def test_run_creates_the_jobset_and_prints_its_log_once(cluster):
+  cluster.set_answers()
+  code, output, errors = cluster.run(*run_words())
   assert code == 0 and output == "step 1\nstep 2\n"
   assert "created" in errors and "ended with exit code 0" in errors
   created = [call for call in cluster.calls() if "create" in call["words"] and "secret" not in call["words"]]
@@ -135,81 +143,107 @@ def test_a_run_is_created_followed_and_its_log_shown_once(cluster):
   assert cluster.count("logs a-slice-0-0-x .*--since-time=2025-01-01T00:01:00.000000001Z") == 1
 
 
-def test_secrets_go_through_standard_input_alone(cluster):
-  cluster.says().run(*run_words())
+def secret_patch(cluster):
+  """The only `kubectl patch secret` of the calls."""
+  [patch] = [call["words"] for call in cluster.calls() if "patch" in call["words"]]
+  assert all("s3cret" not in " ".join(call["words"]) for call in cluster.calls())
+  return patch
+
+
+def test_secret_values_are_passed_through_standard_input(cluster):
+  cluster.set_answers()
+  cluster.run(*run_words())
   inputs = [call["input"] for call in cluster.calls() if "secret" in call["words"] and "create" in call["words"]]
   assert inputs == ["TOKEN=s3cret\n"]
-  pasted = cluster.run(*TPU, "--dry_run", *TRAIN)[1]
-  subprocess.run(["bash"], input=pasted, env=cluster.environment, text=True, stdout=subprocess.DEVNULL)
-  patch, same = [call["words"] for call in cluster.calls() if "patch" in call["words"]]
-  assert same == patch
-  assert patch[2:4] == ["secret", "a-environment"]  # which Kubernetes then deletes with its owner
+
+
+def test_secret_is_owned_by_the_jobset(cluster):
+  """Kubernetes then deletes it with the JobSet."""
+  cluster.set_answers()
+  cluster.run(*run_words())
+  patch = secret_patch(cluster)
+  assert patch[2:4] == ["secret", "a-environment"]
   owner = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": "a", "uid": "1f-a5"}
   assert json.loads(patch[-1].removeprefix("--patch=")) == {"metadata": {"ownerReferences": [owner]}}
-  assert all("s3cret" not in " ".join(call["words"]) for call in cluster.calls())
-  (cluster.folder / "calls.jsonl").unlink()
-  (cluster.folder / "counts.json").unlink()
+  cluster.set_answers()
+  pasted = cluster.run(*TPU, "--dry_run", *TRAIN)[1]
+  subprocess.run(["bash"], input=pasted, text=True, stdout=subprocess.DEVNULL)
+  assert secret_patch(cluster) == patch
+
+
+def test_existing_secret_is_referenced_and_not_created(cluster):
   manifest = cluster.manifest(*TPU, "--secret=mine")
   container = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
   assert container["env"] == [{"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "mine", "key": "TOKEN"}}}]
-  assert cluster.run(*run_words("--secret=mine"))[0] == 0 and not cluster.count("secret generic|patch")
+  cluster.set_answers()
+  assert cluster.run(*run_words("--secret=mine"))[0] == 0
+  assert not cluster.count("secret generic|patch")
 
 
-def test_a_process_may_come_long_after_the_others(cluster):
-  """A node that was taken away can be back hours later, and a process that gives up would end the run for good."""
+def test_several_machines_wait_a_day_for_each_other(cluster):
+  """A preempted node can be back hours later; a process that gives up before would end the run."""
   one = ("run", "--name=a", "--image=I", "--accelerator=tpu-v5-lite-podslice", "--topology=2x2")
   expected = {(*one, "--slices=2"): True, TPU: True, GPU: True, one: False, (*GPU, "--nodes=1"): False}
-  for words, patient in expected.items():
+  for words, several in expected.items():
     job = cluster.manifest(*words)["spec"]["replicatedJobs"][0]["template"]["spec"]
     arguments = job["template"]["spec"]["containers"][0]["args"]
-    assert arguments == ["train", *(["--start_timeout=86400"] if patient else []), *TRAIN[2:]]
-    assert cli_parser().parse_known_args(arguments)[0].start_timeout == (86400 if patient else hosts.TIMEOUT)
+    assert arguments == ["train", *(["--start_timeout=86400"] if several else []), *TRAIN[2:]]
+    assert cli_parser().parse_known_args(arguments)[0].start_timeout == (86400 if several else hosts.TIMEOUT)
 
 
-def test_a_failed_run_has_the_exit_code_of_worker_0(cluster):
-  code, _, errors = cluster.says(jobset="absent running failed", pods="pod pod_failed").run(*run_words())
+def test_failed_run_has_the_exit_code_of_worker_0(cluster):
+  cluster.set_answers(jobset="absent running failed", pods="pod pod_failed")
+  code, _, errors = cluster.run(*run_words())
   assert code == 2 and "exit code 2 (Failed: jobset failed" in errors
 
 
-def test_what_keeps_a_run_waiting_and_restarts_are_said(cluster):
-  cluster.says(
+def test_pending_reason_and_restarts_are_logged(cluster):
+  cluster.set_answers(
     jobset="absent running no_cluster running restarted restarted completed",
     pods="pending pod next_pod pod_succeeded",
-    logs="log resumed_log log",  # the last is asked for the first pod again
+    logs="log resumed_log log",  # the last one is for the first pod again
   )
   code, output, errors = cluster.run(*run_words())
   assert code == 0 and output == "step 1\nresumed at step 2\n"
   assert "pending (Unschedulable 0/3 nodes are available)" in errors and "restart 1: running" in errors
 
 
-def test_the_same_command_attaches_and_another_one_is_refused(cluster):
-  code, _, errors = cluster.says(jobset="running running completed").run(*run_words())
+def test_same_command_attaches_to_the_running_jobset(cluster):
+  cluster.set_answers(jobset="running running completed")
+  code, _, errors = cluster.run(*run_words())
   assert code == 0 and "is there" in errors and not cluster.count("create")
-  (cluster.folder / "counts.json").unlink()
-  code, _, errors = cluster.says(jobset="another").run(*run_words())
-  assert code == UNSETTLED and "running something else" in errors and not cluster.count("create|delete")
 
 
-def test_what_has_ended_is_replaced(cluster):
-  code, _, errors = cluster.says(jobset="failed running completed").run(*run_words())
+def test_other_command_on_a_running_jobset_is_refused(cluster):
+  cluster.set_answers(jobset="another")
+  code, _, errors = cluster.run(*run_words())
+  assert code == EXIT_UNKNOWN and "running something else" in errors and not cluster.count("create|delete")
+
+
+def test_ended_jobset_is_replaced(cluster):
+  cluster.set_answers(jobset="failed running completed")
+  code, _, errors = cluster.run(*run_words())
   assert code == 0 and "replacing" in errors
   assert cluster.count("delete jobset a") == cluster.count("create --filename") == 1
 
 
-def test_ctrl_c_leaves_the_run_and_says_so(cluster):
-  process = cluster.says(pods="pod", logs="long").start(*run_words())
-  deadline = time.monotonic() + 30
-  while not cluster.count("kubectl logs"):
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
-  process.send_signal(signal.SIGINT)
-  _, errors = process.communicate(timeout=60)
-  assert process.returncode == 130 and "the same command follows it" in errors
+def test_ctrl_c_leaves_the_run_and_names_the_command_to_follow_it(cluster):
+  cluster.set_answers(pods="pod", logs=[{"before": 'kill -INT "$CALLER"', "seconds": 30}])
+  code, _, errors = cluster.run(*run_words())
+  assert code == 130 and "the same command follows it" in errors
   assert not cluster.count("delete jobset")
 
 
-def test_status_logs_and_delete(cluster):
-  cluster.says(jobset="running", pods="pod")
+def test_script_as_its_own_process_has_same_output(cluster):
+  cluster.set_answers()
+  command = [sys.executable, "-S", "-E", str(LAUNCH / "gke.py"), *run_words()]
+  process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  cluster.set_answers()
+  assert cluster.run(*run_words()) == (process.returncode, process.stdout, process.stderr)
+
+
+def test_status_logs_and_delete_call_kubectl(cluster):
+  cluster.set_answers(jobset="running", pods="pod")
   assert "a-slice-0-1-y: running" in cluster.run("status", "--name=a")[1]
   assert cluster.run("logs", "--name=a")[1] == "step 1\n"
   assert cluster.run("delete", "--name=a")[0] == 0
@@ -231,14 +265,15 @@ def test_status_logs_and_delete(cluster):
     (("run", "--name=a", *TRAIN), "--image"),
   ],
 )
-def test_mistakes_are_one_line(cluster, words, expected):
+def test_wrong_flags_are_one_line_and_exit_code_2(cluster, words, expected):
   code, _, errors = cluster.run(*words)
-  assert code == 2 and expected in errors and errors.startswith("gke.py: ") and errors.count("\n") == 1
+  assert code == 2 and expected in errors and errors.count("\n") == 1
+  assert_one_line_error(errors, "gke.py")
 
 
 @pytest.mark.parametrize("words", [("status",), ("logs",), ("logs", "--follow")])
-def test_a_dry_run_prints_the_commands_that_are_run(cluster, words):
-  cluster.says(jobset="running", pods="pod")
+def test_dry_run_prints_the_commands_that_run_calls(cluster, words):
+  cluster.set_answers(jobset="running", pods="pod")
   printed = cluster.run(*words, "--name=a", "--dry_run")[1].replace("POD", "a-slice-0-0-x")
   assert not cluster.calls()
   cluster.run(*words, "--name=a")
@@ -247,12 +282,13 @@ def test_a_dry_run_prints_the_commands_that_are_run(cluster, words):
 
 
 @pytest.mark.parametrize("answer, expected", [("no_jobset", "install it: https"), ("no_cluster", "refused")])
-def test_a_cluster_that_lacks_something_is_one_line(cluster, answer, expected):
-  code, _, errors = cluster.says(jobset=answer).run(*run_words())
-  assert code == UNSETTLED and expected in errors and not cluster.count("create|delete")
+def test_missing_jobset_or_cluster_is_one_line(cluster, answer, expected):
+  cluster.set_answers(jobset=answer)
+  code, _, errors = cluster.run(*run_words())
+  assert code == EXIT_UNKNOWN and expected in errors and not cluster.count("create|delete")
 
 
-def test_an_image_is_built_from_a_clean_archive(cluster, tmp_path):
+def test_image_is_built_from_a_clean_archive(cluster, tmp_path):
   root = tmp_path / "checkout"
   (root / "launch").mkdir(parents=True)
   for name in ("gke.py", "jobset.py", "shipping.py", "command_line.py", "Dockerfile"):
@@ -263,8 +299,10 @@ def test_an_image_is_built_from_a_clean_archive(cluster, tmp_path):
     subprocess.run([*git, *words], check=True)
   commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
   (root / "untracked").touch()
-  docker = tmp_path / "bin" / "docker"
-  docker.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/docker\n[ "$1" = push ] || cat >{tmp_path}/context.tar.gz\n')
+  write_program(
+    tmp_path / "bin" / "docker",
+    f'echo "$@" >>{tmp_path}/docker\n[ "$1" = push ] || cat >{tmp_path}/context.tar.gz',
+  )
   words = ("image", "--tag=T", "--extra=cuda,wandb")
   code, _, errors = cluster.run(*words, script=root / "launch" / "gke.py")
   assert code == 0 and "untracked not shipped" in errors
@@ -274,18 +312,12 @@ def test_an_image_is_built_from_a_clean_archive(cluster, tmp_path):
     assert ".commit" in tar.getnames() and "launch/Dockerfile" in tar.getnames() and "untracked" not in tar.getnames()
     assert tar.extractfile(".commit").read().decode() == f"{commit}\n"
   (root / "launch" / "gke.py").write_text("")
-  assert "uncommitted changes in launch/gke.py" in shipping_refuses(root)
+  code, _, errors = run_script(root / "launch" / "shipping.py", "--output=/dev/null")
+  assert code == 2 and "uncommitted changes in launch/gke.py" in errors
 
 
-def shipping_refuses(root):
-  command = [sys.executable, str(root / "launch" / "shipping.py"), "--output=/dev/null"]
-  done = subprocess.run(command, capture_output=True, text=True)
-  assert done.returncode == 2
-  return done.stderr
-
-
-@pytest.mark.slow
-def test_every_flag_is_one_of_the_installed_kubectl_and_docker(cluster):
+@pytest.mark.full("clusters")
+def test_flags_are_known_to_the_installed_kubectl_and_docker(cluster):
   lines = []
   for words in ((*TPU, "--namespace=n", "--context=c", "--dry_run", *TRAIN), ("delete", "--name=a", "--dry_run"),
                 ("image", "--tag=T", "--dirty", "--dry_run")):  # fmt: skip
@@ -306,6 +338,8 @@ def test_every_flag_is_one_of_the_installed_kubectl_and_docker(cluster):
     ),
     *("docker build", "docker push"),
   }
+  for name in ("kubectl", "docker"):  # what the PATH then has is the real one
+    (cluster.folder / "bin" / name).unlink()
   for command, flags in used.items():
     if not shutil.which(command[0]):
       pytest.skip(f"{command[0]} is not installed")

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Stands in for gcloud, kubectl or docker, its first argument: answers by a transcript, and plays workers in folders.
+"""Stand in for gcloud, kubectl or docker (the first argument): answer from a transcript and run workers in folders.
 
-$FAKE_CLOUD is a folder with `transcript.json`, [{"call": regular expression, "answers": [{...}, ...]}, ...]: the first
-whose expression is found in the call answers it, each time by its next answer, and by the last one again from then on.
-An answer has `stdout`, `stderr`, `code`; `seconds` to wait before; `play`: run ssh and scp on the workers, which
-are folders `workers/NODE-INDEX` that serve as homes. Calls are written to `calls.jsonl`, with the mode and the text of
-files that are copied and what comes in.
+$FAKE_CLOUD is a folder with `transcript.json`, [{"call": regular expression, "answers": [{...}, ...]}, ...]. The first
+entry whose expression is found in the call answers it: each call takes its next answer, the last one repeats. Keys of
+an answer, all optional:
+  stdout, stderr, code  the response
+  before                shell command to run first; $CALLER is the process that called
+  seconds               time to wait before the response
+  play                  run ssh and scp on the workers, folders `workers/NODE-wINDEX` that serve as homes
+Calls are appended to `calls.jsonl` with the standard input and the mode and text of copied files.
 """
 
 import fcntl
@@ -20,17 +23,21 @@ FOLDER = os.environ["FAKE_CLOUD"]
 
 def main() -> int:
   words = sys.argv[1:]
-  answer = record(words)
+  answer = record_call(words)
+  if "before" in answer:
+    os.environ["CALLER"] = str(os.getppid())
+    if os.system(answer["before"]):  # importing subprocess would take a third longer than all of this
+      return 98
   time.sleep(answer.get("seconds", 0))
   if answer.get("play"):
-    return play(words)
+    return run_on_workers(words)
   sys.stdout.write(answer.get("stdout", ""))
   sys.stderr.write(answer.get("stderr", ""))
   return answer.get("code", 0)
 
 
-def record(words: list) -> dict:
-  """Writes the call down; the answer to it."""
+def record_call(words: list) -> dict:
+  """Append the call to `calls.jsonl` and return the answer to it."""
   with open(f"{FOLDER}/lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     with open(f"{FOLDER}/transcript.json") as file:
@@ -59,23 +66,23 @@ def record(words: list) -> dict:
   return answer
 
 
-def play(words: list) -> int:
-  """Runs `gcloud compute tpus tpu-vm ssh NODE --worker=W --command=C` or `scp SOURCE NODE:TARGET` on the workers."""
+def run_on_workers(words: list) -> int:
+  """Run `gcloud compute tpus tpu-vm ssh NODE --worker=W --command=C` or `scp SOURCE NODE:TARGET` on the workers."""
   flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
   node = words[5] if words[4] == "ssh" else words[6].split(":")[0]
   homes = sorted(name for name in os.listdir(f"{FOLDER}/workers") if name.startswith(f"{node}-w"))
   if flags["worker"] != "all":
     homes = [homes[int(flags["worker"])]]
   command, codes = flags.get("command", ""), []
-  if words[4] == "scp":  # with its mode, as scp does
+  if words[4] == "scp":  # -p: scp keeps the mode
     command = f"cp -p {words[5]} {words[6].split(':')[1]}"
-  for home in homes:
-    place = f"{FOLDER}/workers/{home}"
+  for name in homes:
+    home = f"{FOLDER}/workers/{name}"
     path = f"{FOLDER}/worker_bin:{os.environ['PATH']}"
     if not os.fork():
-      os.chdir(place)
+      os.chdir(home)
       os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-      os.execvpe("bash", ["bash", "-c", command], {**os.environ, "HOME": place, "WORKER": home, "PATH": path})
+      os.execvpe("bash", ["bash", "-c", command], {**os.environ, "HOME": home, "WORKER": name, "PATH": path})
     codes.append(os.wait()[1] >> 8)
   return next((code for code in codes if code), 0)
 
