@@ -1,0 +1,930 @@
+"""The mistakes that `mutants.py` plants, by subject, each with tests of the default tier that fail on it."""
+
+from tests.support.mutants import Mutant
+
+STEP, KERNELS, MODEL, VERIFY = (
+  "tests/step_test.py::",
+  "tests/kernels_test.py::",
+  "tests/model_test.py::",
+  "tests/verify_test.py::",
+)
+INVARIANTS, OPTIM, OBJECTIVES = "tests/invariants_test.py::", "tests/optim_test.py::", "tests/objectives_test.py::"
+PIPELINE, PACKING, CRF, BEAMS = (
+  "tests/pipeline_test.py::",
+  "tests/packing_test.py::",
+  "tests/crf_test.py::",
+  "tests/beam_search_test.py::",
+)
+FINETUNE, GENERATION, HUGGINGFACE = (
+  "tests/finetune_test.py::",
+  "tests/generation_test.py::",
+  "tests/huggingface_test.py::",
+)
+TRAIN, PEFT, SEQ2SEQ, SFT, PREFERENCE = (
+  f"tests/{name}_test.py::" for name in ("train", "peft", "seq2seq", "sft", "preference")
+)
+
+LOSSES = (
+  Mutant(
+    "tiled-logits-average-the-gradient",
+    "step.py",
+    "return function(self.unembed(parts[0]), *parts[1:])",
+    "hidden = jax.lax.stop_gradient(parts[0])\n"
+    "      return function(self.unembed(hidden + (parts[0] - hidden) / self.tiles), *parts[1:])",
+    (INVARIANTS + "test_tiled_logits_give_the_untiled_loss_and_gradients[gpt causal_lm-4]",),
+    "with logit_tiles the loss is right, and the body of the model learns at a fraction of the rate",
+  ),
+  Mutant(
+    "tiled-logits-permute-the-tokens",
+    "step.py",
+    "jnp.moveaxis(x, 0, 2).reshape(x.shape[1], length), each)",
+    "jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length), each)",
+    (INVARIANTS + "test_tiled_logits_give_the_untiled_loss_and_gradients[gpt causal_lm-4]",),
+    "with logit_tiles losses are multiplied by the weights of other tokens",
+  ),
+  Mutant(
+    "accumulation-means-of-microbatch-means",
+    "step.py",
+    "value = objective_value(sums, weights, objective)",
+    "value = objective_value(sums, objective.weights(micro), objective) / accum",
+    (STEP + "test_accumulated_is_whole_under_uneven_weights_and_dropout[gpt causal_lm-2]",),
+    "tokens in a microbatch with much padding count more",
+  ),
+  Mutant(
+    "one-denominator-for-all-terms",
+    "step.py",
+    "scale = jnp.where(weights[term] > 0, coefficient / jnp.maximum(weights[term], 1e-30), 0.0)",
+    "weight = next(iter(weights.values()))\n"
+    "    scale = jnp.where(weight > 0, coefficient / jnp.maximum(weight, 1e-30), 0.0)",
+    (STEP + "test_each_term_has_a_denominator_of_its_own[bert masked_lm]",),
+    "the sentence loss of BERT is divided by the number of masked tokens",
+  ),
+  Mutant(
+    "denominator-counts-padding",
+    "objectives/losses.py",
+    "return dict.fromkeys(self.coefficients, jnp.sum(batch.weights[self.term]))",
+    "return dict.fromkeys(self.coefficients, jnp.float32(batch.weights[self.term].size))",
+    (STEP + "test_the_objective_is_a_direct_sum_of_its_terms",),
+    "the more padding a batch has, the smaller its gradient",
+  ),
+  Mutant(
+    "mean-of-local-means",
+    "objectives/losses.py",
+    "sums = {self.term: jnp.sum(smoothed * weight)}",
+    "from llmjax import sharding\n\n"
+    '    axes = sharding.axes_of("act_batch") + sharding.axes_of("act_len")\n\n'
+    "    def local(loss, weight):\n"
+    "      count = jnp.sum(weight)\n"
+    "      total = jnp.sum(loss * weight)\n"
+    "      return jax.lax.pmean(total / count, axes) * jax.lax.psum(count, axes) if axes else total\n\n"
+    '    names = ("act_batch", "act_len")\n'
+    "    sums = {self.term: sharding.per_device(local, (names, names), ())(smoothed, weight)}",
+    (STEP + "test_accumulated_gradients_on_a_mesh_are_those_of_one_device[gpt causal_lm]",),
+    "on several devices, tokens of a device with much padding count more",
+  ),
+  Mutant(
+    "label-smoothing-without-the-normaliser",
+    "objectives/losses.py",
+    "uniform = log_z - jnp.mean(logits, axis=-1)",
+    "uniform = -jnp.mean(logits, axis=-1)",
+    (STEP + "test_the_objective_is_a_direct_sum_of_its_terms",),
+  ),
+  Mutant(
+    "balance-loss-without-number-of-experts",
+    "objectives/losses.py",
+    "jnp.mean(routing.counts.shape[1] * jnp.sum(shares * probabilities, axis=1))",
+    "jnp.mean(jnp.sum(shares * probabilities, axis=1))",
+    (HUGGINGFACE + "test_routing_and_the_balance_loss[mixtral]",),
+    "objective.balance means something else for every number of experts",
+  ),
+  Mutant(
+    "balance-loss-counts-padding",
+    "models/moe.py",
+    "seen = (real.reshape(-1) > 0).astype(jnp.float32)",
+    "seen = jnp.ones(real.size, jnp.float32)",
+    (HUGGINGFACE + "test_padding_is_not_counted_in_the_routing",),
+  ),
+  Mutant(
+    "label-is-the-input-token",
+    "objectives/causal_lm.py",
+    "labels = ids[1:]",
+    "labels = ids[:-1]",
+    (PIPELINE + "test_evaluation_gives_every_token_once[1-3]",),
+    "the model learns to copy, and its loss falls to zero",
+  ),
+  Mutant(
+    "windows-of-a-document-overlap",
+    "objectives/causal_lm.py",
+    "range(0, len(ids) - 1, length)]",
+    "range(0, len(ids) - 1, length - 1)]",
+    (PIPELINE + "test_evaluation_gives_every_token_once[1-3]",),
+    "some tokens of long documents are learned, and evaluated, twice",
+  ),
+  Mutant(
+    "masked-lm-learns-unmasked-tokens",
+    "objectives/masked_lm.py",
+    '"weights": {"mlm": chosen},',
+    '"weights": {"mlm": ~self.tokenizer.special[ids]},',
+    (OBJECTIVES + "test_masking_has_its_shares_and_spares_what_is_special",),
+  ),
+  Mutant(
+    "prefix-lm-learns-the-prefix",
+    "objectives/prefix_lm.py",
+    "place >= length - 1}",
+    "place >= 0}",
+    (OBJECTIVES + "test_prefixes_are_uniform_and_what_follows_them_is_predicted",),
+  ),
+  Mutant(
+    "seq2seq-learns-the-prompt",
+    "objectives/seq2seq.py",
+    '"weights": {"nll": learned[1:].astype(np.float32)},',
+    '"weights": {"nll": learned[:-1].astype(np.float32)},',
+    (SEQ2SEQ + "test_only_targets_bear_loss", PREFERENCE + "test_losses_are_their_formulas[sigmoid]"),
+    "the weights are one token late: the first token of an answer is not learned, a token after it is",
+  ),
+  Mutant(
+    "chat-answers-without-their-end",
+    "objectives/sft.py",
+    "spans.append((common_length(prompt, ids), common_length(answered, ids)))",
+    "spans.append((common_length(prompt, ids), common_length(answered, ids) - 1))",
+    (SFT + "test_each_answer_is_learned_behind_its_prompt[None]",),
+    "a tuned model never ends its answer",
+  ),
+  Mutant(
+    "preference-trains-the-reference",
+    "objectives/preference.py",
+    'jax.lax.stop_gradient(answer_log_probs(forward.auxiliary["reference"], batch, {}))',
+    'answer_log_probs(forward.auxiliary["reference"], batch, {})',
+    (PREFERENCE + "test_the_reference_gets_no_gradient",),
+  ),
+  Mutant(
+    "contrastive-padding-is-a-negative",
+    "objectives/contrastive.py",
+    "scores = jnp.where(real[None], scores, jnp.finfo(jnp.float32).min)",
+    "scores = scores + 0.0 * real[None]",
+    (OBJECTIVES + "test_info_nce_counts_a_tie_as_right_and_ignores_what_is_not_real",),
+  ),
+  Mutant(
+    "contrastive-negatives-of-a-microbatch",
+    "objectives/contrastive.py",
+    "whole_batch = True",
+    "whole_batch = False",
+    (STEP + "test_accumulated_is_whole_under_uneven_weights_and_dropout[bert contrastive-8]",),
+    "with accum each text is told apart from fewer others",
+  ),
+  Mutant(
+    "contrastive-temperature-multiplies",
+    "objectives/contrastive.py",
+    "scores = constrain(cosines / temperature,",
+    "scores = constrain(cosines * temperature,",
+    (OBJECTIVES + "test_contrastive_loss_is_the_formula[False-None]",),
+  ),
+)
+
+ATTENTION = (
+  Mutant(
+    "packed-documents-see-each-other",
+    "models/scores.py",
+    "same = query.segments[:, :, None] == key.segments[:, None, :]",
+    "same = query.segments[:, :, None] > 0",
+    (
+      MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal-2]",
+      STEP + "test_a_document_never_sees_its_neighbour[gpt causal_lm]",
+      STEP + "test_a_token_sees_what_its_kind_of_attention_says[encoder]",
+    ),
+  ),
+  Mutant(
+    "causal-mask-shows-the-next-token",
+    "models/scores.py",
+    "visible &= ahead <= 0 if key.prefix is None else (ahead <= 0) | (key.prefix[:, None, :] > 0)",
+    "visible &= ahead <= 1 if key.prefix is None else (ahead <= 1) | (key.prefix[:, None, :] > 0)",
+    (
+      MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal-2]",
+      STEP + "test_a_token_sees_what_its_kind_of_attention_says[decoder]",
+    ),
+    "the label of every token can be read by the model",
+  ),
+  Mutant(
+    "causal-mask-forgotten",
+    "models/scores.py",
+    "  if causal:\n    visible &=",
+    "  if False:\n    visible &=",
+    (STEP + "test_a_token_sees_what_its_kind_of_attention_says[decoder]",),
+  ),
+  Mutant(
+    "prefix-forgotten",
+    "models/scores.py",
+    "visible &= ahead <= 0 if key.prefix is None else (ahead <= 0) | (key.prefix[:, None, :] > 0)",
+    "visible &= ahead <= 0",
+    (
+      MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[prefix-2]",
+      STEP + "test_a_token_sees_what_its_kind_of_attention_says[prefix decoder]",
+    ),
+    "a bidirectional prompt is read causally",
+  ),
+  Mutant(
+    "window-one-token-too-wide",
+    "models/scores.py",
+    "visible &= jnp.abs(ahead) < window if causal",
+    "visible &= jnp.abs(ahead) <= window if causal",
+    (
+      MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal window-2]",
+      STEP + "test_a_token_sees_what_its_kind_of_attention_says[windowed decoder]",
+    ),
+  ),
+  Mutant(
+    "encoder-is-causal",
+    "models/transformer.py",
+    'c, causal = self.cfg, stack.cross or self.cfg.stacks == "decoder"',
+    "c, causal = self.cfg, True",
+    (STEP + "test_a_token_sees_what_its_kind_of_attention_says[encoder]",),
+  ),
+  Mutant(
+    "cross-attention-sees-other-documents",
+    "models/transformer.py",
+    'masks["cross"] = scores.attention_mask(tokens, memory_tokens, causal=False)',
+    "shape = (*tokens.segments.shape, memory_tokens.segments.shape[1])\n"
+    '      masks["cross"] = jnp.broadcast_to(memory_tokens.segments[:, None] > 0, shape)',
+    (STEP + "test_a_target_sees_all_of_its_input_and_earlier_targets",),
+    "with packing, a target reads the inputs of its neighbours in the row",
+  ),
+  Mutant(
+    "query-heads-grouped-in-turn",
+    "models/scores.py",
+    "grouped = query.reshape(batch, length, shared, heads // shared, width)",
+    "grouped = query.reshape(batch, length, heads // shared, shared, width).swapaxes(2, 3)",
+    (MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal-2]",),
+    "with grouped-query attention, query head h reads key head h % K: checkpoints give other logits",
+  ),
+  Mutant(
+    "softcap-not-scaled-back",
+    "models/scores.py",
+    "scores = settings.softcap * jnp.tanh(scores / settings.softcap)",
+    "scores = jnp.tanh(scores / settings.softcap)",
+    (MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal-2]",),
+  ),
+  Mutant(
+    "relative-positions-reversed",
+    "models/scores.py",
+    "ahead = key[:, None, :] - query[:, :, None]",
+    "ahead = query[:, :, None] - key[:, None, :]",
+    (MODEL + "test_relative_buckets_are_t5s[True-32-128]",),
+  ),
+  Mutant(
+    "relative-buckets-begin-one-late",
+    "models/scores.py",
+    "bucket += distance >= exact + int(np.argmax(wide >= least))",
+    "bucket += distance > exact + int(np.argmax(wide >= least))",
+    (MODEL + "test_relative_buckets_are_t5s[True-32-128]",),
+  ),
+  Mutant(
+    "rotary-pairs-interleaved",
+    "models/rotary.py",
+    "first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)",
+    "first, second = x[..., 0 : 2 * half : 2].astype(jnp.float32), x[..., 1 : 2 * half : 2].astype(jnp.float32)",
+    (MODEL + "test_rotary_positions_are_complex_rotations_and_only_differences_count",),
+    "pairs (2i, 2i + 1) are rotated, the layout of GPT-J: Llama checkpoints give other logits",
+  ),
+  Mutant(
+    "rotary-turns-backwards",
+    "models/rotary.py",
+    "[first * cos - second * sin, second * cos + first * sin]",
+    "[first * cos + second * sin, second * cos - first * sin]",
+    (MODEL + "test_rotary_positions_are_complex_rotations_and_only_differences_count",),
+  ),
+  Mutant(
+    "local-layers-use-the-global-rotary-base",
+    "models/transformer.py",
+    'if kind == "local" and c.local_rotary_base is not None:',
+    'if kind == "global" and c.local_rotary_base is not None:',
+    (HUGGINGFACE + "test_logits_and_all_hidden_states[modernbert]",),
+  ),
+)
+
+# Each attention kernel, and its backward pass.
+ATTENTION_KERNELS = (
+  Mutant(
+    "chunked-softmax-is-not-rescaled",
+    "models/blockwise.py",
+    "return shrink[..., None] * out + new_out, new, total",
+    "return out + new_out, new, total",
+    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[causal]",),
+    "long sequences attend to the wrong tokens whenever a later block holds the highest score",
+  ),
+  Mutant(
+    "chunked-dropout-by-position-in-document",
+    "models/blockwise.py",
+    "scores.kept(dropout_keys, heads, queries.ids, keys.ids, settings.dropout)",
+    "scores.kept(dropout_keys, heads, queries.positions, keys.positions, settings.dropout)",
+    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[dropout]",),
+    "documents of a row drop the same weights; the kernels give different losses",
+  ),
+  Mutant(
+    "dropout-missing-from-dv",
+    "models/blockwise.py",
+    "(weights * keep).astype(d_out.dtype)",
+    "weights.astype(d_out.dtype)",
+    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[dropout]",),
+    "gradients of values are wrong with attention dropout",
+  ),
+  Mutant(
+    "softmax-gradient-without-delta",
+    "models/blockwise.py",
+    "pull(weights * (d_weights * keep - row(delta)))",
+    "pull(weights * d_weights * keep)",
+    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[causal]",),
+    "gradients of queries and keys are wrong",
+  ),
+  Mutant(
+    "dk-of-the-last-query-block-alone",
+    "models/blockwise.py",
+    "jax.tree.map(jnp.add, (*carry, d_key, d_value), (new_query",
+    "jax.tree.map(jnp.add, (*carry, jnp.zeros_like(d_key), d_value), (new_query",
+    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[causal]",),
+    "gradients of keys are wrong for sequences longer than a block",
+  ),
+  Mutant(
+    "ring-dq-of-the-last-device-alone",
+    "models/blockwise.py",
+    "lax.scan(key_block, (d_query, d_table), (source, d_source))",
+    "lax.scan(key_block, (jnp.zeros_like(d_query), d_table), (source, d_source))",
+    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c8-both ways]",),
+    "context parallelism alone: a query's gradient comes from the keys of one device",
+  ),
+  Mutant(
+    "ring-keys-leave-their-segments",
+    "models/blockwise.py",
+    "return (state, jax.tree.map(send, travelling)), None",
+    "return (state, jax.tree.map(lambda x: x if x.dtype == jnp.int32 else send(x), travelling)), None",
+    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[d2c2t2-packed]",),
+    "context parallelism alone: masks are made from the segments of other keys",
+  ),
+  Mutant(
+    "ring-sends-the-other-way",
+    "models/blockwise.py",
+    "perm=[(i, (i + 1) % count) for i in range(count)]",
+    "perm=[(i, (i + 2) % count) for i in range(count)]",
+    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c8-both ways]",),
+    "context parallelism over an even number of devices: each sees half of the keys twice",
+  ),
+  Mutant(
+    "ring-order-not-restored",
+    "models/blockwise.py",
+    "return _exchanged(layout, x, back=True) if layout.zigzag else x",
+    "return _exchanged(layout, x) if layout.zigzag else x",
+    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c8-left padding]",),
+    "context parallelism alone: outputs stand at the places of other tokens",
+  ),
+  Mutant(
+    "ring-relative-table-not-summed",
+    "models/blockwise.py",
+    "d_table = lax.psum(d_table, layout.replicated).astype(relative.dtype)",
+    "d_table = d_table.astype(relative.dtype)",
+    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c4t2-relative]",),
+    "the gradient of T5's relative biases is that of one device's queries",
+  ),
+  Mutant(
+    "splash-without-softcap",
+    "models/kernels.py",
+    "attn_logits_soft_cap=settings.softcap,",
+    "attn_logits_soft_cap=None,",
+    (KERNELS + "test_splash_attention_interpreted_is_the_reference[window both ways]",),
+    "Gemma on TPU differs from Gemma elsewhere",
+  ),
+  Mutant(
+    "splash-without-scale",
+    "models/kernels.py",
+    "(query * settings.scale, key, value)",
+    "(query, key, value)",
+    (KERNELS + "test_splash_attention_interpreted_is_the_reference[packed]",),
+  ),
+  Mutant(
+    "splash-window-one-token-too-wide",
+    "models/kernels.py",
+    "(settings.window - 1, 0) if settings.causal",
+    "(settings.window, 0) if settings.causal",
+    (KERNELS + "test_splash_attention_interpreted_is_the_reference[window]",),
+  ),
+  Mutant(
+    "cudnn-without-scale",
+    "models/kernels.py",
+    'mask[:, None], scale=settings.scale, implementation="cudnn"',
+    'mask[:, None], implementation="cudnn"',
+    (INVARIANTS + "test_cudnn_kernel_gets_scale_mask_and_bias",),
+    "on GPU, models with a scale of their own (T5, Gemma) differ",
+  ),
+  Mutant(
+    "cudnn-without-relative-bias",
+    "models/kernels.py",
+    "bias = scores.relative_bias(relative, queries, keys, settings).astype(query.dtype)",
+    "bias = None",
+    (INVARIANTS + "test_cudnn_kernel_gets_scale_mask_and_bias",),
+    "T5 on GPU has no positions",
+  ),
+)
+
+MODELS = (
+  Mutant(
+    "norm-scale-not-zero-centered",
+    "models/layers.py",
+    'y = y * (1 + vector("scale", nn.initializers.zeros))',
+    'y = y * vector("scale", nn.initializers.zeros)',
+    (HUGGINGFACE + "test_logits_and_all_hidden_states[gemma]",),
+    "Gemma checkpoints give other logits",
+  ),
+  Mutant(
+    "tied-head-has-no-gradient",
+    "models/layers.py",
+    'jnp.einsum("BLD,VD->BLV", x.astype(self.dtype), self.table.astype(self.dtype))',
+    'jnp.einsum("BLD,VD->BLV", x.astype(self.dtype), jax.lax.stop_gradient(self.table).astype(self.dtype))',
+    (INVARIANTS + "test_tied_table_gets_the_sum_of_the_gradients_of_both_its_uses",),
+    "tied embeddings learn from their use as inputs alone",
+  ),
+  Mutant(
+    "tied-table-updated-twice",
+    "models/layers.py",
+    'jnp.einsum("BLD,VD->BLV", x.astype(self.dtype), self.table.astype(self.dtype))',
+    'jnp.einsum("BLD,VD->BLV", x.astype(self.dtype), '
+    "(2 * self.table - jax.lax.stop_gradient(self.table)).astype(self.dtype))",
+    (INVARIANTS + "test_tied_table_gets_the_sum_of_the_gradients_of_both_its_uses",),
+    "the gradient of the head is counted twice in the tied table",
+  ),
+  Mutant(
+    "logit-softcap-forgotten",
+    "models/transformer.py",
+    "return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)",
+    "return logits",
+    (HUGGINGFACE + "test_logits_and_all_hidden_states[gemma2]",),
+  ),
+  Mutant(
+    "dropout-not-rescaled",
+    "models/layers.py",
+    "return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)",
+    "return jnp.where(keep, x, jnp.zeros((), x.dtype)).astype(x.dtype)",
+    (MODEL + "test_dropout_keeps_the_mean_and_depends_on_row_place_and_nothing_else",),
+  ),
+  Mutant(
+    "dropout-keyed-by-place-in-microbatch",
+    "models/layers.py",
+    "return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)",
+    "return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows.shape[0]))",
+    (STEP + "test_accumulated_is_whole_under_uneven_weights_and_dropout[gpt causal_lm-2]",),
+    "accum changes what is dropped, and the loss",
+  ),
+  Mutant(
+    "dropout-the-same-in-every-step",
+    "step.py",
+    "key = jax.random.fold_in(key, state.step)",
+    "key = jax.random.fold_in(key, 0)",
+    (INVARIANTS + "test_dropout_differs_between_steps",),
+  ),
+  Mutant(
+    "router-weights-not-normalised",
+    "models/moe.py",
+    "  if normalize:",
+    "  if not normalize:",
+    (HUGGINGFACE + "test_logits_and_all_hidden_states[mixtral]",),
+    "the weights of a token's experts do not sum to one: Mixtral checkpoints give other logits",
+  ),
+  Mutant(
+    "experts-of-the-wrong-token",
+    "models/moe.py",
+    "rows = jnp.take(x.reshape(B * L, -1), order // k, axis=0)",
+    "rows = jnp.take(x.reshape(B * L, -1), order % (B * L), axis=0)",
+    (HUGGINGFACE + "test_logits_and_all_hidden_states[mixtral]",),
+  ),
+  Mutant(
+    "expert-width-not-summed-over-devices",
+    "models/moe.py",
+    "return jax.lax.psum(y, width_axes) if width_axes else y",
+    "return y",
+    (STEP + "test_accumulated_gradients_on_a_mesh_are_those_of_one_device[mixtral causal_lm]",),
+    "under tensor parallelism a mixture of experts computes with a part of each expert",
+  ),
+  Mutant(
+    "lora-scale-not-divided-by-rank",
+    "models/layers.py",
+    "return self.alpha / self.rank",
+    "return self.alpha",
+    (PEFT + "test_logits_are_pefts[llama]",),
+    "adapters from PEFT are applied too strongly",
+  ),
+  Mutant(
+    "lora-forward-without-scale",
+    "models/layers.py",
+    "return x * jnp.asarray(self.lora.scale, x.dtype)",
+    "return x",
+    (FINETUNE + "test_merged_is_unmerged_scanned_or_not[llama causal_lm-.*attention/(query|value)]",),
+  ),
+  Mutant(
+    "lora-merge-without-scale",
+    "finetune.py",
+    "return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)",
+    "return (kernel.astype(jnp.float32) + product).astype(kernel.dtype)",
+    (FINETUNE + "test_merged_is_unmerged_scanned_or_not[llama causal_lm-.*attention/(query|value)]",),
+    "a merged model differs from the one that was trained",
+  ),
+  Mutant(
+    "huggingface-query-heads-transposed",
+    "interop/family.py",
+    'QUERY, KEY, OUT = "(H A) D -> D H A"',
+    'QUERY, KEY, OUT = "(A H) D -> D H A"',
+    (HUGGINGFACE + "test_logits_and_all_hidden_states[llama]",),
+    "the rows of q_proj go to other heads: imported models write nonsense",
+  ),
+  Mutant(
+    "huggingface-skipped-rows-are-read",
+    "interop/tensors.py",
+    "tensor = tensor[(slice(None),) * axis + (slice(dimension.skip, None),)]",
+    "tensor = tensor[(slice(None),) * axis + (slice(None, -dimension.skip),)]",
+    (HUGGINGFACE + "test_logits_and_all_hidden_states[opt]",),
+    "positions of OPT begin two rows early",
+  ),
+)
+
+OPTIMIZERS = (
+  Mutant(
+    "gradient-scaled-by-data-axis",
+    "step.py",
+    '  if "objective" in metrics:  # already',
+    "  from llmjax import sharding\n\n"
+    '  grads = jax.tree.map(lambda g: g / sharding.parts("act_batch"), grads)\n'
+    '  if "objective" in metrics:  # already',
+    (STEP + "test_accumulated_gradients_on_a_mesh_are_those_of_one_device[gpt causal_lm]",),
+    "the gradient of a sum is averaged over devices: more devices, smaller steps",
+  ),
+  Mutant(
+    "gradient-scaled-by-expert-axis",
+    "step.py",
+    '  if "objective" in metrics:  # already',
+    "  from llmjax import sharding\n\n"
+    '  grads = jax.tree.map(lambda g: g / sharding.parts("experts"), grads)\n'
+    '  if "objective" in metrics:  # already',
+    (VERIFY + "test_any_mesh_gives_what_one_device_gives[experts-fsdp=2,expert=2,context=2]",),
+    "expert parallelism makes steps smaller",
+  ),
+  Mutant(
+    "clip-by-local-gradient-norm",
+    "optim.py",
+    "grads, _ = clip.update(_widen(grads), optax.EmptyState())",
+    "from llmjax import sharding\n\n"
+    "    local = sharding.per_device(lambda g: clip.update(g, optax.EmptyState())[0], (axes,), axes)\n"
+    "    grads = local(_widen(grads))",
+    (STEP + "test_steps_on_any_mesh_equal_one_device[llama causal_lm]",),
+    "each device clips by the norm of its own shards",
+  ),
+  Mutant(
+    "clip-by-parameter",
+    "optim.py",
+    "grads, _ = clip.update(_widen(grads), optax.EmptyState())",
+    "grads = jax.tree.map(lambda g: clip.update(g, optax.EmptyState())[0], _widen(grads))",
+    (OPTIM + "test_clipping_is_over_the_whole_tree",),
+    "clip_norm bounds every parameter's gradient by itself",
+  ),
+  Mutant(
+    "clip-after-the-optimizer",
+    "optim.py",
+    "    grads, _ = clip.update(_widen(grads), optax.EmptyState())\n"
+    "    pairs = jax.tree.map(one, _widen(params), grads, state, each, rates, scales)\n"
+    "    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))",
+    "    pairs = jax.tree.map(one, _widen(params), _widen(grads), state, each, rates, scales)\n"
+    "    direction, state = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))\n"
+    "    return clip.update(direction, optax.EmptyState())[0], state",
+    (INVARIANTS + "test_clipping_scales_gradients_and_not_directions",),
+    "with Adam, clip_norm bounds the step and not the gradient",
+  ),
+  Mutant(
+    "weight-decay-on-norms",
+    "optim.py",
+    "return weight_decay / wider if decayed else 0",
+    "return weight_decay / wider",
+    (OPTIM + "test_decay_is_decoupled_and_only_where_masked",),
+    "optim.decay_mask is ignored",
+  ),
+  Mutant(
+    "weight-decay-through-the-moments",
+    "optim.py",
+    "direction, part = tx.update(grad, part, param)\n      direction = direction + rate * param if rate else direction",
+    "direction, part = tx.update(grad + rate * param, part, param)",
+    (OPTIM + "test_decay_is_decoupled_and_only_where_masked",),
+    "AdamW is Adam with L2 regularisation",
+  ),
+  Mutant(
+    "warm-up-begins-at-zero",
+    "optim.py",
+    "float((step + 1) / warmup if step < peak else after(step))",
+    "float(step / warmup if step < peak else after(step))",
+    (OPTIM + "test_warm_up_wastes_no_step_and_the_last_step_is_final[cosine]",),
+    "the first step has a learning rate of zero",
+  ),
+  Mutant(
+    "schedule-ends-one-step-late",
+    "optim.py",
+    "last=max(total_steps - 1, peak)",
+    "last=max(total_steps, peak)",
+    (OPTIM + "test_warm_up_wastes_no_step_and_the_last_step_is_final[cosine]",),
+    "the last step does not have the final rate",
+  ),
+  Mutant(
+    "ema-of-the-previous-parameters",
+    "step.py",
+    "ema = optax.incremental_update(params, state.ema, 1 - ema_decay)",
+    "ema = optax.incremental_update(state.params, state.ema, 1 - ema_decay)",
+    (INVARIANTS + "test_ema_decays_towards_the_updated_parameters",),
+  ),
+  Mutant(
+    "ema-decay-swapped",
+    "step.py",
+    "ema = optax.incremental_update(params, state.ema, 1 - ema_decay)",
+    "ema = optax.incremental_update(params, state.ema, ema_decay)",
+    (INVARIANTS + "test_ema_decays_towards_the_updated_parameters",),
+    "the average is hardly one",
+  ),
+  Mutant(
+    "muon-rescaled-by-the-wrong-side",
+    "optim.py",
+    "max(1.0, fan_out / fan_in) if consistent_rms is None",
+    "max(1.0, fan_in / fan_out) if consistent_rms is None",
+    (OPTIM + "test_muon_makes_hidden_matrices_nearly_orthogonal_and_leaves_the_rest_to_adam",),
+  ),
+  Mutant(
+    "muon-splits-heads-from-the-input-side",
+    "models/width.py",
+    'return tuple(range(len(axes) - 1)) if axes[-1] == "embed" else None',
+    'return (0,) if axes[-1] == "embed" else None',
+    (OPTIM + "test_input_sides_are_told_by_name",),
+    "the output projection of attention is orthogonalised as another matrix",
+  ),
+  Mutant(
+    "adafactor-factors-laid-out-like-each-other",
+    "optim.py",
+    "v_row=like(x.v_row, larger), v_col=like(x.v_col, smaller)",
+    "v_row=like(x.v_row, smaller), v_col=like(x.v_col, larger)",
+    (OPTIM + "test_adafactors_factors_lie_like_their_parameter_without_the_summed_dimension",),
+    "square kernels' factors lie on the wrong axis of the mesh",
+  ),
+  Mutant(
+    "adafactor-without-clipping-of-updates",
+    "optim.py",
+    "  if clip_threshold is not None:",
+    "  if clip_threshold is None:",
+    (OPTIM + "test_adafactor_is_its_formula",),
+  ),
+  Mutant(
+    "layers-share-adafactors-statistics",
+    "optim.py",
+    "for _ in range(len(names) - len(own)):\n    init, update = jax.vmap(init), jax.vmap(update)",
+    "for _ in range(0):\n    init, update = jax.vmap(init), jax.vmap(update)",
+    (OPTIM + "test_stacked_layers_are_optimized_like_unrolled_ones[adafactor]",),
+    "scan changes what an optimizer does",
+  ),
+  Mutant(
+    "layer-decay-begins-at-the-first-layer",
+    "finetune.py",
+    "scale = np.array([decay ** (depth - i) for i, _ in here], np.float32)",
+    "scale = np.array([decay ** (i + 1) for i, _ in here], np.float32)",
+    (FINETUNE + "test_scales_of_layers_are_those_of_a_table",),
+    "the first layers learn fastest",
+  ),
+)
+
+DATA = (
+  Mutant(
+    "packed-row-is-one-segment",
+    "data/packing.py",
+    "np.repeat([*range(1, len(counts) + 1), 0], [*counts, rest])",
+    "np.repeat([*[1] * len(counts), 0], [*counts, rest])",
+    (PACKING + "test_a_row_holds_pieces_apart_and_pads",),
+    "packed documents see each other",
+  ),
+  Mutant(
+    "packed-positions-run-on",
+    "data/packing.py",
+    "np.concatenate([*map(np.arange, counts), np.zeros(rest)])",
+    "np.concatenate([np.arange(sum(counts)), np.zeros(rest)])",
+    (PACKING + "test_a_row_holds_pieces_apart_and_pads",),
+    "a document's positions depend on its neighbours in the row",
+  ),
+  Mutant(
+    "split-repeats-a-token",
+    "data/packing.py",
+    "return {name: values[offset:stop] for name, values in piece.items()}, stop",
+    "return {name: values[max(offset - 1, 0):stop] for name, values in piece.items()}, stop",
+    (PACKING + "test_split_gives_every_token_once_whatever_the_room",),
+    "pieces of a document that is cut over rows overlap",
+  ),
+  Mutant(
+    "mixture-weights-ignored",
+    "data/pipeline.py",
+    "shares = np.cumsum(source.weights or (1.0,))",
+    "shares = np.cumsum(np.ones(len(parts)))",
+    (PIPELINE + "test_a_mixture_draws_by_weight_and_goes_through_each_source",),
+  ),
+  Mutant(
+    "permutation-repeats-records",
+    "data/pipeline.py",
+    'return np.argsort(bits, kind="stable")',
+    "return (bits % np.uint64(size)).astype(np.int64)",
+    (PIPELINE + "test_an_epoch_is_a_permutation[7]",),
+    "an epoch misses a third of the records and shows others twice",
+  ),
+  Mutant(
+    "rows-read-the-same-records",
+    "data/pipeline.py",
+    "divmod(row.number + row.counts[part] * self.streams, size)",
+    "divmod(row.number + row.counts[part], size)",
+    (PIPELINE + "test_packed_training_gives_every_token_of_every_document_once_an_epoch",),
+  ),
+  Mutant(
+    "every-epoch-in-the-same-order",
+    "data/pipeline.py",
+    "return part, epoch, permuted(position, size, self.seed, SHUFFLE, part, epoch)",
+    "return part, epoch, permuted(position, size, self.seed, SHUFFLE, part, 0)",
+    (PIPELINE + "test_packed_training_gives_every_token_of_every_document_once_an_epoch",),
+  ),
+  Mutant(
+    "cursor-of-batches-made-ahead",
+    "data/pipeline.py",
+    "return {**self._header(), **self.state}",
+    "return {**self._header(), **self._state()}",
+    (
+      INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",
+      PIPELINE + "test_resume_is_as_if_uninterrupted[documents-1-1-1-True]",
+    ),
+    "a resumed run skips the batches that were prefetched",
+  ),
+  Mutant(
+    "evaluation-counts-filler-rows",
+    "data/pipeline.py",
+    "packing.make_row(row[i] if i < len(row) else (), example, plan.sizes)",
+    "packing.make_row(row[min(i, len(row) - 1)] if row else (), example, plan.sizes)",
+    (PIPELINE + "test_evaluation_gives_every_token_once[1-30]",),
+    "rows that run out repeat their last example instead of padding",
+  ),
+  Mutant(
+    "evaluation-means-of-batch-means",
+    "evaluate.py",
+    "total = metriclib.add(total, jax.tree.map(np.float64, metrics))",
+    "total = metriclib.add(total, {name: (s / max(w, 1e-9), float(w > 0)) for name, (s, w) in metrics.items()})",
+    (INVARIANTS + "test_evaluation_weighs_batches_by_their_weights",),
+    "the last, half-empty batch of a split counts like a full one",
+  ),
+)
+
+RESUME = (
+  Mutant(
+    "resume-restarts-the-data",
+    "train.py",
+    "  if cursor is not None:\n    stream.restore(cursor)",
+    "  if cursor is not None:\n    stream.restore(stream.cursor)",
+    (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
+    "a resumed run reads the beginning of the data again",
+  ),
+  Mutant(
+    "resume-restarts-the-schedule",
+    "train.py",
+    "rate = replicate(np.float32(program.learning_rate(step)), program)",
+    "rate = replicate(np.float32(program.learning_rate(step - first)), program)",
+    (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
+    "a resumed run warms up again",
+  ),
+  Mutant(
+    "resume-resets-the-optimizer",
+    "resume.py",
+    "state = checkpoints.restore(step, program.abstract_state)",
+    "state = checkpoints.restore(step, program.abstract_state)\n"
+    "      state = state.replace(opt_state=program.init(state.params).opt_state)",
+    (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
+    "the loss jumps after a resume: moments and step count of Adam begin anew",
+  ),
+  Mutant(
+    "resume-resets-the-step",
+    "resume.py",
+    "state = checkpoints.restore(step, program.abstract_state)",
+    "state = checkpoints.restore(step, program.abstract_state)\n"
+    "      state = state.replace(step=program.init(state.params).step)",
+    (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
+    "a resumed run drops what its first steps dropped",
+  ),
+  Mutant(
+    "checkpoint-leaves-matched-by-shape",
+    "checkpoint.py",
+    '    return self._load(step, state=args)["state"]\n\n  def restore_parts',
+    '    leaves, tree = jax.tree.flatten(self._load(step, state=args)["state"])\n'
+    "    by_shape: dict[Any, list[Any]] = {}\n"
+    "    for leaf in leaves:\n"
+    "      by_shape.setdefault(leaf.shape, []).append(leaf)\n"
+    "    return jax.tree.unflatten(tree, [by_shape[leaf.shape].pop() for leaf in leaves])\n\n"
+    "  def restore_parts",
+    (INVARIANTS + "test_checkpoint_restores_every_leaf_of_equal_shape_by_name",),
+    "kernels of equal shape are swapped: a resumed or loaded model writes nonsense",
+  ),
+  Mutant(
+    "evaluation-ignores-the-average",
+    "program.py",
+    'return finetune.join(state.params if self.config["optim"]["ema_decay"] is None else state.ema, state.frozen)',
+    "return finetune.join(state.params, state.frozen)",
+    (INVARIANTS + "test_evaluated_parameters_are_the_average",),
+  ),
+)
+
+GENERATING = (
+  Mutant(
+    "left-padding-shifts-positions",
+    "types.py",
+    "positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)",
+    "positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)",
+    (GENERATION + "test_greedy_equals_the_uncached_forward_for_prompts_of_any_length[learned]",),
+    "what a prompt is continued with depends on the longest prompt of the batch",
+  ),
+  Mutant(
+    "cache-index-off-by-one",
+    "models/attention.py",
+    "jax.lax.dynamic_update_slice(cached.value, new, (0, ctx.cache_index, 0, 0))",
+    "jax.lax.dynamic_update_slice(cached.value, new, (0, ctx.cache_index + 1, 0, 0))",
+    (GENERATION + "test_greedy_equals_the_uncached_forward_for_prompts_of_any_length[learned]",),
+  ),
+  Mutant(
+    "decoded-positions-one-behind",
+    "generation.py",
+    "token=token, position=state.position + 1, seen=seen",
+    "token=token, position=state.position + (state.count > 0), seen=seen",
+    (GENERATION + "test_greedy_equals_the_uncached_forward_for_prompts_of_any_length[learned]",),
+    "the first new token has the position of the last one of the prompt",
+  ),
+  Mutant(
+    "beam-search-drops-finished-beams",
+    "beam_search.py",
+    "pool = jnp.concatenate([state.finished.scores,",
+    "pool = jnp.concatenate([jnp.full_like(state.finished.scores, -jnp.inf),",
+    (BEAMS + "test_it_finds_what_transformers_finds[0]",),
+    "a continuation that ended is lost at the next token",
+  ),
+  Mutant(
+    "length-penalty-without-the-end-token",
+    "beam_search.py",
+    "power = length.astype(jnp.float32) ** settings.length_penalty",
+    "power = jnp.maximum(length - 1, 1).astype(jnp.float32) ** settings.length_penalty",
+    (BEAMS + "test_with_beams_for_all_sequences_it_finds_the_best_of_all[1.0]",),
+  ),
+  Mutant(
+    "cache-does-not-follow-its-beam",
+    "generation.py",
+    "_read_token(model, params, take(cache, parents), tokens, position, cache_length)",
+    "_read_token(model, params, cache, tokens, position, cache_length)",
+    (BEAMS + "test_over_the_cache_it_finds_what_the_uncached_forward_says[scanned-0]",),
+    "a beam goes on from the keys and values of another",
+  ),
+)
+
+TAGGING = (
+  Mutant(
+    "crf-transitions-transposed",
+    "objectives/crf.py",
+    "inside = reduce(before[:, :, None] + transitions.matrix[None], axis=1)",
+    "inside = reduce(before[:, :, None] + transitions.matrix.T[None], axis=1)",
+    (CRF + "test_everything_is_what_all_ways_to_tag_give[0]",),
+  ),
+  Mutant(
+    "crf-backpointers-transposed",
+    "objectives/crf.py",
+    "previous = jnp.argmax(before + transitions.matrix.T[tag], axis=-1)",
+    "previous = jnp.argmax(before + transitions.matrix[tag], axis=-1)",
+    (CRF + "test_everything_is_what_all_ways_to_tag_give[0]",),
+    "the best tags are not those of the best score",
+  ),
+  Mutant(
+    "crf-start-forgotten",
+    "objectives/crf.py",
+    "here = jnp.where(begins[..., None], transitions.start[None, None], inside)",
+    "here = jnp.where(begins[..., None], 0.0, inside)",
+    (CRF + "test_everything_is_what_all_ways_to_tag_give[0]",),
+  ),
+  Mutant(
+    "crf-end-forgotten",
+    "objectives/crf.py",
+    "last = jax.nn.logsumexp(forward + transitions.end[None, None], axis=-1)",
+    "last = jax.nn.logsumexp(forward, axis=-1)",
+    (CRF + "test_everything_is_what_all_ways_to_tag_give[0]",),
+  ),
+  Mutant(
+    "crf-chains-run-into-each-other",
+    "objectives/crf.py",
+    "return previous, real & ((last < 0) | (jnp.take_along_axis(segments, previous, axis=1) != segments))",
+    "return previous, real & (last < 0)",
+    (CRF + "test_everything_is_what_all_ways_to_tag_give[0]",),
+    "packed sentences are tagged as one",
+  ),
+)
+
+MUTANTS = (
+  *LOSSES,
+  *ATTENTION,
+  *ATTENTION_KERNELS,
+  *MODELS,
+  *OPTIMIZERS,
+  *DATA,
+  *RESUME,
+  *GENERATING,
+  *TAGGING,
+)
