@@ -1,4 +1,7 @@
-"""launch/processes.py: what each process gets, what comes through, and how all end. `llmjax` is a script, but once."""
+"""launch/processes.py: environments, output, exit codes and signals of its processes.
+
+A script stands for `llmjax`, except in the last test.
+"""
 
 import ast
 import json
@@ -13,29 +16,29 @@ from pathlib import Path
 import pytest
 
 from llmjax import metrics
+from tests.support.launchers import LAUNCH, run_script
 
-LAUNCH = Path(__file__).parent.parent / "launch"
-# Says which process it is, and does what its argument for this process says.
+# Print the index and environment of the process, then act as its argument for this process says.
 LLMJAX = r"""#!{python}
 import os, signal, sys, time
 index = int(os.environ["LLMJAX_PROCESS_ID"])
 if os.getsid(0) != os.getpid():
-  print("a Ctrl-C comes from the terminal too\n", end="", flush=True)
-def heard(number, frame):
-  print(f"heard {signal.Signals(number).name}\n", end="", flush=True)
+  print("in the session of the terminal\n", end="", flush=True)
+def handle(number, frame):
+  print(f"received {signal.Signals(number).name}\n", end="", flush=True)
   time.sleep(0.3)
   sys.exit(130)
-signal.signal(signal.SIGINT, heard)
-signal.signal(signal.SIGTERM, heard)
+signal.signal(signal.SIGINT, handle)
+signal.signal(signal.SIGTERM, handle)
 names = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")
 print(" ".join([str(index), *(os.environ.get(name, "-") for name in names)]) + "\n", end="", flush=True)
 print("to stderr\n", end="", file=sys.stderr, flush=True)
-todo = sys.argv[1 + index]
-if todo == "wait":
+action = sys.argv[1 + index]
+if action == "wait":
   time.sleep(60)
-elif todo == "killed":
+elif action == "killed":
   os.kill(os.getpid(), signal.SIGKILL)
-sys.exit(int(todo))
+sys.exit(int(action))
 """
 
 
@@ -64,11 +67,11 @@ def finish(process, wait=30):
 
 
 def run(*words):
-  """Standard output, standard error, exit code."""
+  """Return standard output, standard error and exit code."""
   return finish(launch(*words))
 
 
-def test_each_process_knows_the_others_and_its_devices(venv):
+def test_processes_get_coordinator_index_and_devices(venv):
   out, _, code = run("--processes=3", "--devices=2", f"--venv={venv}", "--", 0, 0, 0)
   assert code == 0
   [(first, port)] = re.findall(r"^(0 127\.0\.0\.1:(\d+) 3 cpu 2 -)$", out, re.MULTILINE)
@@ -77,14 +80,14 @@ def test_each_process_knows_the_others_and_its_devices(venv):
   assert int(port) > 1023
 
 
-def test_process_0_goes_through_as_it_is(venv):
+def test_output_of_process_0_has_no_prefix(venv):
   out, err, _ = run("--processes=2", f"--venv={venv}", "--", 0, 0)
   assert err == "to stderr\n"
   assert next(line for line in out.splitlines() if not line.startswith("[1] ")).startswith("0 127.0.0.1:")
 
 
 @pytest.mark.parametrize("visible, gpus", [(None, ["0", "1"]), ("4,6,7", ["4", "6"])])
-def test_a_gpu_for_each(venv, monkeypatch, visible, gpus):
+def test_gpus_gives_each_process_one_visible_device(venv, monkeypatch, visible, gpus):
   if visible:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
   out, _, _ = run("--processes=2", "--gpus", f"--venv={venv}", "--", 0, 0)
@@ -92,14 +95,15 @@ def test_a_gpu_for_each(venv, monkeypatch, visible, gpus):
   assert found == dict(zip("01", gpus))
 
 
-@pytest.mark.parametrize("todo, code", [(("wait", 3), 3), ((2, "wait"), 2), (("wait", "killed"), 137)])
-def test_when_one_fails_all_end_with_its_exit_code(venv, todo, code):
-  out, _, ended = finish(start_with_patience(0.5, "--processes=2", f"--venv={venv}", "--", *todo), wait=20)
+@pytest.mark.parametrize("actions, code", [(("wait", 3), 3), ((2, "wait"), 2), (("wait", "killed"), 137)])
+def test_failed_process_ends_all_with_its_exit_code(venv, actions, code):
+  out, _, ended = finish(launch_with_patience(0.5, "--processes=2", f"--venv={venv}", "--", *actions), wait=20)
   assert ended == code
   assert "0 127.0.0.1:" in out
 
 
-def start_with_patience(seconds, *words):
+def launch_with_patience(seconds, *words):
+  """Start the launcher with another time that the other processes have to end."""
   code = f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import processes; processes.PATIENCE = {seconds}; "
   words = [str(word) for word in words]
   return subprocess.Popen(
@@ -111,29 +115,29 @@ def start_with_patience(seconds, *words):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_all_processes_once(venv, number):
+def test_signal_reaches_every_process_once(venv, number):
   process = launch("--processes=2", f"--venv={venv}", "--", "wait", "wait")
-  said = [process.stdout.readline(), process.stdout.readline()]
-  while not all(any(line.startswith(start) for line in said) for start in ("0 ", "[1] 1 ")):
-    said.append(process.stdout.readline())
+  lines = [process.stdout.readline(), process.stdout.readline()]
+  while not all(any(line.startswith(start) for line in lines) for start in ("0 ", "[1] 1 ")):
+    lines.append(process.stdout.readline())
   os.killpg(process.pid, number)  # as a terminal does
   out, _, code = finish(process)
-  assert code == 130 and not [line for line in said if "terminal" in line]
-  assert sorted(line for line in out.splitlines() if "heard" in line) == [
-    f"[1] heard {number.name}",
-    f"heard {number.name}",
+  assert code == 130 and not [line for line in lines if "terminal" in line]
+  assert sorted(line for line in out.splitlines() if "received" in line) == [
+    f"[1] received {number.name}",
+    f"received {number.name}",
   ]
 
 
-def test_a_dry_run_prints_commands_that_can_be_pasted(venv):
+def test_dry_run_output_pasted_into_a_shell_runs(venv):
   out, _, code = run("--processes=2", "--devices=1", f"--venv={venv}", "--dry_run", "--", 0, 0, "two words")
-  assert code == 0 and "heard" not in out
+  assert code == 0 and "received" not in out
   pasted = subprocess.run(["bash", "-c", out], capture_output=True, text=True, timeout=30)
   assert sorted(re.findall(r"^\d", pasted.stdout, re.MULTILINE)) == ["0", "1"]
 
 
 @pytest.mark.parametrize(
-  "words, said",
+  "words, message",
   [
     (["--processes=0", "--", "train"], "argument --processes: 0 must be a number, 1 or more"),
     (["--proc=2", "--", "train"], "required: --processes"),
@@ -142,26 +146,26 @@ def test_a_dry_run_prints_commands_that_can_be_pasted(venv):
     (["--processes=2", "--venv=/nowhere", "--", "train"], "no llmjax at /nowhere/bin/llmjax"),
   ],
 )
-def test_what_cannot_work_is_one_line(words, said):
-  out, err, code = run(*words)
+def test_wrong_flags_are_one_line_and_exit_code_2(words, message):
+  code, out, err = run_script(LAUNCH / "processes.py", *words)
   assert code == 2 and not out
-  assert err.startswith("processes.py: ") and err.count("\n") == 1 and said in err
+  assert err.startswith("processes.py: ") and err.count("\n") == 1 and message in err
 
 
-def test_fewer_visible_gpus_than_processes(venv, monkeypatch):
+def test_fewer_visible_gpus_than_processes_is_refused(venv, monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
   _, err, code = run("--processes=2", "--gpus", f"--venv={venv}", "--", 0, 0)
   assert code == 2 and "CUDA_VISIBLE_DEVICES=0 shows 1" in err
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
-def test_scripts_are_python_3_9(path):
+def test_launch_scripts_parse_as_python_3_9(path):
   ast.parse(path.read_text(), feature_version=(3, 9))
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_save_when_interrupted(tmp_path, monkeypatch):
-  """Real ones, with two simulated devices each."""
+@pytest.mark.full("processes")
+def test_ctrl_c_saves_the_run_of_two_real_processes(tmp_path, monkeypatch):
+  """The processes have two simulated devices each."""
   (tmp_path / "t.txt").write_text("\n".join(f"{i}: the quick brown fox jumps over a dog." for i in range(300)))
   monkeypatch.setenv("LLMJAX_CACHE", str(tmp_path / "cache"))
   command = [
