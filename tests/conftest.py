@@ -1,21 +1,31 @@
-"""Set before JAX starts: eight simulated devices, a persistent compilation cache, shape-checked annotations."""
+"""Test set-up: eight simulated devices, quick compilation, shape-checked annotations, and the tiers.
+
+Tiers are chosen with `--tier`; `bash launch/test.sh` documents them:
+
+- no marker: `fast`, every invariant once;
+- `@pytest.mark.slow`: also in `default`, further instances of an invariant;
+- `@pytest.mark.full("PART")`: only in `full`, of which `--part=PART` runs one part.
+"""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs are tiny, so that compiling them is what takes time. Without the newer fusion emitters, which run a pipeline of
-# MLIR passes for every fusion, a training step compiles three to five times as fast.
-os.environ.setdefault(
-  "XLA_FLAGS",
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
-)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
+import jaxlib
 import pytest
 from absl import flags
 from jaxtyping import install_import_hook
+
+# Programs are tiny, so that compiling takes the time. Without XLA's newer fusion emitters, which run MLIR passes for
+# every fusion, a training step compiles three to five times as fast. Later releases have no other emitters, and XLA
+# aborts on a flag that it does not know. The variable is read when the first device is asked for.
+XLA_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
+  XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
 
 CACHE = Path(os.environ.get("LLMJAX_TEST_CACHE", Path(__file__).parent.parent / ".cache" / "jax"))
 
@@ -31,16 +41,68 @@ install_import_hook([f"llmjax.{name}" for name in CHECKED], "beartype.beartype")
 if not flags.FLAGS.is_parsed():  # grain reads absl flags
   flags.FLAGS.mark_as_parsed()
 
+TIERS = ("fast", "default", "full")
+PARTS = {
+  "families": "Hugging Face families, heads and options beyond one reference of each",
+  "meshes": "further meshes, microbatches, kernels and kinds of models",
+  "processes": "several real processes",
+  "clusters": "SLURM, TPU VMs, GKE, sweeps that are killed",
+  "commands": "long runs of commands",
+  "transformers": "exports opened by Transformers and PEFT; needs the extra `references`",
+  "tpu": "compilation for absent TPUs; needs libtpu",
+}
+# Files go to the workers whole (`--dist loadfile`). The longest start first, so that the workers end at the same time.
+LONGEST = (
+  "smoke_test.py",
+  "train_test.py",
+  "step_test.py",
+  "verify_test.py",
+  "finetune_test.py",
+  "huggingface_test.py",
+  "hosts_test.py",
+  "pretrained_test.py",
+  "task_test.py",
+  "kernels_test.py",
+)
+
+
+def pytest_addoption(parser):
+  parser.addoption("--tier", choices=TIERS, default="default", help="tests to run; a test named by its id always runs")
+  parser.addoption("--part", choices=sorted(PARTS), action="append", help="only this part of the tier full")
+
+
+def pytest_collection_modifyitems(config, items):
+  """Keep the tests of the tier, those of the longest files first."""
+  tier, parts = config.getoption("tier"), config.getoption("part")
+
+  def is_selected(item):
+    marker = item.get_closest_marker("full")
+    if marker and (len(marker.args) != 1 or marker.args[0] not in PARTS):
+      raise pytest.UsageError(f"{item.nodeid}: the marker `full` takes one of {', '.join(PARTS)}, got {marker.args}")
+    if parts:
+      return marker is not None and marker.args[0] in parts
+    if tier == "full" or is_named(item):
+      return True
+    return marker is None and (tier == "default" or item.get_closest_marker("slow") is None)
+
+  def is_named(item):
+    return any("::" in argument and item.nodeid.startswith(argument) for argument in config.args)
+
+  order = {name: index for index, name in enumerate(LONGEST)}
+  selected = [item for item in items if is_selected(item)]
+  config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
+  items[:] = sorted(selected, key=lambda item: order.get(item.path.name, len(order)))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-  """Every compiled program maps memory, and a process may have so many maps: the whole suite has more."""
+  """Drop compiled programs after each file: each maps memory, and the number of maps of a process is limited."""
   yield
   jax.clear_caches()
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-  """A user's cache of its own, so that no test reads or fills the real one."""
+  """Return a folder whose `cache` replaces the user's cache, so that no test reads or fills the real one."""
   monkeypatch.setenv("LLMJAX_CACHE", str(tmp_path / "cache"))
   return tmp_path
