@@ -1,19 +1,21 @@
-"""Every kind of attention with an objective that uses it: what the invariants are held against.
+"""Test cases: one tiny model for every kind of attention, with an objective that uses it.
 
-A case is a tiny model, what it learns, and batches that its objective makes of short texts, several a row where it may.
+Batches hold short texts, several per row if the objective allows packing.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
-from llmjax import step
+from llmjax import sharding, step
 from llmjax.data import packing, tokenizer
 from llmjax.data.pipeline import EVAL, TrainStream, generator
 from llmjax.data.source import Source
@@ -227,3 +229,23 @@ def with_dropout(case):
   return dataclasses.replace(
     case, cfg=dataclasses.replace(case.cfg, dropout=0.2, attention_dropout=0.1, mlp_dropout=0.1)
   )
+
+
+def by_tier(names, fast):
+  """Parameters for `pytest.mark.parametrize`: names that are not in `fast` are marked slow."""
+  return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def gradients_on_mesh(case, params, batch, sizes, accum=1, key=0):
+  """(gradients, metrics) of `step.gradients` as NumPy arrays, computed on a mesh with `sizes`.
+
+  The vocabulary is not sharded, because the tokenizer's number of tokens is odd.
+  """
+  rules = {**sharding.RULES, "vocab": None, "act_vocab": None}
+  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+  param_shardings = sharding.param_shardings(params, parameters(case.cfg)[1], mesh, rules)
+  row_sharding = sharding.named(mesh, "act_batch", rules=rules)
+  function = functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum)
+  with sharding.use(mesh, rules):
+    compiled = jax.jit(function, in_shardings=(param_shardings, row_sharding, sharding.named(mesh)))
+    return jax.device_get(compiled(params, batch, jax.random.key(key)))
