@@ -1,4 +1,4 @@
-"""Every attention kernel against the reference, which is held against NumPy in `model_test`."""
+"""Attention kernels against the reference kernel `xla`, which `model_test` compares with NumPy."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from llmjax.models.scores import Settings
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, Tokens
 from tests.support.cases import CASES as MODELS
-from tests.support.cases import GPT, gradient_function, make_batch, parameters, with_dropout
+from tests.support.cases import GPT, by_tier, gradient_function, make_batch, parameters, with_dropout
 from tests.support.cases import Case as ModelCase
 from tests.support.compare import assert_trees_close
 
@@ -31,9 +31,9 @@ CAUSAL, BOTH = Settings(SCALE, causal=True), Settings(SCALE)
 @dataclasses.dataclass(frozen=True)
 class Case:
   settings: Settings = CAUSAL
-  rows: str = "packed"  # "whole", "packed", "left" or "right" padding
+  rows: str = "packed"  # "whole", "packed", or with padding: "left", "right"
   length: int = LENGTH
-  source: int | None = None  # another length of the keys
+  source: int | None = None  # length of the keys in cross-attention
   key_heads: int = HEADS
   prefix: bool = False
 
@@ -66,7 +66,7 @@ CASES = {
 
 
 def tokens(length, kind, seed=0, prefix=False):
-  """Rows of three documents, or of one with padding before or behind it."""
+  """Rows of three documents, or of one document with padding on one side."""
   rng = np.random.default_rng(seed)
   segments, positions = np.zeros((2, ROWS, length), np.int32)
   for row in range(ROWS):
@@ -81,7 +81,7 @@ def tokens(length, kind, seed=0, prefix=False):
 
 @functools.cache
 def example(case):
-  """(arrays that have a gradient, others) of a case."""
+  """(differentiable arrays, query tokens, key tokens, cotangent, whether each query attends to something)."""
   rng = np.random.default_rng(1)
   source = case.source or case.length
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -94,12 +94,12 @@ def example(case):
     "relative": draw(BUCKETS, HEADS) if case.settings.buckets else None,
   }
   mask = np.asarray(scores.attention_mask(queries, keys, causal=case.settings.causal, window=case.settings.window))
-  sees = mask.any(-1)[:, :, None, None]
-  return arrays, queries, keys, sees * draw(ROWS, case.length, HEADS, WIDTH), sees
+  attends = mask.any(-1)[:, :, None, None]
+  return arrays, queries, keys, attends * draw(ROWS, case.length, HEADS, WIDTH), attends
 
 
-def run(kernel, case, arrays, queries, keys, cotangent):
-  """(what every query that sees something gets, the gradient of every array)."""
+def value_and_gradients(kernel, case, arrays, queries, keys, cotangent):
+  """(output, {array: its gradient})."""
   row_keys = layers.row_keys(jax.random.key(0), jnp.arange(ROWS)) if case.settings.dropout else None
 
   def attend(arrays):
@@ -111,36 +111,37 @@ def run(kernel, case, arrays, queries, keys, cotangent):
   return out, pull(cotangent.astype(out.dtype))[0]
 
 
-def compiled(kernel, case):
-  """`run`, compiled for the mesh in use, arrays laid out as a model has them."""
+def compile_on_mesh(kernel, case):
+  """`value_and_gradients` for the mesh in use, with arrays sharded as in a model."""
 
-  def place(x):
+  def shard(x):
     cut = x.ndim < 4 or x.shape[2] % sharding.parts("act_heads") == 0
     return sharding.constrain(x, *("act_batch", "act_len", "act_heads" if cut else None, None)[: x.ndim])
 
-  def laid_out(arrays, queries, keys, cotangent):
+  def sharded(arrays, queries, keys, cotangent):
     others = {"relative": arrays["relative"]}
-    arrays, queries, keys, cotangent = jax.tree.map(place, (arrays | {"relative": None}, queries, keys, cotangent))
-    out, gradients = run(kernel, case, arrays | others, queries, keys, cotangent)
+    arrays, queries, keys, cotangent = jax.tree.map(shard, (arrays | {"relative": None}, queries, keys, cotangent))
+    out, gradients = value_and_gradients(kernel, case, arrays | others, queries, keys, cotangent)
     others = {"relative": gradients["relative"]}
-    out, gradients = jax.tree.map(place, (out, gradients | {"relative": None}))
+    out, gradients = jax.tree.map(shard, (out, gradients | {"relative": None}))
     return out, gradients | others
 
-  return jax.jit(laid_out)
+  return jax.jit(sharded)
 
 
 @functools.cache
 def reference(case):
-  *arguments, sees = example(case)
-  out, gradients = jax.jit(functools.partial(run, "xla", case))(*arguments)
-  return np.where(sees, out, 0), jax.device_get(gradients)
+  *arguments, attends = example(case)
+  out, gradients = jax.jit(functools.partial(value_and_gradients, "xla", case))(*arguments)
+  return np.where(attends, out, 0), jax.device_get(gradients)
 
 
-def assert_same(case, got, tolerance=1e-5):
-  """Relative to the norm of each array."""
-  sees = example(case)[-1]
-  (out, gradients), (want, wanted) = got, reference(case)
-  pairs = {"out": (np.where(sees, out, 0), want), **{name: (gradients[name], wanted[name]) for name in wanted}}
+def assert_equals_reference(case, got, tolerance=1e-5):
+  """Compare outputs and gradients, relative to the norm of each array."""
+  attends = example(case)[-1]
+  (out, gradients), (want, want_gradients) = jax.device_get(got), reference(case)
+  pairs = {"out": (np.where(attends, out, 0), want)}
+  pairs |= {name: (gradients[name], gradient) for name, gradient in want_gradients.items()}
   for name, (a, b) in pairs.items():
     if b is not None:
       difference = np.linalg.norm(np.ravel(np.asarray(a, np.float32) - b)) / np.linalg.norm(np.ravel(b))
@@ -151,7 +152,7 @@ MESHES = {"c4t2": {"context": 4, "tensor": 2}, "d2c2t2": {"data": 2, "context": 
 
 
 @contextlib.contextmanager
-def mesh(sizes):
+def use_mesh(sizes):
   current = sharding.make_mesh(sizes)
   with sharding.use(current):
     yield current
@@ -162,24 +163,34 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(blockwise, "BLOCK", 16)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_chunked_attention_is_the_reference_in_value_and_every_gradient(name):
+CHUNKED_FAST = (
+  *("packed", "left padding", "right padding, both ways", "window both ways", "prefix window", "relative both ways"),
+  *("cross of odd lengths with dropout", "all"),
+)
+
+
+@pytest.mark.parametrize("name", by_tier(CASES, CHUNKED_FAST))
+def test_chunked_attention_equals_reference(name):
   case = CASES[name]
-  assert_same(case, jax.jit(functools.partial(run, "chunked", case))(*example(case)[:-1]))
+  assert_equals_reference(case, jax.jit(functools.partial(value_and_gradients, "chunked", case))(*example(case)[:-1]))
 
 
 RING = {
-  "c4t2": ("prefix window", "relative", "all"),
-  "d2c2t2": ("packed", "one key head", "cross of odd lengths with dropout"),
-  "c8": ("both ways", "left padding", "all"),
+  "c4t2": ("all", "prefix window", "relative"),
+  "d2c2t2": ("cross of odd lengths with dropout", "packed", "one key head"),
+  "c8": ("left padding", "both ways", "all"),
 }
+RING_FAST = ["c4t2-all", "d2c2t2-cross of odd lengths with dropout", "c8-left padding"]
 
 
-@pytest.mark.parametrize("sizes, name", [(sizes, name) for sizes, names in RING.items() for name in names])
-def test_ring_attention_is_the_reference_in_value_and_every_gradient(name, sizes):
+@pytest.mark.parametrize(
+  "combination", by_tier([f"{m}-{name}" for m, names in RING.items() for name in names], RING_FAST)
+)
+def test_ring_attention_equals_reference(combination):
+  sizes, name = combination.split("-", 1)
   case = CASES[name]
-  with mesh(MESHES[sizes]):
-    assert_same(case, jax.device_get(compiled("ring", case)(*example(case)[:-1])))
+  with use_mesh(MESHES[sizes]):
+    assert_equals_reference(case, compile_on_mesh("ring", case)(*example(case)[:-1]))
 
 
 SPLASH = {
@@ -190,58 +201,35 @@ SPLASH = {
 }
 
 
-@pytest.mark.parametrize("name", SPLASH)
-def test_splash_attention_interpreted_is_the_reference(name, monkeypatch):
+@pytest.mark.parametrize("name", by_tier(SPLASH, ["packed", "window both ways"]))
+def test_splash_attention_interpreted_equals_reference(name, monkeypatch):
   monkeypatch.setattr(kernels, "INTERPRET", True)
   case = SPLASH[name]
-  with mesh({"data": 2, "fsdp": 2, "tensor": 2}):
-    assert_same(case, jax.device_get(compiled("splash", case)(*example(case)[:-1])))
+  with use_mesh({"data": 2, "fsdp": 2, "tensor": 2}):
+    assert_equals_reference(case, compile_on_mesh("splash", case)(*example(case)[:-1]))
 
 
 @pytest.mark.parametrize("name", ["packed", "prefix", "grouped heads", "relative both ways"])
-def test_cudnn_attention_lowers_for_gpus_both_ways(name, monkeypatch):
-  """Where there is no GPU, the library's version and the device's capability are not asked for."""
-  for question, answer in {"check_cudnn_version": 91000, "check_compute_capability": True}.items():
-    monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{question}", lambda *_, answer=answer: answer)
+def test_cudnn_attention_lowers_for_gpus(name, monkeypatch):
+  """Forward and backward pass. The checks of the cuDNN version and the device are replaced: there is no GPU."""
+  for check, value in {"check_cudnn_version": 91000, "check_compute_capability": True}.items():
+    monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_, value=value: value)
   arrays, *others, _ = example(CASES[name])
   arrays = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
-  traced = jax.jit(functools.partial(run, "cudnn", CASES[name])).trace(arrays, *others)
+  traced = jax.jit(functools.partial(value_and_gradients, "cudnn", CASES[name])).trace(arrays, *others)
   lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert len(re.findall(r"@__cudnn\$fmha\w*Softmax\(", lowered)) == 1
   assert len(re.findall(r"@__cudnn\$fmha\w*Backward\(", lowered)) == 1
 
 
-def test_a_forgotten_sum_over_devices_and_a_mask_of_the_wrong_keys_would_be_seen(monkeypatch):
-  """Tables of biases are whole on every device, and tokens travel with their keys."""
-  case = CASES["relative"]
-  for name, broken in (
-    ("psum", lambda x, axes: x),
-    ("ppermute", lambda x, *to, **how: x if x.dtype == jnp.int32 and how else jax.lax.ppermute(x, *to, **how)),
-  ):
-    with mesh(MESHES["c8"]), monkeypatch.context() as patch:
-      patch.setattr(blockwise, "lax", Patched(name, broken))
-      with pytest.raises(AssertionError):
-        assert_same(case, jax.device_get(compiled("ring", case)(*example(case)[:-1])))
-
-
-class Patched:
-  """`jax.lax` with one function in another's place."""
-
-  def __init__(self, name, function):
-    setattr(self, name, function)
-
-  def __getattr__(self, name):
-    return getattr(jax.lax, name)
-
-
-def test_keys_are_gathered_where_the_reference_runs_on_cut_lengths():
+def test_xla_attention_on_context_mesh_equals_reference():
   case = CASES["all"]
-  with mesh(MESHES["c4t2"]):
-    assert_same(case, jax.device_get(compiled("xla", case)(*example(case)[:-1])))
+  with use_mesh(MESHES["c4t2"]):
+    assert_equals_reference(case, compile_on_mesh("xla", case)(*example(case)[:-1]))
 
 
-def test_every_device_of_a_ring_works_on_the_same_number_of_blocks():
-  """By the order in which tokens really lie on the devices, under a causal mask; in the plain order one works most."""
+def test_ring_devices_compute_equal_numbers_of_blocks():
+  """In the order of tokens on the devices, under a causal mask. In the plain order one device computes the most."""
   devices, block, length = 8, 4, 128
 
   def counts(order):
@@ -249,7 +237,7 @@ def test_every_device_of_a_ring_works_on_the_same_number_of_blocks():
     seen = [[(a.max() >= b.min()) for a in part for b in order.reshape(-1, block)] for part in parts]
     return np.sum(seen, axis=1)
 
-  with mesh(MESHES["c8"]):
+  with use_mesh(MESHES["c8"]):
     layout = blockwise.Layout((None, "act_len", None), ("context",), True, block)
     run = sharding.per_device(lambda x: blockwise._exchanged(layout, x), [(None, "act_len")], (None, "act_len"))
     order = np.asarray(jax.jit(run)(jnp.arange(length)[None]))[0]
@@ -257,22 +245,24 @@ def test_every_device_of_a_ring_works_on_the_same_number_of_blocks():
   assert max(counts(np.arange(length))) > 1.7 * max(counts(order))
 
 
-def test_nothing_grows_with_the_square_of_the_length_and_a_ring_gathers_no_keys():
+@pytest.mark.slow
+def test_chunked_and_ring_arrays_are_linear_in_length():
   case = dataclasses.replace(CASES["all"], length=256)
   arguments = example(case)[:-1]
 
   def text(kernel):
-    return compiled(kernel, case).lower(*arguments).compile().as_text()
+    return compile_on_mesh(kernel, case).lower(*arguments).compile().as_text()
 
-  with mesh({"data": 2, "context": 4}):
+  with use_mesh({"data": 2, "context": 4}):
     ring = text("ring")
   assert "collective-permute" in ring and "all-gather" not in ring
   vectors = ROWS * case.length * HEADS * WIDTH
-  assert max(largest(ring), largest(text("chunked"))) <= vectors < largest(text("xla")) // 8
+  assert max(largest_array(ring), largest_array(text("chunked"))) <= vectors < largest_array(text("xla")) // 8
 
 
-def test_scanned_layers_do_not_make_the_masks_of_all_blocks_beforehand():
-  """What layers share is known before their loop, and Flax computes there whatever follows from it alone."""
+@pytest.mark.slow
+def test_scanned_chunked_layers_have_no_quadratic_mask():
+  """Flax moves whatever depends only on the layers' shared arguments out of the loop over layers."""
   length, cfg = 512, dataclasses.replace(GPT, attention="chunked", max_len=512)
   params, _ = parameters(cfg)
   tokens = jnp.zeros((1, length), jnp.int32)
@@ -280,26 +270,31 @@ def test_scanned_layers_do_not_make_the_masks_of_all_blocks_beforehand():
   batch = dataclasses.replace(batch, labels={"nll": tokens}, weights={"nll": jnp.ones((1, length))})
   function = gradient_function(ModelCase(cfg, MODELS["llama causal_lm"].objective))
   text = function.lower(params, batch, jax.random.key(0)).compile().as_text()
-  assert largest(text) < length**2
+  assert largest_array(text) < length**2
 
 
-def largest(text):
-  """Elements of the largest array of a compiled program."""
+def largest_array(text):
+  """Number of elements of the largest array in a compiled program."""
   shapes = re.findall(r"[fsu]\d+\[([\d,]+)\]|pred\[([\d,]+)\]", text)
   return max(int(np.prod([int(d) for d in (a or b).split(",")])) for a, b in shapes)
 
 
 @pytest.mark.parametrize(
-  "name, sizes", [("llama prefix_lm", "c4t2"), ("modernbert masked_lm", "c8"), ("t5 span_corruption", "d2c2t2")]
+  "name, sizes",
+  [
+    ("llama prefix_lm", "c4t2"),
+    pytest.param("modernbert masked_lm", "c8", marks=pytest.mark.slow),
+    pytest.param("t5 span_corruption", "d2c2t2", marks=pytest.mark.slow),
+  ],
 )
-def test_a_model_with_cut_lengths_is_that_of_one_device(name, sizes):
-  """The metrics and the gradient of every parameter, by the kernel that "auto" takes there; once with dropout."""
+def test_model_on_context_mesh_equals_one_device(name, sizes):
+  """Metrics and all gradients, with the kernel that "auto" selects; the prefix LM also with dropout."""
   case, batch = MODELS[name], make_batch(MODELS[name])
   case = with_dropout(case) if name.startswith("llama") else case
   params, axes = parameters(case.cfg)
   want = jax.device_get(gradient_function(case)(params, batch, jax.random.key(0)))
   gradient = functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=1)
-  with mesh(MESHES[sizes]) as current:
+  with use_mesh(MESHES[sizes]) as current:
     where = sharding.param_shardings(params, axes, current)
     function = jax.jit(gradient, in_shardings=(where, sharding.named(current, "act_batch"), sharding.named(current)))
     program = function.lower(params, batch, jax.random.key(0)).compile()
@@ -309,8 +304,9 @@ def test_a_model_with_cut_lengths_is_that_of_one_device(name, sizes):
   assert_trees_close(got[1], want[1])
 
 
-def test_rematerialised_layers_keep_what_attention_gave():
-  """Every pass over blocks has a condition of its own."""
+@pytest.mark.slow
+def test_remat_attention_saves_the_attention_output():
+  """Count passes over blocks: each pass compiles to one conditional."""
   case, batch = MODELS["llama causal_lm"], make_batch(MODELS["llama causal_lm"])
   params, _ = parameters(case.cfg)
 
@@ -321,13 +317,13 @@ def test_rematerialised_layers_keep_what_attention_gave():
   assert (passes("none"), passes("attention"), passes("full")) == (2, 2, 3)
 
 
-def test_bfloat16_is_near_float32():
+def test_chunked_bfloat16_is_close_to_float32():
   case = CASES["all"]
   arrays, *others, _ = example(case)
   arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
-  out, gradients = jax.jit(functools.partial(run, "chunked", case))(arrays, *others)
+  out, gradients = jax.jit(functools.partial(value_and_gradients, "chunked", case))(arrays, *others)
   assert out.dtype == gradients["key"].dtype == jnp.bfloat16
-  assert_same(case, (out, gradients), tolerance=0.02)
+  assert_equals_reference(case, (out, gradients), tolerance=0.02)
 
 
 @pytest.mark.parametrize(
@@ -343,19 +339,19 @@ def test_bfloat16_is_near_float32():
     ("cudnn", {"dtype": "bfloat16", "head_dim": 12}, {}, ["multiple of 8", "model.head_dim"]),
   ],
 )
-def test_what_a_kernel_does_not_support_is_refused_in_one_line(kernel, change, sizes, words, monkeypatch):
+def test_kernel_check_rejects_unsupported_features(kernel, change, sizes, words, monkeypatch):
   monkeypatch.setattr(
     kernels, "_device", lambda: {"splash": "tpu devices", "cudnn": "gpu devices"}.get(kernel, "cpu devices")
   )
   cfg = dataclasses.replace(GPT, attention=kernel, **change)
-  with mesh({"data": -1, **sizes}), pytest.raises(ConfigError) as error:
+  with use_mesh({"data": -1, **sizes}), pytest.raises(ConfigError) as error:
     kernels.check(cfg)
   assert "\n" not in str(error.value)
   for word in (f"model.attention={kernel!r}", "auto", *words):
     assert word in str(error.value)
 
 
-def test_a_kernel_of_another_device_is_refused_for_a_run_and_replaced_in_a_loaded_model():
+def test_kernel_of_another_device_is_rejected_or_replaced_on_load():
   cfg = dataclasses.replace(GPT, attention="splash")
   with pytest.raises(ConfigError, match=r"model\.attention='splash'.*cpu devices.*'xla', 'chunked', 'ring'"):
     kernels.check(cfg)
@@ -363,7 +359,7 @@ def test_a_kernel_of_another_device_is_refused_for_a_run_and_replaced_in_a_loade
   assert kernels.choose(cfg, row, row, causal=True) == "xla"
 
 
-def test_what_a_batch_alone_shows_is_refused_while_it_is_traced(monkeypatch):
+def test_kernel_choice_rejects_unsupported_batches(monkeypatch):
   monkeypatch.setattr(kernels, "INTERPRET", True)
   cfg = dataclasses.replace(GPT, attention="splash")
   kernels.check(cfg)
@@ -373,11 +369,11 @@ def test_what_a_batch_alone_shows_is_refused_while_it_is_traced(monkeypatch):
       kernels.choose(cfg, row, row, causal=True)
 
 
-def test_the_kernel_is_chosen_by_device_mesh_features_and_length(monkeypatch):
+def test_auto_kernel_depends_on_device_mesh_features_and_length(monkeypatch):
   def choose(length=128, device="cpu", sizes=None, causal=True, **change):
     monkeypatch.setattr(kernels, "_device", lambda: f"{device} devices")
     row = tokens(length, "whole")
-    with mesh({"data": -1, **(sizes or {})}):
+    with use_mesh({"data": -1, **(sizes or {})}):
       return kernels.choose(dataclasses.replace(GPT, **change), row, row, causal=causal, training=True)
 
   assert choose() == "xla" and choose(8192) == "chunked"
