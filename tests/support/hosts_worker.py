@@ -1,9 +1,9 @@
-"""A process of hosts_test.py: runs commands of the command line one after the other, and writes down what they said and
-which rows of each training batch were made here.
+"""Run commands one after the other, and record what they print and the rows of each training batch made here.
 
   python -m tests.support.hosts_worker FOLDER '[["train", "--config=...", ...], ...]'
 
-FOLDER/said.I.json is a list of what the commands said; FOLDER/rows.I.json of [which training, step, row, hash].
+FOLDER/output.I.json is a list with the standard output of each command in process I; FOLDER/rows.I.json has
+[number of the training, step, row, hash of the row].
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 
@@ -19,36 +20,33 @@ from llmjax import cli, hosts, train
 from llmjax.data.pipeline import TrainStream
 from llmjax.verify import row_hashes
 
-ROWS: list = []
 
+def run_commands(folder, commands) -> None:
+  """Run `llmjax` commands in this process; write output.I.json and rows.I.json."""
+  rows, outputs, trainings = [], [], itertools.count()
 
-class Recorded(TrainStream):
-  """Writes down the rows that it hands out."""
+  class RecordingStream(TrainStream):
+    def __init__(self, *args, **settings):
+      super().__init__(*args, **settings)
+      self.training, self.steps = next(trainings), itertools.count()
 
-  trainings = itertools.count()
+    def __next__(self):
+      batch, step = super().__next__(), next(self.steps)
+      rows.extend([self.training, step, row, name] for row, name in row_hashes(batch))
+      return batch
 
-  def __init__(self, *args, **settings):
-    super().__init__(*args, **settings)
-    self.training, self.steps = next(self.trainings), itertools.count()
-
-  def __next__(self):
-    batch, step = super().__next__(), next(self.steps)
-    ROWS.extend([self.training, step, row, name] for row, name in row_hashes(batch))
-    return batch
-
-
-def main(folder, commands):
-  train.TrainStream = Recorded
-  said = []
-  for command in commands:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-      code = cli.main(command)
-    assert code == 0, command
-    said.append(out.getvalue())
-    hosts.start = lambda *args, **settings: None  # JAX joins the others once
-  for name, content in (("said", said), ("rows", ROWS)):
+  with contextlib.ExitStack() as patches:
+    patches.enter_context(mock.patch.object(train, "TrainStream", RecordingStream))
+    for command in commands:
+      with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = cli.main(command)
+      assert code == 0, command
+      outputs.append(out.getvalue())
+      # JAX connects to the other processes once.
+      patches.enter_context(mock.patch.object(hosts, "start", lambda *args, **settings: None))
+  for name, content in (("output", outputs), ("rows", rows)):
     Path(folder, f"{name}.{jax.process_index()}.json").write_text(json.dumps(content))
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], json.loads(sys.argv[2]))
+  run_commands(sys.argv[1], json.loads(sys.argv[2]))
