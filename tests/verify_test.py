@@ -1,4 +1,4 @@
-"""Every kind of model on every kind of mesh gives what one device gives; and the check is one that can fail."""
+"""`llmjax verify`: a shrunk config on meshes and processes equals one device, and differences are reported."""
 
 import dataclasses
 import functools
@@ -8,23 +8,18 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import linen as nn
 
 from llmjax import cli, sharding, verify
 from llmjax.config import load_config, to_dict
 from llmjax.models import blockwise
 from llmjax.models.transformer import Transformer
-from llmjax.objectives.causal_lm import CausalLM
-from llmjax.objectives.losses import cross_entropy
 from llmjax.optim import COMMON
 from llmjax.types import Batch
-from tests.support.cases import MIXTRAL
+from tests.support.cases import MIXTRAL, parameters
 
-GOLDEN = Path(__file__).parent / "testdata" / "collectives.json"  # written anew with LLMJAX_UPDATE_GOLDEN=1
+GOLDEN = Path(__file__).parent / "testdata" / "collectives.json"  # LLMJAX_UPDATE_GOLDEN=1 writes it
 
 DROPOUT = ["--config.model.dropout=0.1", "--config.model.attention_dropout=0.1"]
 EXPERTS = ["--config.model.num_experts=4", "--config.model.mlp_bias=False", "--config.model.gated=True"]
@@ -36,133 +31,117 @@ KINDS = {
   "contrastive": ["--config=contrastive:debug", "--config.accum=2"],
   "adapters": ["--config=lora:debug"],
 }
-TENSOR, CONTEXT, EXPERT = "data=2,fsdp=2,tensor=2", "context=4,tensor=2", "fsdp=2,expert=2,context=2"
-MESHES = ["data=8", "fsdp=8", "data=4,tensor=2", "context=8", "data=2,fsdp=2,context=2", TENSOR, CONTEXT]
+TENSOR, EXPERT = "data=2,fsdp=2,tensor=2", "fsdp=2,expert=2,context=2"
+MESHES = ["data=8", "fsdp=8", "data=4,tensor=2", "context=8", "data=2,fsdp=2,context=2", TENSOR, "context=4,tensor=2"]
 MATRIX = [
   *((kind, mesh) for kind in KINDS for mesh in MESHES),
   *(("experts", mesh) for mesh in (EXPERT, "data=2,expert=4", "expert=4,tensor=2")),
 ]
-FAST = {("decoder", "data=8"), ("experts", EXPERT), *((kind, mesh) for kind in KINDS for mesh in (TENSOR, CONTEXT))}
-COMBINATIONS = [pytest.param(*c, marks=[] if c in FAST else [pytest.mark.slow, pytest.mark.matrix]) for c in MATRIX]
+TIERS = {("decoder", TENSOR): (), ("experts", EXPERT): pytest.mark.slow}
 
 
 @functools.cache
-def shrunk(kind):
+def shrunk_config(kind):
   return verify.shrink(load_config(KINDS[kind]), 8)
 
 
 @functools.cache
-def one_device(kind):
-  return verify.measure(shrunk(kind), {}, jax.devices()[:1])
+def measure_one_device(kind):
+  return verify.measure(shrunk_config(kind), {}, jax.devices()[:1])
 
 
-@pytest.mark.parametrize("kind, mesh", COMBINATIONS)
-def test_any_mesh_gives_what_one_device_gives(kind, mesh):
-  got = verify.measure(shrunk(kind), sharding.parse_mesh(mesh), jax.devices())
-  assert verify.report(mesh, one_device(kind), got)
+@pytest.mark.parametrize(
+  "kind, mesh", [pytest.param(*c, marks=TIERS.get(c, pytest.mark.full("meshes"))) for c in MATRIX]
+)
+def test_measure_on_mesh_equals_one_device(kind, mesh):
+  """Also the number of collectives in the compiled train step, if there is a record for this version of JAX."""
+  got = verify.measure(shrunk_config(kind), sharding.parse_mesh(mesh), jax.devices())
+  assert verify.report(mesh, measure_one_device(kind), got)
   golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
   if os.environ.get("LLMJAX_UPDATE_GOLDEN"):
     golden.setdefault(jax.__version__, {}).setdefault(kind, {})[mesh] = got.collectives
     GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
   if jax.__version__ not in golden:
-    pytest.skip(f"the same; of collectives there is no record for jax {jax.__version__}, whose compiler may differ")
+    pytest.skip(f"equal; {GOLDEN.name} has no collectives for jax {jax.__version__}, whose compiler may differ")
   assert got.collectives == golden[jax.__version__][kind][mesh]
 
 
-# What is planted, each beside the same without the mistake.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Summed(CausalLM):
-  """A loss that each device takes of its own tokens; `across` makes one of them all."""
-
-  across: str = "sum"
-
-  def loss(self, forward, batch, rngs):
-    tokens = ("act_batch", "act_len")
-    axes = sharding.axes_of("act_batch") + sharding.axes_of("act_len")
-
-    def total(logits, labels, weight):
-      nll = jnp.sum(cross_entropy(logits, labels)[1] * weight)
-      if not axes or self.across == "nothing":
-        return nll
-      if self.across == "sum":
-        return jax.lax.psum(nll, axes)
-      count = jnp.sum(weight)
-      return jax.lax.pmean(nll / count, axes) * jax.lax.psum(count, axes)
-
-    local = sharding.per_device(total, ((*tokens, None), tokens, tokens), ())
-    value = local(forward(batch, rngs=rngs).logits, batch.labels["nll"], batch.weights["nll"])
-    return {"nll": value}, {"loss": (value, jnp.sum(batch.weights["nll"]))}
-
-
-def clipped(axes, clip):
-  """Gradient descent that clips each parameter's gradient by itself."""
-
-  def update(grad, param):
-    def one(piece):
-      square = jnp.sum(jnp.square(piece))
-      cut = tuple(axis for name in axes for axis in sharding.axes_of(name))
-      norm = jnp.sqrt(jax.lax.psum(square, cut) if clip == "global" and cut else square)
-      return piece / jnp.maximum(norm / 1e-3, 1.0)
-
-    return sharding.per_device(one, (axes,), axes)(grad)
-
-  return optax.stateless(update)
-
-
-def planted(**keys):
-  config = to_dict(load_config(["--config=gpt:debug"]))
-  if "clip" in keys:
-    common = {key: config["optim"][key] for key in COMMON}
-    config["optim"] = {**common, "name": "tests.verify_test:clipped", **keys}
-  else:
-    config["objective"] |= {"name": "tests.verify_test:Summed", **keys}
-  return config
-
-
-@pytest.mark.parametrize(
-  "mistake, right",
-  [
-    ({"across": "nothing"}, {"across": "sum"}),  # a missing psum
-    ({"across": "mean"}, {"across": "sum"}),  # a mean of local means
-    ({"clip": "local"}, {"clip": "global"}),  # a local gradient norm
-  ],
-)
-def test_a_planted_mistake_is_found(mistake, right, capsys):
-  assert verify.verify(planted(**right), ["data=2,fsdp=4"])
-  assert not verify.verify(planted(**mistake), ["data=2,fsdp=4"])
-  said = capsys.readouterr().out
-  assert said.rstrip().endswith("NOT the same") and "times the tolerance" in said
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_device_gives(capsys):
+@pytest.mark.full("processes")
+def test_verify_command_on_two_processes_equals_one_device(capsys):
   meshes = "--meshes=context=4,tensor=2;expert=4,data=2"
   assert cli.main(["verify", *KINDS["experts"], meshes, "--processes=2"]) == 0
-  said = capsys.readouterr().out
-  assert "the same on 2 meshes" in said and said.count("process 1 of 2") == 2
+  output = capsys.readouterr().out
+  assert "the same on 2 meshes" in output and output.count("process 1 of 2") == 2
 
 
-def test_rows_that_no_process_has_are_missed(monkeypatch, capsys):
-  whole = one_device("decoder")
-  lost = dataclasses.replace(whole, rows={place: name for place, name in whole.rows.items() if place != "0/3"})
-  monkeypatch.setattr(verify, "measure", lambda *_: whole)
-  monkeypatch.setattr(verify, "measure_processes", lambda *_: [lost, lost])
+# Differences.
+
+
+def replace_measurements(monkeypatch, on_mesh):
+  """Make `verify` use the decoder's measurements of one device, and `on_mesh` of them for a mesh."""
+  one_device = measure_one_device("decoder")
+  measured = {1: one_device, 8: on_mesh(one_device)}
+  monkeypatch.setattr(verify, "measure", lambda config, sizes, devices: measured[len(devices)])
+
+
+@pytest.mark.parametrize("part", verify.PARTS)
+def test_verify_reports_each_part_that_differs(part, monkeypatch, capsys):
+  def perturb(measured):
+    name = max(measured.parts[part], key=lambda name: np.abs(measured.parts[part][name]).max())
+    changed = {**measured.parts[part], name: measured.parts[part][name] * np.float32(1 + 1e-4)}
+    return dataclasses.replace(measured, parts={**measured.parts, part: changed})
+
+  replace_measurements(monkeypatch, perturb)
+  assert not verify.verify(load_config(KINDS["decoder"]), ["data=8"])
+  output = capsys.readouterr().out
+  assert output.rstrip().endswith("NOT the same")
+  assert f"  {part} " in output and "times the tolerance" in output
+
+
+def test_verify_accepts_equal_measurements(monkeypatch, capsys):
+  replace_measurements(monkeypatch, lambda measured: measured)
+  assert verify.verify(load_config(KINDS["decoder"]), ["data=8"])
+  assert "the same on 1 meshes" in capsys.readouterr().out
+
+
+def test_verify_reports_rows_that_no_process_has(monkeypatch, capsys):
+  replace_measurements(monkeypatch, lambda measured: measured)
+  whole = measure_one_device("decoder")
+  rows = {row: content for row, content in whole.rows.items() if row != "0/3"}
+  monkeypatch.setattr(verify, "measure_processes", lambda *_: [dataclasses.replace(whole, rows=rows)] * 2)
   assert not verify.verify(load_config(KINDS["decoder"]), ["data=8"], [2])
   assert "row 0/3 is no process's" in capsys.readouterr().out
 
 
-def test_shrinking_keeps_a_config_that_can_run():
-  flags = ["--config=gpt:debug", "--config.seq_len=192", "--config.logit_tiles=3", "--config.model.attention=splash"]
-  config = verify.shrink(load_config(flags), 8)
-  assert (config["seq_len"], config["logit_tiles"], config["model"]["attention"]) == (128, 1, "auto")
-  own = verify.shrink({**to_dict(load_config(["--config=gpt:debug"])), "model": {"name": "my:make"}}, 8)
-  assert own["model"] == {"name": "my:make"}
+def config_with(**changes):
+  """`gpt:debug` with a loss or an optimizer of `tests.support.local_reductions`."""
+  config = to_dict(load_config(["--config=gpt:debug"]))
+  if "norm" in changes:
+    common = {key: config["optim"][key] for key in COMMON}
+    config["optim"] = {**common, "name": "tests.support.local_reductions:clip_each_parameter", **changes}
+  else:
+    config["objective"] |= {"name": "tests.support.local_reductions:LocalLoss", **changes}
+  return config
 
 
+@pytest.mark.full("meshes")
+@pytest.mark.parametrize(
+  "wrong, right",
+  [
+    ({"reduction": "none"}, {"reduction": "sum"}),
+    ({"reduction": "mean"}, {"reduction": "sum"}),
+    ({"norm": "local"}, {"norm": "global"}),
+  ],
+)
+def test_verify_detects_wrong_reductions_of_user_code(wrong, right):
+  assert verify.verify(config_with(**right), ["data=2,fsdp=4"])
+  assert not verify.verify(config_with(**wrong), ["data=2,fsdp=4"])
+
+
+@pytest.mark.full("meshes")
 @pytest.mark.parametrize("kind", ["decoder", "adapters"])
-def test_a_gradient_that_is_wrong_inside_attention_is_found_in_every_kind(kind, monkeypatch):
+def test_measure_detects_a_wrong_attention_gradient(kind, monkeypatch):
+  """Also with adapters, whose gradients would be zero at their initial values."""
   right = blockwise._backward
 
   def wrong(*arguments):
@@ -170,39 +149,62 @@ def test_a_gradient_that_is_wrong_inside_attention_is_found_in_every_kind(kind, 
     return 1.5 * query, *others
 
   monkeypatch.setattr(blockwise, "_backward", wrong)
-  got = verify.measure(shrunk(kind), {"context": 8}, jax.devices())
-  found = {difference.part for difference in verify.differences(one_device(kind), got) if difference.excess > 1}
-  assert "gradient" in found and "held out" not in found
+  got = verify.measure(shrunk_config(kind), {"context": 8}, jax.devices())
+  parts = {difference.part for difference in verify.differences(measure_one_device(kind), got) if difference.excess > 1}
+  assert "gradient" in parts and "held out" not in parts
 
 
-def test_loss_of_whole_rows_is_uneven_too():
+@pytest.mark.full("meshes")
+@pytest.mark.parametrize("capacity, same", [(0.5, False), (4, True)])
+def test_verify_with_expert_capacity_differs_only_if_tokens_are_dropped(capacity, same):
+  config = load_config([*KINDS["experts"], f"--config.model.expert_capacity={capacity}"])
+  assert verify.verify(config, ["expert=4"]) is same
+
+
+# The shrunk config, its batches and meshes.
+
+
+def test_shrink_selects_values_that_fit_short_sequences():
+  flags = ["--config=gpt:debug", "--config.seq_len=192", "--config.logit_tiles=3", "--config.model.attention=splash"]
+  config = verify.shrink(load_config(flags), 8)
+  assert (config["seq_len"], config["logit_tiles"], config["model"]["attention"]) == (128, 1, "auto")
+
+
+def test_shrink_does_not_change_a_model_of_the_user():
+  config = verify.shrink({**to_dict(load_config(["--config=gpt:debug"])), "model": {"name": "my:make"}}, 8)
+  assert config["model"] == {"name": "my:make"}
+
+
+def test_uneven_weights_vary_for_losses_with_one_weight_per_row():
   labels = {"class": np.zeros(8, np.int32)}
   batch = Batch(inputs=None, labels=labels, weights={"class": np.ones(8, np.float32)}, rows=np.arange(8))
   assert len(set(verify.uneven(batch).weights["class"])) > 1
 
 
 @pytest.mark.parametrize("devices", [2, 4, 6, 8])
-def test_there_are_meshes_for_any_number_of_devices(devices):
+def test_meshes_of_a_number_of_devices_use_all_of_them(devices):
   for mesh in verify.meshes_of(devices):
     assert math.prod(sharding.resolve(sharding.parse_mesh(mesh), devices).values()) == devices
 
 
-def test_a_capacity_loses_tokens_and_is_told_from_none(capsys):
-  tight = load_config([*KINDS["experts"], "--config.model.expert_capacity=0.5"])
-  assert not verify.verify(tight, ["expert=4"])
-  ample = load_config([*KINDS["experts"], "--config.model.expert_capacity=4"])
-  assert verify.verify(ample, ["expert=4"])
+def mixtral_logits(batch):
+  forward = jax.jit(lambda params, batch: Transformer(MIXTRAL).apply({"params": params}, batch).logits)
+  return np.asarray(forward(parameters(MIXTRAL)[0], batch))
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "expert=4,data=2", "context=8", "expert=2,context=2,tensor=2"])
-def test_experts_take_batches_that_no_mesh_can_cut(mesh):
-  """Three rows of ten tokens, as a prompt has them."""
-  model = Transformer(MIXTRAL)
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    "expert=2,context=2,tensor=2",
+    *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data=8", "expert=4,data=2", "context=8")),
+  ],
+)
+def test_experts_on_mesh_accept_batches_that_it_does_not_divide(mesh):
+  """Three rows of ten tokens, as in a prompt."""
   batch = Batch.from_tokens(np.random.default_rng(0).integers(0, MIXTRAL.vocab_size, (3, 10)))
-  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
-  want = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)(params, batch)
+  want = mixtral_logits(batch)
   with sharding.use(sharding.make_mesh(sharding.parse_mesh(mesh))):
-    got = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)(params, batch)
+    got = mixtral_logits(batch)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -215,7 +217,7 @@ def test_experts_take_batches_that_no_mesh_can_cut(mesh):
     (["--processes=two"], "--processes=two must be numbers"),
   ],
 )
-def test_what_cannot_be_verified_is_said_in_one_line(flags, words, capsys):
+def test_verify_command_rejects_invalid_flags_in_one_line(flags, words, capsys):
   assert cli.main(["verify", "--config=gpt:debug", "--meshes=data=8", *flags]) == 2
-  said = capsys.readouterr().err
-  assert said.count("\n") == 1 and words in said
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and words in error
