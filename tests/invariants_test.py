@@ -18,6 +18,7 @@ from llmjax.checkpoint import Checkpoints
 from llmjax.models import kernels, scores
 from llmjax.models.scores import Settings
 from llmjax.models.transformer import Transformer
+from llmjax.objectives.causal_lm import CausalLM
 from llmjax.program import Program
 from llmjax.types import Tokens
 from tests.support.cases import CASES, GPT, gradients, make_batch, parameters, with_dropout
@@ -35,13 +36,25 @@ SGD |= {"decay_mask": ((".*", True),), "lr_scale": ((".*", 1.0),), "layer_decay"
 def test_tiled_logits_give_the_untiled_loss_and_gradients(name, tiles):
   case = CASES[name]
   params, _ = parameters(case.cfg)
-  want, metrics = gradients(case, params, make_batch(case))
+  batch = make_batch(case)
+  # Another weight for every token, so that a loss that comes back in another order is another sum.
+  weights = {term: w * np.linspace(0.1, 1, w.shape[1], dtype=np.float32) for term, w in batch.weights.items()}
+  batch = dataclasses.replace(batch, weights=weights)
+  want, metrics = gradients(case, params, batch)
   tiled = jax.jit(
     functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=1, tiles=tiles)
   )
-  got, same = tiled(params, make_batch(case), jax.random.key(0))
+  got, same = tiled(params, batch, jax.random.key(0))
   assert_trees_close(same, metrics)
   assert_trees_close(got, want)
+
+
+def test_causal_labels_are_the_next_tokens():
+  ids = np.array([3, 1, 4, 1, 5], np.int32)
+  features = CausalLM().features({"ids": ids}, np.random.default_rng(0), None)
+  np.testing.assert_array_equal(features["inputs"], ids[:-1])
+  np.testing.assert_array_equal(features["labels"]["nll"], ids[1:])
+  np.testing.assert_array_equal(features["weights"]["nll"], np.ones(4))
 
 
 def test_tied_table_gets_the_sum_of_the_gradients_of_both_its_uses():

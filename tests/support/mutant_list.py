@@ -47,7 +47,7 @@ LOSSES = (
     "step.py",
     "value = objective_value(sums, weights, objective)",
     "value = objective_value(sums, objective.weights(micro), objective) / accum",
-    (STEP + "test_accumulated_is_whole_under_uneven_weights_and_dropout[gpt causal_lm-2]",),
+    (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
     "tokens in a microbatch with much padding count more",
   ),
   Mutant(
@@ -56,7 +56,7 @@ LOSSES = (
     "scale = jnp.where(weights[term] > 0, coefficient / jnp.maximum(weights[term], 1e-30), 0.0)",
     "weight = next(iter(weights.values()))\n"
     "    scale = jnp.where(weight > 0, coefficient / jnp.maximum(weight, 1e-30), 0.0)",
-    (STEP + "test_each_term_has_a_denominator_of_its_own[bert masked_lm]",),
+    (STEP + "test_gradient_is_the_sum_of_gradients_of_single_terms[bert masked_lm]",),
     "the sentence loss of BERT is divided by the number of masked tokens",
   ),
   Mutant(
@@ -64,7 +64,7 @@ LOSSES = (
     "objectives/losses.py",
     "return dict.fromkeys(self.coefficients, jnp.sum(batch.weights[self.term]))",
     "return dict.fromkeys(self.coefficients, jnp.float32(batch.weights[self.term].size))",
-    (STEP + "test_the_objective_is_a_direct_sum_of_its_terms",),
+    (STEP + "test_causal_lm_metrics_equal_their_formula",),
     "the more padding a batch has, the smaller its gradient",
   ),
   Mutant(
@@ -79,7 +79,7 @@ LOSSES = (
     "      return jax.lax.pmean(total / count, axes) * jax.lax.psum(count, axes) if axes else total\n\n"
     '    names = ("act_batch", "act_len")\n'
     "    sums = {self.term: sharding.per_device(local, (names, names), ())(smoothed, weight)}",
-    (STEP + "test_accumulated_gradients_on_a_mesh_are_those_of_one_device[gpt causal_lm]",),
+    (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
     "on several devices, tokens of a device with much padding count more",
   ),
   Mutant(
@@ -87,7 +87,7 @@ LOSSES = (
     "objectives/losses.py",
     "uniform = log_z - jnp.mean(logits, axis=-1)",
     "uniform = -jnp.mean(logits, axis=-1)",
-    (STEP + "test_the_objective_is_a_direct_sum_of_its_terms",),
+    (STEP + "test_causal_lm_metrics_equal_their_formula",),
   ),
   Mutant(
     "balance-loss-without-number-of-experts",
@@ -109,7 +109,7 @@ LOSSES = (
     "objectives/causal_lm.py",
     "labels = ids[1:]",
     "labels = ids[:-1]",
-    (PIPELINE + "test_evaluation_gives_every_token_once[1-3]",),
+    (INVARIANTS + "test_causal_labels_are_the_next_tokens",),
     "the model learns to copy, and its loss falls to zero",
   ),
   Mutant(
@@ -169,7 +169,7 @@ LOSSES = (
     "objectives/contrastive.py",
     "whole_batch = True",
     "whole_batch = False",
-    (STEP + "test_accumulated_is_whole_under_uneven_weights_and_dropout[bert contrastive-8]",),
+    (STEP + "test_gradient_unrolled_remat_accumulated_on_mesh_equals_scanned[bert contrastive]",),
     "with accum each text is told apart from fewer others",
   ),
   Mutant(
@@ -189,8 +189,8 @@ ATTENTION = (
     "same = query.segments[:, :, None] > 0",
     (
       MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal-2]",
-      STEP + "test_a_document_never_sees_its_neighbour[gpt causal_lm]",
-      STEP + "test_a_token_sees_what_its_kind_of_attention_says[encoder]",
+      STEP + "test_gradient_of_a_document_ignores_other_documents_in_the_row[gpt causal_lm]",
+      STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[encoder]",
     ),
   ),
   Mutant(
@@ -200,7 +200,7 @@ ATTENTION = (
     "visible &= ahead <= 1 if key.prefix is None else (ahead <= 1) | (key.prefix[:, None, :] > 0)",
     (
       MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal-2]",
-      STEP + "test_a_token_sees_what_its_kind_of_attention_says[decoder]",
+      STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[decoder]",
     ),
     "the label of every token can be read by the model",
   ),
@@ -209,7 +209,7 @@ ATTENTION = (
     "models/scores.py",
     "  if causal:\n    visible &=",
     "  if False:\n    visible &=",
-    (STEP + "test_a_token_sees_what_its_kind_of_attention_says[decoder]",),
+    (STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[decoder]",),
   ),
   Mutant(
     "prefix-forgotten",
@@ -218,7 +218,7 @@ ATTENTION = (
     "visible &= ahead <= 0",
     (
       MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[prefix-2]",
-      STEP + "test_a_token_sees_what_its_kind_of_attention_says[prefix decoder]",
+      STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[prefix decoder]",
     ),
     "a bidirectional prompt is read causally",
   ),
@@ -229,7 +229,7 @@ ATTENTION = (
     "visible &= jnp.abs(ahead) <= window if causal",
     (
       MODEL + "test_attention_is_softmax_of_scaled_scores_in_float64[causal window-2]",
-      STEP + "test_a_token_sees_what_its_kind_of_attention_says[windowed decoder]",
+      STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[windowed decoder]",
     ),
   ),
   Mutant(
@@ -237,7 +237,7 @@ ATTENTION = (
     "models/transformer.py",
     'c, causal = self.cfg, stack.cross or self.cfg.stacks == "decoder"',
     "c, causal = self.cfg, True",
-    (STEP + "test_a_token_sees_what_its_kind_of_attention_says[encoder]",),
+    (STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[encoder]",),
   ),
   Mutant(
     "cross-attention-sees-other-documents",
@@ -245,7 +245,7 @@ ATTENTION = (
     'masks["cross"] = scores.attention_mask(tokens, memory_tokens, causal=False)',
     "shape = (*tokens.segments.shape, memory_tokens.segments.shape[1])\n"
     '      masks["cross"] = jnp.broadcast_to(memory_tokens.segments[:, None] > 0, shape)',
-    (STEP + "test_a_target_sees_all_of_its_input_and_earlier_targets",),
+    (STEP + "test_target_attends_to_its_whole_input_and_earlier_targets",),
     "with packing, a target reads the inputs of its neighbours in the row",
   ),
   Mutant(
@@ -308,7 +308,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "return shrink[..., None] * out + new_out, new, total",
     "return out + new_out, new, total",
-    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[causal]",),
+    (KERNELS + "test_chunked_attention_equals_reference[packed]",),
     "long sequences attend to the wrong tokens whenever a later block holds the highest score",
   ),
   Mutant(
@@ -316,7 +316,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "scores.kept(dropout_keys, heads, queries.ids, keys.ids, settings.dropout)",
     "scores.kept(dropout_keys, heads, queries.positions, keys.positions, settings.dropout)",
-    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[dropout]",),
+    (KERNELS + "test_chunked_attention_equals_reference[all]",),
     "documents of a row drop the same weights; the kernels give different losses",
   ),
   Mutant(
@@ -324,7 +324,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "(weights * keep).astype(d_out.dtype)",
     "weights.astype(d_out.dtype)",
-    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[dropout]",),
+    (KERNELS + "test_chunked_attention_equals_reference[all]",),
     "gradients of values are wrong with attention dropout",
   ),
   Mutant(
@@ -332,7 +332,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "pull(weights * (d_weights * keep - row(delta)))",
     "pull(weights * d_weights * keep)",
-    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[causal]",),
+    (KERNELS + "test_chunked_attention_equals_reference[packed]",),
     "gradients of queries and keys are wrong",
   ),
   Mutant(
@@ -340,7 +340,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "jax.tree.map(jnp.add, (*carry, d_key, d_value), (new_query",
     "jax.tree.map(jnp.add, (*carry, jnp.zeros_like(d_key), d_value), (new_query",
-    (KERNELS + "test_chunked_attention_is_the_reference_in_value_and_every_gradient[causal]",),
+    (KERNELS + "test_chunked_attention_equals_reference[packed]",),
     "gradients of keys are wrong for sequences longer than a block",
   ),
   Mutant(
@@ -348,15 +348,31 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "lax.scan(key_block, (d_query, d_table), (source, d_source))",
     "lax.scan(key_block, (jnp.zeros_like(d_query), d_table), (source, d_source))",
-    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c8-both ways]",),
+    (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism alone: a query's gradient comes from the keys of one device",
+  ),
+  Mutant(
+    "ring-dk-of-the-last-device-alone",
+    "models/blockwise.py",
+    "    source, d_source = travelling\n",
+    "    source, (d_key, d_value) = travelling\n    d_source = jnp.zeros_like(d_key), d_value\n",
+    (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
+    "context parallelism alone: the gradient of keys comes from the queries of one device",
+  ),
+  Mutant(
+    "ring-dv-of-the-last-device-alone",
+    "models/blockwise.py",
+    "    source, d_source = travelling\n",
+    "    source, (d_key, d_value) = travelling\n    d_source = d_key, jnp.zeros_like(d_value)\n",
+    (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
+    "context parallelism alone: the gradient of values comes from the queries of one device",
   ),
   Mutant(
     "ring-keys-leave-their-segments",
     "models/blockwise.py",
     "return (state, jax.tree.map(send, travelling)), None",
     "return (state, jax.tree.map(lambda x: x if x.dtype == jnp.int32 else send(x), travelling)), None",
-    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[d2c2t2-packed]",),
+    (KERNELS + "test_ring_attention_equals_reference[d2c2t2-cross of odd lengths with dropout]",),
     "context parallelism alone: masks are made from the segments of other keys",
   ),
   Mutant(
@@ -364,7 +380,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "perm=[(i, (i + 1) % count) for i in range(count)]",
     "perm=[(i, (i + 2) % count) for i in range(count)]",
-    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c8-both ways]",),
+    (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism over an even number of devices: each sees half of the keys twice",
   ),
   Mutant(
@@ -372,7 +388,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "return _exchanged(layout, x, back=True) if layout.zigzag else x",
     "return _exchanged(layout, x) if layout.zigzag else x",
-    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c8-left padding]",),
+    (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism alone: outputs stand at the places of other tokens",
   ),
   Mutant(
@@ -380,7 +396,7 @@ ATTENTION_KERNELS = (
     "models/blockwise.py",
     "d_table = lax.psum(d_table, layout.replicated).astype(relative.dtype)",
     "d_table = d_table.astype(relative.dtype)",
-    (KERNELS + "test_ring_attention_is_the_reference_in_value_and_every_gradient[c4t2-relative]",),
+    (KERNELS + "test_ring_attention_equals_reference[c4t2-all]",),
     "the gradient of T5's relative biases is that of one device's queries",
   ),
   Mutant(
@@ -388,7 +404,7 @@ ATTENTION_KERNELS = (
     "models/kernels.py",
     "attn_logits_soft_cap=settings.softcap,",
     "attn_logits_soft_cap=None,",
-    (KERNELS + "test_splash_attention_interpreted_is_the_reference[window both ways]",),
+    (KERNELS + "test_splash_attention_interpreted_equals_reference[window both ways]",),
     "Gemma on TPU differs from Gemma elsewhere",
   ),
   Mutant(
@@ -396,14 +412,14 @@ ATTENTION_KERNELS = (
     "models/kernels.py",
     "(query * settings.scale, key, value)",
     "(query, key, value)",
-    (KERNELS + "test_splash_attention_interpreted_is_the_reference[packed]",),
+    (KERNELS + "test_splash_attention_interpreted_equals_reference[packed]",),
   ),
   Mutant(
     "splash-window-one-token-too-wide",
     "models/kernels.py",
     "(settings.window - 1, 0) if settings.causal",
     "(settings.window, 0) if settings.causal",
-    (KERNELS + "test_splash_attention_interpreted_is_the_reference[window]",),
+    (KERNELS + "test_splash_attention_interpreted_equals_reference[window]",),
   ),
   Mutant(
     "cudnn-without-scale",
@@ -468,7 +484,7 @@ MODELS = (
     "models/layers.py",
     "return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)",
     "return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows.shape[0]))",
-    (STEP + "test_accumulated_is_whole_under_uneven_weights_and_dropout[gpt causal_lm-2]",),
+    (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
     "accum changes what is dropped, and the loss",
   ),
   Mutant(
@@ -498,7 +514,7 @@ MODELS = (
     "models/moe.py",
     "return jax.lax.psum(y, width_axes) if width_axes else y",
     "return y",
-    (STEP + "test_accumulated_gradients_on_a_mesh_are_those_of_one_device[mixtral causal_lm]",),
+    (STEP + "test_gradient_unrolled_remat_accumulated_on_mesh_equals_scanned[mixtral causal_lm]",),
     "under tensor parallelism a mixture of experts computes with a part of each expert",
   ),
   Mutant(
@@ -550,7 +566,7 @@ OPTIMIZERS = (
     "  from llmjax import sharding\n\n"
     '  grads = jax.tree.map(lambda g: g / sharding.parts("act_batch"), grads)\n'
     '  if "objective" in metrics:  # already',
-    (STEP + "test_accumulated_gradients_on_a_mesh_are_those_of_one_device[gpt causal_lm]",),
+    (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
     "the gradient of a sum is averaged over devices: more devices, smaller steps",
   ),
   Mutant(
@@ -560,7 +576,7 @@ OPTIMIZERS = (
     "  from llmjax import sharding\n\n"
     '  grads = jax.tree.map(lambda g: g / sharding.parts("experts"), grads)\n'
     '  if "objective" in metrics:  # already',
-    (VERIFY + "test_any_mesh_gives_what_one_device_gives[experts-fsdp=2,expert=2,context=2]",),
+    (VERIFY + "test_measure_on_mesh_equals_one_device[experts-fsdp=2,expert=2,context=2]",),
     "expert parallelism makes steps smaller",
   ),
   Mutant(
@@ -570,7 +586,7 @@ OPTIMIZERS = (
     "from llmjax import sharding\n\n"
     "    local = sharding.per_device(lambda g: clip.update(g, optax.EmptyState())[0], (axes,), axes)\n"
     "    grads = local(_widen(grads))",
-    (STEP + "test_steps_on_any_mesh_equal_one_device[llama causal_lm]",),
+    (STEP + "test_two_train_steps_on_mesh_equal_one_device[llama causal_lm-sizes0-2]",),
     "each device clips by the norm of its own shards",
   ),
   Mutant(
@@ -578,7 +594,7 @@ OPTIMIZERS = (
     "optim.py",
     "grads, _ = clip.update(_widen(grads), optax.EmptyState())",
     "grads = jax.tree.map(lambda g: clip.update(g, optax.EmptyState())[0], _widen(grads))",
-    (OPTIM + "test_clipping_is_over_the_whole_tree",),
+    (OPTIM + "test_clip_norm_is_the_norm_of_the_whole_tree",),
     "clip_norm bounds every parameter's gradient by itself",
   ),
   Mutant(
@@ -598,7 +614,7 @@ OPTIMIZERS = (
     "optim.py",
     "return weight_decay / wider if decayed else 0",
     "return weight_decay / wider",
-    (OPTIM + "test_decay_is_decoupled_and_only_where_masked",),
+    (OPTIM + "test_weight_decay_is_decoupled_and_masked",),
     "optim.decay_mask is ignored",
   ),
   Mutant(
@@ -606,7 +622,7 @@ OPTIMIZERS = (
     "optim.py",
     "direction, part = tx.update(grad, part, param)\n      direction = direction + rate * param if rate else direction",
     "direction, part = tx.update(grad + rate * param, part, param)",
-    (OPTIM + "test_decay_is_decoupled_and_only_where_masked",),
+    (OPTIM + "test_weight_decay_is_decoupled_and_masked",),
     "AdamW is Adam with L2 regularisation",
   ),
   Mutant(
@@ -614,7 +630,7 @@ OPTIMIZERS = (
     "optim.py",
     "float((step + 1) / warmup if step < peak else after(step))",
     "float(step / warmup if step < peak else after(step))",
-    (OPTIM + "test_warm_up_wastes_no_step_and_the_last_step_is_final[cosine]",),
+    (OPTIM + "test_schedule_has_no_zero_warmup_step_and_ends_at_final[cosine]",),
     "the first step has a learning rate of zero",
   ),
   Mutant(
@@ -622,7 +638,7 @@ OPTIMIZERS = (
     "optim.py",
     "last=max(total_steps - 1, peak)",
     "last=max(total_steps, peak)",
-    (OPTIM + "test_warm_up_wastes_no_step_and_the_last_step_is_final[cosine]",),
+    (OPTIM + "test_schedule_has_no_zero_warmup_step_and_ends_at_final[cosine]",),
     "the last step does not have the final rate",
   ),
   Mutant(
@@ -645,14 +661,14 @@ OPTIMIZERS = (
     "optim.py",
     "max(1.0, fan_out / fan_in) if consistent_rms is None",
     "max(1.0, fan_in / fan_out) if consistent_rms is None",
-    (OPTIM + "test_muon_makes_hidden_matrices_nearly_orthogonal_and_leaves_the_rest_to_adam",),
+    (OPTIM + "test_muon_orthogonalizes_hidden_matrices_and_uses_adam_elsewhere",),
   ),
   Mutant(
     "muon-splits-heads-from-the-input-side",
     "models/width.py",
     'return tuple(range(len(axes) - 1)) if axes[-1] == "embed" else None',
     'return (0,) if axes[-1] == "embed" else None',
-    (OPTIM + "test_input_sides_are_told_by_name",),
+    (OPTIM + "test_matrix_inputs_follow_from_axis_names",),
     "the output projection of attention is orthogonalised as another matrix",
   ),
   Mutant(
@@ -660,7 +676,7 @@ OPTIMIZERS = (
     "optim.py",
     "v_row=like(x.v_row, larger), v_col=like(x.v_col, smaller)",
     "v_row=like(x.v_row, smaller), v_col=like(x.v_col, larger)",
-    (OPTIM + "test_adafactors_factors_lie_like_their_parameter_without_the_summed_dimension",),
+    (OPTIM + "test_adafactor_factors_are_sharded_like_the_remaining_dimension",),
     "square kernels' factors lie on the wrong axis of the mesh",
   ),
   Mutant(
@@ -668,14 +684,14 @@ OPTIMIZERS = (
     "optim.py",
     "  if clip_threshold is not None:",
     "  if clip_threshold is None:",
-    (OPTIM + "test_adafactor_is_its_formula",),
+    (OPTIM + "test_adafactor_equals_its_formula",),
   ),
   Mutant(
     "layers-share-adafactors-statistics",
     "optim.py",
     "for _ in range(len(names) - len(own)):\n    init, update = jax.vmap(init), jax.vmap(update)",
     "for _ in range(0):\n    init, update = jax.vmap(init), jax.vmap(update)",
-    (OPTIM + "test_stacked_layers_are_optimized_like_unrolled_ones[adafactor]",),
+    (OPTIM + "test_optimizer_stacked_layers_equal_unstacked[adafactor]",),
     "scan changes what an optimizer does",
   ),
   Mutant(
@@ -857,7 +873,7 @@ GENERATING = (
     "beam_search.py",
     "pool = jnp.concatenate([state.finished.scores,",
     "pool = jnp.concatenate([jnp.full_like(state.finished.scores, -jnp.inf),",
-    (BEAMS + "test_it_finds_what_transformers_finds[0]",),
+    (BEAMS + "test_with_beams_for_all_sequences_it_finds_the_best_of_all[1.0]",),
     "a continuation that ended is lost at the next token",
   ),
   Mutant(

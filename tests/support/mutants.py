@@ -31,7 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT, COPY = "LLMJAX_MUTANT_REPORT", "LLMJAX_MUTANT_COPY"  # environment of pytest in a copy
 WORKERS = 2
 TIMEOUT = 600.0  # seconds for the tests of one mutant
-NOT_COPIED = (".venv", ".cache", ".pytest_cache", ".ruff_cache", ".mypy_cache", "__pycache__", "*.egg-info")
+# The parts of the repository that tests read; not what runs have left beside them.
+COPIED = (".ci", "configs", "docs", "experiments", "launch", "llmjax", "tests")
+COPIED += (".gitignore", "LICENSE", "README.md", "pyproject.toml", "setup.py")
 
 # Run at the start of every Python process in the copy, also of commands that tests start.
 SITECUSTOMIZE = f"""
@@ -127,7 +129,11 @@ def pytest_runtest_logreport(report) -> None:
 
 def make_copy(folder: Path) -> Path:
   """Copy the repository to `folder`."""
-  shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True, dirs_exist_ok=True)
+  for name in COPIED:
+    if (ROOT / name).is_dir():
+      shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    elif (ROOT / name).exists():
+      shutil.copy2(ROOT / name, folder / name)
   (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
   return folder
 
@@ -280,7 +286,7 @@ def run(mutants: Sequence[Mutant], output: Path | None = None) -> int:
   """Check the unmutated tests, run the mutants, print and write the table; return the exit code."""
   began = time.monotonic()
   with tempfile.TemporaryDirectory(prefix="llmjax-mutants-") as folder:
-    copies = [make_copy(Path(folder).resolve() / str(i)) for i in range(min(WORKERS, len(mutants)))]
+    copies = [make_copy(Path(folder).resolve() / f"copy{i}") for i in range(min(WORKERS, len(mutants)))]
     problems = check_unmutated(copies, (test for mutant in mutants for test in mutant.tests))
     if problems:
       print("\n".join(problems))
