@@ -3,6 +3,7 @@
 Batches hold short texts, several per row if the objective allows packing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -236,16 +237,22 @@ def by_tier(names, fast):
   return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def gradients_on_mesh(case, params, batch, sizes, accum=1, key=0):
-  """(gradients, metrics) of `step.gradients` as NumPy arrays, computed on a mesh with `sizes`.
+@contextlib.contextmanager
+def mesh_shardings(cfg, sizes):
+  """Use a mesh with `sizes`; yield the shardings of (parameters, rows of a batch).
 
   The vocabulary is not sharded, because the tokenizer's number of tokens is odd.
   """
   rules = {**sharding.RULES, "vocab": None, "act_vocab": None}
   mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-  param_shardings = sharding.param_shardings(params, parameters(case.cfg)[1], mesh, rules)
-  row_sharding = sharding.named(mesh, "act_batch", rules=rules)
-  function = functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum)
   with sharding.use(mesh, rules):
-    compiled = jax.jit(function, in_shardings=(param_shardings, row_sharding, sharding.named(mesh)))
-    return jax.device_get(compiled(params, batch, jax.random.key(key)))
+    param_shardings = sharding.param_shardings(*parameters(cfg), mesh, rules)
+    yield param_shardings, sharding.named(mesh, "act_batch", rules=rules)
+
+
+def gradients_on_mesh(case, params, batch, sizes, accum=1, key=0):
+  """(gradients, metrics) of `step.gradients` as NumPy arrays, computed on a mesh with `sizes`."""
+  function = functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum)
+  with mesh_shardings(case.cfg, sizes) as (param_shardings, row_sharding):
+    function = jax.jit(function, in_shardings=(param_shardings, row_sharding, None))
+    return jax.device_get(function(params, batch, jax.random.key(key)))
