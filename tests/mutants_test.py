@@ -10,7 +10,7 @@ from tests.support import mutants
 from tests.support.mutant_list import MUTANTS
 from tests.support.mutants import ROOT, Mutant
 
-SPLIT = "tests/packing_test.py::test_split_gives_every_token_once_whatever_the_room"
+SPLIT = "tests/packing_test.py::test_split_has_every_token_once_for_any_room"
 
 
 @functools.cache

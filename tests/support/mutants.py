@@ -172,7 +172,8 @@ def run_pytest(copy: Path, arguments: Sequence[str], *, timeout: float, write_by
       getattr(found, "errors" if outcome == "error" else outcome).append(value)
   if code not in (0, 1) and not found.errors:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    found.errors.append(f"pytest exited with {code}: {lines[-1] if lines else 'no output'}")
+    lines = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
+    found.errors.append(f"pytest exited with {code}: {'; '.join(lines)}")
   return found
 
 
