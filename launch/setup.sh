@@ -1,11 +1,17 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv and installs llmjax into it, when something has changed since last time.
 # Works with bash 3.2 (macOS), from any folder, in a path with spaces.
+#
+# Versions of dependencies are those of launch/constraints-*.txt, so that a release of one of them cannot break a first
+# run. Environment variables change that:
+#   LLMJAX_NEWEST=1       installs the newest releases that setup.py allows
+#   LLMJAX_PYTHON=PATH    the Python to make the environment with
+#   LLMJAX_VENV=DIR       the environment, in place of .venv
 
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-VENV="$ROOT/.venv"
+VENV="${LLMJAX_VENV:-$ROOT/.venv}"
 PYTHON="$VENV/bin/python"
 
 note() { printf '%s\n' "$*" >&2; }
@@ -20,6 +26,11 @@ supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/
 # The first Python that can run llmjax.
 find_python() {
   local candidate
+  if [ -n "${LLMJAX_PYTHON:-}" ]; then
+    supported "$LLMJAX_PYTHON" || die "LLMJAX_PYTHON=$LLMJAX_PYTHON does not run or is older than 3.11"
+    echo "$LLMJAX_PYTHON"
+    return
+  fi
   for candidate in python3.13 python3.12 python3.11 python3; do
     if command -v "$candidate" >/dev/null && supported "$candidate"; then
       command -v "$candidate"
@@ -28,6 +39,18 @@ find_python() {
   done
   die "no Python 3.11 or newer found (tried python3.13, python3.12, python3.11, python3);" \
     "install one from your package manager or https://www.python.org/downloads/"
+}
+
+# python_of VERSION: the path of that Python, from PATH or pyenv; fails where there is none.
+python_of() {
+  local candidate
+  for candidate in "$(command -v "python$1")" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/"python$1"; do
+    if [ -x "$candidate" ] && supported "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
 }
 
 make_venv() {
@@ -75,17 +98,27 @@ has_tpu() {
   curl --silent --fail --max-time 2 --header 'Metadata-Flavor: Google' "$metadata" >/dev/null 2>&1
 }
 
+# The file of exact versions for this environment's Python.
+constraints() {
+  "$PYTHON" -c 'import sys; print("launch/constraints-3.%d.txt" % (11 if sys.version_info < (3, 12) else 13))'
+}
+
 # install EXTRA: llmjax itself, editable, with an extra of setup.py, another requirement, or nothing more.
 install() {
-  local extra="$1" stamp now requirements
+  local extra="$1" stamp now requirements files=(setup.py)
   case "$extra" in
     '') requirements=(-e .) ;;
     *'['*) requirements=(-e . "$extra") ;;
     *) requirements=(-e ".[$extra]") ;;
   esac
+  if [ -z "${LLMJAX_NEWEST:-}" ]; then
+    files+=("$(constraints)")
+    requirements+=(--constraint "${files[1]}")
+  fi
   stamp="$VENV/.installed-$(printf '%s' "$extra" | tr -c 'a-z0-9' '-')"
   now="$("$PYTHON" -c 'import hashlib, sys
-print(sys.version, *sys.argv[1:3], hashlib.sha256(open("setup.py", "rb").read()).hexdigest())' "$ROOT" "$extra")"
+digests = [hashlib.sha256(open(path, "rb").read()).hexdigest() for path in sys.argv[3:]]
+print(sys.version, *sys.argv[1:3], *digests)' "$ROOT" "$extra" "${files[@]}")"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
     return
   fi
@@ -94,9 +127,10 @@ print(sys.version, *sys.argv[1:3], hashlib.sha256(open("setup.py", "rb").read())
   if "$PYTHON" -m pip install --quiet --disable-pip-version-check "${requirements[@]}"; then
     printf '%s\n' "$now" >"$stamp"
   elif [ -x "$VENV/bin/llmjax" ] && "$PYTHON" -c 'import llmjax.cli' 2>/dev/null; then
-    note "could not update $VENV (is there a network?); going on with what is installed"
+    note "could not update $VENV (is there a network?); continuing with the installed versions"
   else
-    die "installing failed, see above; mend it (is there a network?) and run again"
+    die "installing failed, see above. Check the network and run again; LLMJAX_NEWEST=1 installs the newest releases" \
+      "in place of the versions in launch/constraints-*.txt"
   fi
 }
 

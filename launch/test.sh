@@ -1,84 +1,115 @@
 #!/usr/bin/env bash
-# The whole test suite: format, lint, types, tests. Every part runs; the exit code says whether all passed.
+# The test suite. Every part runs; the exit code is 0 if all parts passed. The times of the parts are printed at the end.
 #
-#   bash launch/test.sh              everything
-#   bash launch/test.sh matrix       instead, every kind of model on every kind of mesh (`everything` has 14 of these 45)
-#   bash launch/test.sh fast         without the tests marked slow
-#   bash launch/test.sh smoke        only the smoke test: every config, a few steps
-#   bash launch/test.sh fast -k optim -x        further arguments go to pytest
+#   bash launch/test.sh                    format, lint, types and the tests of the tier `default`; what CI runs
+#   bash launch/test.sh fast               format, lint, types and every invariant once
+#   bash launch/test.sh smoke              every shipped config: train, save, resume, evaluate
+#   bash launch/test.sh full               all tests: families, meshes, processes, SLURM, TPU compilation, Transformers;
+#                                          with the coverage of lines and branches
+#   bash launch/test.sh full meshes        one part of them; the parts are listed in tests/conftest.py
+#   bash launch/test.sh mutants            plants bugs one at a time and reports which tests catch each
+#   bash launch/test.sh fast -k optim -x   further arguments go to pytest
 #
-# Makes .venv and installs what is needed at the first call; afterwards no network is used.
+# Makes .venv and installs what is needed on the first call; later calls use no network. Only `full` installs more:
+# torch, Transformers and PEFT for `transformers`, libtpu for `tpu`, and, as root, SLURM for `clusters`.
 
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-lint=yes
-# Those marked slow have several processes of their own, and come one by one afterwards.
-cores="$(getconf _NPROCESSORS_ONLN)"
-side_by_side=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
-fast=(tests -m "not slow and not matrix" "${side_by_side[@]}")
-slow=(tests -m "slow and not matrix")
+tier=default part=''
 case "${1:-}" in
-  smoke)
-    fast=(tests/smoke_test.py "${side_by_side[@]}" --dist load)
-    slow=()
-    lint=no
+  fast | smoke | mutants)
+    tier="$1"
     shift
     ;;
-  matrix)
-    fast=(tests/verify_test.py -k any_mesh)
-    slow=()
-    lint=no
+  full)
+    tier=full
     shift
-    ;;
-  fast)
-    slow=()
-    shift
+    case "${1:-}" in '' | -*) ;; *) part="$1" && shift ;; esac
     ;;
 esac
 
-setup dev
+failed=() times=()
+# run NAME COMMAND...: run one part, remember its time and whether it failed.
+run() {
+  local name="$1" start="$SECONDS" code=0
+  shift
+  printf -- '-- %s\n' "$name"
+  "$@" || code=$?
+  times+=("$(printf '%5d s  %s' "$((SECONDS - start))" "$name")")
+  if [ "$code" -ne 0 ]; then failed+=("$name"); fi
+}
+
+# install_libtpu: into a folder of its own, which tests/tpu_test.py reads; libtpu beside jax would be used at once.
+install_libtpu() {
+  local version
+  version="$("$PYTHON" -c 'import importlib.metadata, re
+print(next(re.match("libtpu[^;]*", r)[0] for r in importlib.metadata.requires("jax") if r.startswith("libtpu")))')"
+  if "$PYTHON" -m pip install --quiet --disable-pip-version-check --target="$1" --upgrade --no-deps "$version"; then
+    export LLMJAX_LIBTPU="$1"
+  else
+    note "no $version: nothing is compiled for TPUs"
+  fi
+}
+
+install_all() {
+  setup dev || return
+  case "$tier$part" in full | fulltransformers) setup dev,references || return ;; esac
+  case "$tier$part" in full | fulltpu) install_libtpu "$ROOT/.cache/libtpu" ;; esac
+  case "$tier$part" in full | fullclusters) export LLMJAX_SLURM_TEST=install ;; esac
+}
+run 'installation' install_all
+if [ "${#failed[@]}" -gt 0 ]; then exit 1; fi
 cd "$ROOT"
 
-# Compiled programs are kept between runs, also those of the commands that tests start.
+# Compiled programs are kept between runs, also those of commands that tests start.
 export JAX_COMPILATION_CACHE_DIR="$ROOT/.cache/jax"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 export PATH="$VENV/bin:$PATH"
 
-failed=()
-part() {
+# run_pytest NAME ARGUMENTS...: that none of the tests is selected, pytest's exit code 5, is no failure.
+run_pytest() {
   local name="$1"
   shift
-  printf -- '-- %s\n' "$name"
-  "$PYTHON" -m "$@" || failed+=("$name")
+  run "$name" selected "$@"
 }
-
-if [ "$lint" = yes ]; then
-  part 'ruff format --check' ruff format --check .
-  part 'ruff check' ruff check .
-  part mypy mypy
-  if [ "${#failed[@]}" -gt 0 ]; then
-    printf '   FAILED so far: %s\n' "$(IFS=, && echo "${failed[*]}")"
-  fi
-fi
-
-ran=no
-check() {
+selected() {
   local code=0
   "$PYTHON" -m pytest "$@" || code=$?
-  case "$code" in
-    0) ran=yes ;;
-    5) ;; # none of these was asked for
-    *) failed+=(pytest) ran=yes ;;
-  esac
+  [ "$code" -eq 5 ] || return "$code"
 }
 
-printf -- '-- pytest\n'
-check "${fast[@]}" "$@"
-if [ "${#slow[@]}" -gt 0 ]; then
-  printf -- '-- pytest, slow ones\n'
-  check "${slow[@]}" "$@"
+cores="$(getconf _NPROCESSORS_ONLN)"
+workers=(-n "$((cores < 4 ? cores : 4))" --dist loadfile --durations=10 --durations-min=1)
+case "$tier$part${LLMJAX_LINT:-}" in # LLMJAX_LINT=no: the tests alone
+  default | fast | full)
+    run 'ruff format --check' "$PYTHON" -m ruff format --check .
+    run 'ruff check' "$PYTHON" -m ruff check .
+    run mypy "$PYTHON" -m mypy
+    ;;
+esac
+case "$tier$part" in
+  smoke) run_pytest 'pytest: smoke' tests/smoke_test.py "${workers[@]}" --dist load "$@" ;;
+  mutants) run mutants "$PYTHON" -m tests.support.mutants "$@" ;;
+  default | fast) run_pytest "pytest: $tier" tests --tier="$tier" "${workers[@]}" "$@" ;;
+  full)
+    run_pytest 'pytest: full' tests --tier=full -m 'not serial' "${workers[@]}" \
+      --cov=llmjax --cov-branch --cov-report= "$@"
+    # Several processes of their own at a time: next to other tests they run into time limits.
+    run_pytest 'pytest: full, one at a time' tests --tier=full -m serial --durations=10 --durations-min=1 \
+      --cov=llmjax --cov-branch --cov-append --cov-report=term:skip-covered "$@"
+    ;;
+  *)
+    run_pytest "pytest: full, $part" tests --part="$part" -m 'not serial' "${workers[@]}" "$@"
+    run_pytest "pytest: full, $part, one at a time" tests --part="$part" -m serial --durations=10 "$@"
+    ;;
+esac
+
+printf -- '-- times\n'
+printf '%s\n' "${times[@]}" "$(printf '%5d s  in all' "$SECONDS")"
+if [ "${#failed[@]}" -gt 0 ]; then
+  printf -- '-- FAILED: %s\n' "$(IFS=, && echo "${failed[*]}")"
+  exit 1
 fi
-[ "${#failed[@]}" -eq 0 ] && [ "$ran" = yes ]

@@ -201,9 +201,9 @@ def train_step(
     ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
   one = jnp.ones(())
   metrics |= {
-    "grad_norm": (optax.global_norm(grads), one),
-    "update_norm": (optax.global_norm(updates), one),
-    "param_norm": (optax.global_norm(params), one),
+    "grad_norm": (optax.tree.norm(grads), one),
+    "update_norm": (optax.tree.norm(updates), one),
+    "param_norm": (optax.tree.norm(params), one),
   }
   return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
