@@ -196,6 +196,7 @@ def parameters(cfg, seed=0):
   """
   boxed = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), probe())["params"]
   is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+  stddev = cfg.init_stddev or cfg.d_model**-0.5
 
   def draw(path, box):
     name, shape = path[-1].key, box.value.shape
@@ -208,8 +209,8 @@ def parameters(cfg, seed=0):
     if name == "bias":
       return 0.05 * noise
     if name == "table":
-      return (cfg.embedding_stddev or cfg.init_stddev) * noise
-    return (cfg.init_stddev or cfg.d_model**-0.5) * noise
+      return (cfg.embedding_stddev or stddev) * noise
+    return stddev * noise
 
   values = jax.tree_util.tree_map_with_path(draw, boxed, is_leaf=is_box)
   values = jax.tree.map(jnp.asarray, values)
