@@ -1,4 +1,4 @@
-"""The model against independent references, and what its config refuses."""
+"""Parts of the model against independent references in NumPy, and values that its config rejects."""
 
 import dataclasses
 
@@ -16,10 +16,11 @@ from llmjax.models.rotary import angles, frequencies, rotate
 from llmjax.models.scores import Settings, attention_mask, relative_buckets
 from llmjax.models.transformer import Transformer, make_transformer
 from llmjax.types import Batch, Tokens
+from tests.support.cases import parameters
 
 
 def packed_rows(length, seed, prefix=False):
-  """Two rows of several documents each, padding in front of one and behind the other."""
+  """Two rows of several documents each, one padded on the right and one on the left."""
   rng = np.random.default_rng(seed)
   segments, positions = np.zeros((2, length), int), np.zeros((2, length), int)
   for row, start, cuts in ((0, 0, rng.integers(1, length - 3, 2)), (1, 2, rng.integers(3, length, 2))):
@@ -30,7 +31,7 @@ def packed_rows(length, seed, prefix=False):
   return jax.tree.map(jnp.asarray, Tokens(np.zeros_like(segments), positions, segments, marks))
 
 
-MASKS = {  # name: (attention_mask's settings, what a query at position p may see of a key at position k, with a prefix)
+MASKS = {  # name: (settings of attention_mask, whether a query at position p attends to a key at k, with a prefix of 3)
   "causal": ({"causal": True}, lambda p, k: k <= p),
   "prefix": ({"causal": True}, lambda p, k: k <= p or k < 3),
   "causal window": ({"causal": True, "window": 4}, lambda p, k: 0 <= p - k < 4),
@@ -40,51 +41,58 @@ MASKS = {  # name: (attention_mask's settings, what a query at position p may se
 }
 
 
+@jax.jit
+def attention_variants(query, key, value, biases, queries, keys, mask):
+  """Attention with biases and a scale, with neither, and with a softcap."""
+  settings = (Settings(0.3, buckets=8, max_distance=16), Settings(8**-0.5), Settings(8**-0.5, softcap=0.7))
+  return [xla(query, key, value, queries, keys, mask, s, biases if s.buckets else None) for s in settings]
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", [*MASKS, "cross"])
-def test_attention_is_softmax_of_scaled_scores_in_float64(kind, kv_heads):
-  """Masks by their definition, one query and key after the other; scores with biases and a scale of their own."""
+def test_xla_attention_equals_softmax_of_masked_scores_in_float64(kind, kv_heads):
+  """With the definition of the mask for each query and key; scores with bias and scale, without, and with softcap."""
   rng = np.random.default_rng(0)
   queries = keys = packed_rows(12, 0, prefix="prefix" in kind)
   rule = (lambda p, k: True) if kind == "cross" else MASKS[kind][1]
   if kind == "cross":
     keys = packed_rows(9, 1)
-    mask = attention_mask(queries, keys, causal=False)
+    mask = np.asarray(attention_mask(queries, keys, causal=False))
   else:
-    mask = attention_mask(queries, keys, **MASKS[kind][0])
+    mask = np.asarray(attention_mask(queries, keys, **MASKS[kind][0]))
   L, S = queries.ids.shape[1], keys.ids.shape[1]
+  (query_segments, query_positions), (key_segments, key_positions) = (
+    (np.asarray(tokens.segments), np.asarray(tokens.positions)) for tokens in (queries, keys)
+  )
   for b, i, j in np.ndindex(2, L, S):
-    same = queries.segments[b, i] == keys.segments[b, j] > 0
-    assert bool(mask[b, i, j]) == (same and bool(rule(queries.positions[b, i], keys.positions[b, j])))
+    same = query_segments[b, i] == key_segments[b, j] > 0
+    assert bool(mask[b, i, j]) == (same and bool(rule(query_positions[b, i], key_positions[b, j])))
 
   query, table = rng.normal(size=(2, L, 4, 8)), rng.normal(size=(8, 4))
   key, value = rng.normal(size=(2, 2, S, kv_heads, 8))
-  *arrays, biases = (jnp.asarray(x, jnp.float32) for x in (query, key, value, table))
+  *arrays, biases = (x.astype(np.float32) for x in (query, key, value, table))
   relative = {"num_buckets": 8, "max_distance": 16}
-  bias = table[relative_buckets(queries.positions, keys.positions, bidirectional=True, **relative)]
-  got = xla(*arrays, queries, keys, mask, Settings(0.3, buckets=8, max_distance=16), biases)
-  plain = xla(*arrays, queries, keys, mask, Settings(8**-0.5))
-  capped = xla(*arrays, queries, keys, mask, Settings(8**-0.5, softcap=0.7))
-  sees = np.asarray(mask).any(-1)
+  bias = table[np.asarray(relative_buckets(queries.positions, keys.positions, bidirectional=True, **relative))]
+  biased, plain, capped = jax.device_get(attention_variants(*arrays, biases, queries, keys, mask))
+  attends = mask.any(-1)
   for head in range(4):
     shared = head // (4 // kv_heads)
     dots = np.einsum("bld,bsd->bls", query[:, :, head], key[:, :, shared])
     scaled = dots / np.sqrt(8)
     for out, scores in (
-      (got, 0.3 * dots + bias[..., head]),
+      (biased, 0.3 * dots + bias[..., head]),
       (plain, scaled),
       (capped, 0.7 * np.tanh(scaled / 0.7)),
     ):
       weights = np.where(mask, np.exp(scores), 0)
       want = (weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)) @ value[:, :, shared]
-      np.testing.assert_allclose(np.asarray(out)[:, :, head][sees], want[sees], atol=2e-6)
+      np.testing.assert_allclose(out[:, :, head][attends], want[attends], atol=2e-6)
 
 
 @pytest.mark.parametrize(
   "bidirectional, buckets, reach", [(True, 32, 128), (False, 32, 128), (True, 12, 24), (False, 8, 16)]
 )
-def test_relative_buckets_are_t5s(bidirectional, buckets, reach):
-  """The formula of T5's published code, one pair of positions at a time."""
+def test_relative_buckets_equal_the_formula_of_t5(bidirectional, buckets, reach):
 
   def bucket(ahead):
     number, count = 0, buckets
@@ -110,42 +118,42 @@ def test_relative_buckets_are_t5s(bidirectional, buckets, reach):
   assert got.max() == buckets - 1 and got.min() == 0
 
 
-def test_a_query_that_may_attend_to_nothing_is_finite():
+def test_attention_of_a_query_without_keys_is_finite():
   x, zeros = jnp.ones((1, 2, 2, 4)), jnp.zeros((1, 2), jnp.int32)
   padding = Tokens(zeros, zeros, zeros)
   assert jnp.isfinite(xla(x, x, x, padding, padding, jnp.zeros((1, 2, 2), bool), Settings(1.0))).all()
 
 
-def test_rotary_positions_are_complex_rotations_and_only_differences_count():
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(1, 6, 1, 8)).astype(np.float32)
+@jax.jit
+def rotate_at(x, positions):
+  return rotate(x, *angles(positions, frequencies(8, 100.0, 128)))
+
+
+def test_rotary_embedding_equals_complex_rotation():
+  x = np.random.default_rng(0).normal(size=(1, 6, 1, 8)).astype(np.float32)
   positions = np.array([[0, 1, 2, 7, 30, 100]])
-  got = np.asarray(rotate(jnp.asarray(x), *angles(jnp.asarray(positions), frequencies(8, 100.0, 128))))
   pairs = x[..., :4] + 1j * x[..., 4:]
-  turn = np.exp(1j * positions[:, :, None, None] * 100.0 ** (-np.arange(4) / 4))
-  np.testing.assert_allclose(got, np.concatenate([(pairs * turn).real, (pairs * turn).imag], -1), atol=1e-5)
-  dots = [
-    float(
-      jnp.vdot(
-        *(rotate(jnp.asarray(x[:, i : i + 1]), *angles(jnp.array([[p]]), frequencies(8, 100.0, 128))) for i, p in pair)
-      )
-    )
-    for pair in (((0, 3), (1, 9)), ((0, 13), (1, 19)))
-  ]
-  np.testing.assert_allclose(*dots, atol=1e-5)
+  rotated = pairs * np.exp(1j * positions[:, :, None, None] * 100.0 ** (-np.arange(4) / 4))
+  np.testing.assert_allclose(rotate_at(x, positions), np.concatenate([rotated.real, rotated.imag], -1), atol=1e-5)
+
+
+def test_rotary_dot_products_depend_on_distances_only():
+  x = np.random.default_rng(0).normal(size=(1, 2, 1, 8)).astype(np.float32)
+  near, far = (np.asarray(rotate_at(x, np.array([pair]))) for pair in ((3, 9), (13, 19)))
+  np.testing.assert_allclose(np.vdot(near[0, 0], near[0, 1]), np.vdot(far[0, 0], far[0, 1]), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_norms_are_their_formulas(kind):
+def test_norm_equals_its_formula(kind):
   x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 16))
   module = layers.Norm(kind, 1e-5, kind == "layernorm", False, "float32", "float32")
-  variables = nn.unbox(module.init(jax.random.key(0), jnp.zeros((2, 3, 16))))
+  variables = nn.unbox(jax.jit(module.init)(jax.random.key(0), x.astype(np.float32)))
   centred = x - x.mean(-1, keepdims=True) if kind == "layernorm" else x
   want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
   np.testing.assert_allclose(module.apply(variables, jnp.asarray(x, jnp.float32)), want, atol=1e-5)
 
 
-def test_dropout_keeps_the_mean_and_depends_on_row_place_and_nothing_else():
+def test_dropout_keeps_the_mean_and_depends_on_the_key_of_a_row():
   keys = layers.row_keys(jax.random.key(0), jnp.arange(4))
   x = jnp.ones((4, 1000))
   dropped = layers.dropout(x, 0.25, keys)
@@ -156,24 +164,26 @@ def test_dropout_keeps_the_mean_and_depends_on_row_place_and_nothing_else():
   np.testing.assert_array_equal(layers.dropout(x, 0.25, None), x)
 
 
-def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits_near_those_of_float32():
+def test_bfloat16_model_has_float32_logits_close_to_float32():
   cfg = TransformerConfig(32, 64, 2, 4, 16, init_stddev=0.1)
-  batch = Batch.from_tokens(np.arange(16)[None])
-  params = nn.unbox(Transformer(cfg).init(jax.random.key(0), batch)["params"])
-  want = Transformer(cfg).apply({"params": params}, batch)
-  got = Transformer(dataclasses.replace(cfg, dtype="bfloat16")).apply({"params": params}, batch)
+  batch, (params, _) = Batch.from_tokens(np.arange(16)[None]), parameters(cfg)
+  models = [Transformer(cfg), Transformer(dataclasses.replace(cfg, dtype="bfloat16"))]
+  want, got = jax.device_get(jax.jit(lambda params: [m.apply({"params": params}, batch) for m in models])(params))
   assert got.hidden.dtype == jnp.bfloat16 and got.logits.dtype == jnp.float32
-  assert float(jnp.abs(got.logits - want.logits).max()) < 0.05 * float(jnp.abs(want.logits).max())
+  assert np.abs(got.logits - want.logits).max() < 0.05 * np.abs(want.logits).max()
 
 
-def test_every_layers_hidden_state_is_given_on_request():
+def test_all_hidden_has_one_state_per_layer_and_the_embedding():
   cfg = TransformerConfig(32, 64, 3, 4, 16)
-  batch = Batch.from_tokens(np.arange(16)[None])
-  model = Transformer(cfg)
-  params = nn.unbox(model.init(jax.random.key(0), batch)["params"])
-  out = model.apply({"params": params}, batch, all_hidden=True)
+  batch, (params, _) = Batch.from_tokens(np.arange(16)[None]), parameters(cfg)
+
+  @jax.jit
+  def forward(params):
+    out = Transformer(cfg).apply({"params": params}, batch, all_hidden=True)
+    return out, layers.norm(cfg, "final_norm").apply({"params": params["decoder"]["final_norm"]}, out.all_hidden[-1])
+
+  out, final = forward(params)
   assert out.all_hidden.shape == (4, 1, 16, 64)
-  final = layers.norm(cfg, "final_norm").apply({"params": params["decoder"]["final_norm"]}, out.all_hidden[-1])
   np.testing.assert_allclose(final, out.hidden, atol=1e-6)
 
 
@@ -208,7 +218,7 @@ def test_every_layers_hidden_state_is_given_on_request():
     ({"activaton": "gelu"}, ["model.activaton", "activation"]),
   ],
 )
-def test_a_model_that_cannot_be_is_refused_in_one_line(change, words):
+def test_make_transformer_rejects_invalid_values_in_one_line(change, words):
   with pytest.raises(ConfigError) as error:
     make_transformer(**{"vocab_size": 8, "d_model": 64, "decoder_layers": 1, "num_heads": 4, "max_len": 8, **change})
   assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What objectives make of text, against their definitions; contrastive loss against the formula written naively."""
+"""Examples that objectives make from text, against their definitions; the contrastive loss against its formula."""
 
 import dataclasses
 import itertools
@@ -34,8 +34,8 @@ def features_of(objective, ids, seed, corpus=None, **record):
   return objective.features({"text": "", "ids": ids, **record}, np.random.default_rng(seed), corpus)
 
 
-def test_masking_has_its_shares_and_spares_what_is_special():
-  """Over 10^5 tokens: 15 % chosen; of them 80 % mask, 10 % random, 10 % kept. Bounds are five standard deviations."""
+def test_masked_lm_masks_the_configured_shares_of_ordinary_tokens():
+  """15 % of 10^5 tokens; of them 80 % mask, 10 % random, 10 % unchanged. Bounds are five standard deviations."""
   objective, length, count = MaskedLM(TOKENIZER), 100, 1000
   chosen_total = masked = kept = 0
   random = []
@@ -54,21 +54,21 @@ def test_masking_has_its_shares_and_spares_what_is_special():
   for got, share in ((masked, 0.8), (kept, 0.1 + 0.1 / 256), (len(random), 0.1 * 255 / 256)):
     assert abs(got - share * chosen_total) < 5 * np.sqrt(share * (1 - share) * chosen_total)
   counts = np.bincount(random, minlength=TOKENIZER.vocab_size)
-  assert not counts[256:].any()  # only ordinary tokens take the place of others
+  assert not counts[256:].any()  # replacements are ordinary tokens
   assert (counts[:256] > 0).mean() > 0.98 and counts.max() < 5 * counts[:256].mean()
 
 
-def test_masks_are_uniform_over_places_and_new_in_every_epoch():
+def test_masked_lm_masks_are_uniform_and_depend_on_the_seed():
   objective, ids = MaskedLM(TOKENIZER), letters(20)
   chosen = np.array([features_of(objective, ids, seed)["weights"]["mlm"] for seed in range(3000)])
   share = chosen.mean(0)[1:-1]
   assert np.abs(share - 3 / 20).max() < 5 * np.sqrt(0.15 * 0.85 / 3000)
   assert len({tuple(row) for row in chosen.tolist()}) > 900  # of 1140 triples
-  again = features_of(objective, ids, 7)["inputs"]["ids"]
-  np.testing.assert_array_equal(features_of(objective, ids, 7)["inputs"]["ids"], again)
+  first, again = (features_of(objective, ids, 7)["inputs"]["ids"] for _ in range(2))
+  np.testing.assert_array_equal(again, first)
 
 
-def test_a_short_text_has_one_masked_token_and_special_tokens_in_it_none():
+def test_masked_lm_masks_at_least_one_token_and_no_special_token():
   assert np.sum(features_of(MaskedLM(TOKENIZER), letters(1), 0)["weights"]["mlm"]) == 1
   ids = np.array([97, EOS, 98, BOS, 99, MASK, 100])
   for seed in range(100):
@@ -77,7 +77,7 @@ def test_a_short_text_has_one_masked_token_and_special_tokens_in_it_none():
     ].any()
 
 
-def test_whole_words_are_chosen_whole_and_no_more_than_asked_for():
+def test_masked_lm_whole_words_are_masked_up_to_the_rate():
   objective = MaskedLM(TOKENIZER, rate=0.3, whole_words=True)
   ids = TOKENIZER.encode("an étude: fo_o bars, (b4z) qux.\n" * 3)
   begins = TOKENIZER.word_begins(ids)
@@ -97,19 +97,19 @@ def test_whole_words_are_chosen_whole_and_no_more_than_asked_for():
 
 
 def prose(seed, sentences=12):
-  """A document of sentences, its number in each."""
+  """A document of sentences that contain its seed."""
   rng = np.random.default_rng(seed)
   return " ".join(f"The {'x' * int(rng.integers(1, 9))} of {seed:03d}." for _ in range(sentences))
 
 
 @pytest.mark.parametrize("kind", ["next", "order"])
-def test_sentence_pairs_come_from_the_document_in_order_and_nothing_but_content_tells_them(kind):
-  """Where pieces end, how B begins and how long it is are alike in both classes."""
+def test_sentence_pairs_of_both_classes_differ_only_in_content(kind):
+  """The ends of sentences, the first characters and the lengths have the same distribution."""
   documents = [prose(seed) for seed in range(50)]
   corpus = Source(50, lambda i: {"text": documents[i]}, "x")
-  # Almost nothing is masked, and what is stays as it is.
+  # Almost no token is masked, and masked tokens stay unchanged.
   objective = MaskedLM(TOKENIZER, rate=1e-9, masked=0.0, replaced=0.0, sentence_pairs=kind)
-  found = []
+  pairs = []
   for seed in range(1500):
     text = documents[seed % 50]
     windows = objective.window(TOKENIZER.document(text), 100)
@@ -133,24 +133,24 @@ def test_sentence_pairs_come_from_the_document_in_order_and_nothing_but_content_
       assert b + a == whole
     else:
       assert whole.startswith(a) and text[-4:-1] not in b and any(b in other for other in documents)
-    found.append((int(label[0]), b[0], len(b), b.endswith("."), len(ids)))
-  label = np.array([f[0] for f in found])
+    pairs.append((int(label[0]), b[0], len(b), b.endswith("."), len(ids)))
+  label = np.array([pair[0] for pair in pairs])
   assert abs(label.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(label))
   if kind == "next":
-    assert {f[1] for f in found} == {" "}  # as what follows a sentence begins
+    assert {pair[1] for pair in pairs} == {" "}  # as the text after a sentence begins
     for which in (2, 3, 4):
-      values = np.array([float(f[which]) for f in found])
+      values = np.array([float(pair[which]) for pair in pairs])
       zero, one = values[label == 0], values[label == 1]
       error = np.sqrt(zero.var() / len(zero) + one.var() / len(one))
       assert abs(zero.mean() - one.mean()) < 5 * error, f"{which}: {zero.mean()} and {one.mean()}"
 
 
-def test_a_text_of_one_sentence_gives_no_pair():
+def test_sentence_pairs_skip_a_text_of_one_sentence():
   objective = MaskedLM(TOKENIZER, sentence_pairs="next")
   assert features_of(objective, TOKENIZER.encode("no end in here"), 0, texts()) is None
 
 
-def test_a_lone_document_has_no_false_pairs_and_says_so():
+def test_sentence_pairs_next_rejects_a_corpus_of_one_document():
   corpus = Source(1, lambda i: {"text": "a. b."}, "x")
   objective = MaskedLM(TOKENIZER, sentence_pairs="next")
   with pytest.raises(ConfigError, match=r"sentence_pairs='next'.*one alone.*sentence_pairs='order'"):
@@ -158,9 +158,9 @@ def test_a_lone_document_has_no_false_pairs_and_says_so():
       features_of(objective, TOKENIZER.encode("a. b."), seed, corpus, text="a. b.")
 
 
-def test_windows_hold_every_token_once_and_fit():
+def test_windows_contain_every_token_once_and_fit():
   ids = TOKENIZER.frame(letters(1000))
-  pairs = MaskedLM(TOKENIZER, sentence_pairs="next")  # letters without an end of a sentence are cut anywhere
+  pairs = MaskedLM(TOKENIZER, sentence_pairs="next")  # letters without sentence ends are cut anywhere
   for objective, room in ((MaskedLM(TOKENIZER), 62), (pairs, 61)):
     windows = objective.window(ids, 64)
     np.testing.assert_array_equal(np.concatenate(windows), ids[1:-1])
@@ -174,8 +174,8 @@ def test_windows_hold_every_token_once_and_fit():
 T5_TOKENIZER = tokenizer.make({"name": "bytes", "sentinels": 100})
 
 
-def test_a_row_is_filled_exactly_as_in_t5():
-  """512 input tokens are 568 of text and 114 of targets (Raffel et al. 2020, and t5.data.preprocessors)."""
+def test_span_corruption_row_lengths_equal_t5():
+  """568 tokens of text become 512 of input and 114 of targets (Raffel et al. 2020, t5.data.preprocessors)."""
   objective = SpanCorruption(T5_TOKENIZER)
   assert objective.text_length(512) == 568
   assert objective.row_lengths(512) == {"inputs": 512, "targets": 114}
@@ -185,7 +185,7 @@ def test_a_row_is_filled_exactly_as_in_t5():
 
 
 @pytest.mark.parametrize("density, mean", [(0.15, 3.0), (0.5, 3.0), (0.15, 8.0), (0.3, 1.0), (0.9, 2.0)])
-def test_pieces_of_any_length_fit_and_give_back_their_text(density, mean):
+def test_span_corruption_fits_and_is_invertible_for_any_length(density, mean):
   objective = SpanCorruption(T5_TOKENIZER, noise_density=density, mean_span=mean)
   sizes = objective.row_lengths(64)
   sentinels = T5_TOKENIZER.sentinels
@@ -208,7 +208,7 @@ def test_pieces_of_any_length_fit_and_give_back_their_text(density, mean):
     assert restored == text.tolist()
 
 
-def test_spans_have_their_density_and_mean_and_every_place_its_chance():
+def test_span_lengths_follow_the_distribution_of_random_splits():
   objective, length, count = SpanCorruption(T5_TOKENIZER), 100, 1000  # 15 tokens in 5 spans
   hidden, lengths = np.zeros(length), []
   for seed in range(count):
@@ -221,10 +221,10 @@ def test_spans_have_their_density_and_mean_and_every_place_its_chance():
   for k in range(1, 8):
     share = np.prod([(15 - k - 1 - i) / (3 - i) for i in range(3)]) / 1001
     assert abs(np.mean(np.array(lengths) == k) - share) < 5 * np.sqrt(share * (1 - share) / len(lengths))
-  assert hidden[0] == 0 and hidden[-1] == count  # T5's convention: kept first, cut out last
+  assert hidden[0] == 0 and hidden[-1] == count  # T5's convention: the first span is kept, the last one is noise
 
 
-def test_prefixes_are_uniform_and_what_follows_them_is_predicted():
+def test_prefix_lm_prefixes_are_uniform_and_the_rest_has_weights():
   objective, ids = PrefixLM(TOKENIZER), letters(11)
   lengths = []
   for seed in range(2000):
@@ -232,7 +232,9 @@ def test_prefixes_are_uniform_and_what_follows_them_is_predicted():
     prefix, weight = features["inputs"]["prefix"], features["weights"]["nll"]
     length = int(np.sum(prefix))
     np.testing.assert_array_equal(prefix, np.arange(10) < length)
-    np.testing.assert_array_equal(weight, np.arange(10) >= length - 1)  # the last token of the prefix predicts
+    np.testing.assert_array_equal(
+      weight, np.arange(10) >= length - 1
+    )  # the last token of the prefix predicts the first one after it
     np.testing.assert_array_equal(features["labels"]["nll"], ids[1:])
     lengths.append(length)
   assert set(lengths) == set(range(1, 11)) and abs(np.mean(lengths) - 5.5) < 5 * 2.87 / np.sqrt(2000)
@@ -242,7 +244,7 @@ def test_prefixes_are_uniform_and_what_follows_them_is_predicted():
 
 
 class Lookup(Forward):
-  """A "model" whose hidden states are rows of a table."""
+  """A model whose hidden states are rows of a table."""
 
   def __init__(self, table):
     self.table = table
@@ -261,20 +263,21 @@ class Lookup(Forward):
 
 @pytest.mark.parametrize("negative", [None, "other"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_contrastive_loss_is_the_formula(symmetric, negative):
-  """-log exp(z_i . z_j / t) / sum_k exp(z_i . z_k / t) in float64; a row of padding is neither anchor nor candidate."""
+def test_contrastive_loss_equals_its_formula(symmetric, negative):
+  """-log exp(z_i . z_j / t) / sum_k exp(z_i . z_k / t) in float64; padding rows are neither anchors nor candidates."""
   rng = np.random.default_rng(0)
   table, ids = rng.normal(size=(18, 5)), np.arange(18).reshape(3, 6, 1)
   real = np.array([1, 1, 1, 0, 1, 1])
 
   def batch(view):
-    inputs = jax.tree.map(jnp.asarray, Tokens(ids[view], np.zeros((6, 1), int), real[:, None]))
-    return Batch(inputs=inputs, rows=jnp.arange(6))
+    inputs = jax.tree.map(np.int32, Tokens(ids[view], np.zeros((6, 1)), real[:, None]))
+    return Batch(inputs=inputs, rows=np.arange(6))
 
   extras = {"positive": batch(1)} | ({} if negative is None else {"negative": batch(2)})
   objective = Contrastive(TOKENIZER, 8, "text", "title", negative, symmetric=symmetric, temperature=0.3)
   whole = dataclasses.replace(batch(0), extras=extras)
-  sums, metrics = objective.loss(Lookup(jnp.asarray(table, jnp.float32)), whole, {})
+  loss = jax.jit(lambda table, batch: objective.loss(Lookup(table), batch, {}))
+  sums, metrics = loss(table.astype(np.float32), whole)
 
   z = table / np.linalg.norm(table, axis=1, keepdims=True)
   rows = [i for i in range(6) if real[i]]
@@ -293,19 +296,24 @@ def test_contrastive_loss_is_the_formula(symmetric, negative):
   np.testing.assert_allclose(metrics["alignment"][0], alignment, rtol=1e-5)
 
 
-def test_two_views_of_a_text_differ_by_dropout_alone():
+def test_contrastive_views_of_one_text_differ_only_by_dropout():
   objective = CASES["bert weighted_sum"].objective.parts["views"]
   params, _ = parameters(BERT)
   batch = Batch.from_tokens(np.random.default_rng(0).integers(97, 123, (3, 8)))
-  for rate, least, most in ((0.0, -1.0, 1e-10), (0.2, 1e-3, 4.0)):
-    forward = ModelForward(Transformer(dataclasses.replace(BERT, dropout=rate)), params)
-    a, b = objective.embed(forward, [batch, batch], {"dropout": jax.random.key(0)})
-    distance = jnp.sum(jnp.square(a - b), axis=1)
-    assert ((distance > least) & (distance < most)).all()
+
+  def distances(rate):
+    model = Transformer(dataclasses.replace(BERT, dropout=rate))
+    embed = jax.jit(lambda params, key: objective.embed(ModelForward(model, params), [batch, batch], {"dropout": key}))
+    a, b = np.asarray(embed(params, jax.random.key(0)))
+    return np.sum(np.square(a - b), axis=1)
+
+  assert (distances(0.0) < 1e-10).all()
+  with_dropout = distances(0.2)
+  assert ((with_dropout > 1e-3) & (with_dropout < 4)).all()
 
 
-def test_pooling_takes_the_tokens_that_it_says():
-  hidden = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32)
+def test_pool_selects_the_tokens_of_each_mode():
+  hidden = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
   tokens = Tokens.from_ids(np.zeros((3, 4)), np.array([[0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]))
   out = Outputs(hidden=hidden, pooled=hidden[:, 0])
   want = {
@@ -315,19 +323,19 @@ def test_pooling_takes_the_tokens_that_it_says():
     "pooler": [hidden[0, 0], hidden[1, 0]],
   }
   for pooling, rows in want.items():
-    got = pool(out, tokens, pooling)
+    got = np.asarray(jax.jit(lambda out, pooling=pooling: pool(out, tokens, pooling))(out))
     np.testing.assert_allclose(got[:2], np.stack([r / np.linalg.norm(r) for r in rows]), atol=1e-6)
-    assert not np.asarray(got[2]).any()
+    assert not got[2].any()
 
 
-def test_info_nce_counts_a_tie_as_right_and_ignores_what_is_not_real():
-  z = jnp.eye(3)
-  nll, right = info_nce(z, z, jnp.array([True, True, False]), 1.0)
+def test_info_nce_counts_ties_as_right_and_ignores_padding_rows():
+  z = np.eye(3, dtype=np.float32)
+  nll, right = jax.device_get(jax.jit(lambda z, real: info_nce(z, z, real, 1.0))(z, np.array([True, True, False])))
   np.testing.assert_allclose(nll[:2], np.log(1 + np.exp(-1)), rtol=1e-6)
   assert right[:2].all()
 
 
-def test_pairs_are_framed_and_cut_and_empty_ones_are_left_out():
+def test_contrastive_pairs_are_framed_and_cut_and_empty_ones_skipped():
   objective = Contrastive(TOKENIZER, 6, "title", "text")
   record = {"title": "a title too long", "ids": TOKENIZER.document("body")}
   features = features_of(objective, record["ids"], 0, title=record["title"])
@@ -339,7 +347,7 @@ def test_pairs_are_framed_and_cut_and_empty_ones_are_left_out():
     features_of(objective, record["ids"], 0)
 
 
-# What cannot be
+# Invalid values
 
 PLAIN = tokenizer.make({"name": "bytes"})
 BARE = tokenizer.make({"name": "bytes", "special": False, "mask": True, "sentinels": 9})
@@ -395,7 +403,7 @@ BARE = tokenizer.make({"name": "bytes", "special": False, "mask": True, "sentine
     (lambda: weighted_sum({"a": [["name", "os:mkdir"]]}, "a", TOKENIZER, 8), ["objective.parts.a must be"]),
   ],
 )
-def test_what_cannot_be_is_refused_in_one_line(make, words):
+def test_objective_rejects_invalid_values_in_one_line(make, words):
   with pytest.raises(ConfigError) as error:
     make()
   assert "\n" not in str(error.value)
@@ -403,8 +411,8 @@ def test_what_cannot_be_is_refused_in_one_line(make, words):
     assert word in str(error.value), str(error.value)
 
 
-def test_parts_of_a_sum_see_what_they_can_of_a_document():
-  """Whichever part is the principal one, and cuts: none gets more than it can hold, or a text framed already."""
+def test_weighted_sum_components_get_as_much_text_as_fits():
+  """No component gets more than it can hold, or special tokens twice, whichever component cuts the text."""
   specs = {"mlm": {"name": "masked_lm", "weight": 1.0}, "views": {"name": "contrastive", "weight": 1.0}}
   for principal in specs:
     objective = weighted_sum(specs, principal, TOKENIZER, 16)
@@ -417,14 +425,14 @@ def test_parts_of_a_sum_see_what_they_can_of_a_document():
     assert TOKENIZER.show(restored) == "<s>abcdefghijklmn</s>"
 
 
-def test_fields_that_are_no_text_are_told_and_missing_ones_left_out():
+def test_contrastive_rejects_fields_that_are_not_text():
   objective = Contrastive(TOKENIZER, 8, "title", "text")
   assert features_of(objective, TOKENIZER.document("body"), 0, title=None) is None
   with pytest.raises(ConfigError, match=r"objective\.anchor='title'.*7.*no text"):
     features_of(objective, TOKENIZER.document("body"), 0, title=7)
 
 
-def test_words_end_at_special_tokens():
+def test_masked_lm_words_end_at_special_tokens():
   ids = np.concatenate([TOKENIZER.encode("hello"), [EOS], TOKENIZER.encode("world")])
   objective = MaskedLM(TOKENIZER, rate=0.5, whole_words=True)
   for seed in range(20):
@@ -432,11 +440,11 @@ def test_words_end_at_special_tokens():
     assert chosen.sum() == 5 and (chosen[:5].all() or chosen[6:].all())
 
 
-def test_accuracies_count_what_they_say():
-  """Of spans, only tokens that stand for text; of pairs, one each; of masked tokens, those chosen."""
+def test_accuracies_count_only_weighted_tokens():
+  """Span corruption: without sentinels; sentence pairs: one each; masked LM: masked tokens."""
 
   class Answers(Lookup):
-    """Says the right token wherever its id is even."""
+    """Predicts the right token if its id is even."""
 
     def __call__(self, batch, rngs, **kwargs):
       labels = next(iter(batch.labels.values()))
@@ -448,8 +456,8 @@ def test_accuracies_count_what_they_say():
 
   for name, metric in (("t5 span_corruption", "span_accuracy"), ("bert masked_lm", "masked_accuracy")):
     case = CASES[name]
-    batch = jax.tree.map(jnp.asarray, make_batch(case))
-    _, metrics = case.objective.loss(Answers(None), batch, {})
+    batch = make_batch(case)
+    metrics = jax.jit(lambda batch, case=case: case.objective.loss(Answers(None), batch, {})[1])(batch)
     term = "nll" if metric == "span_accuracy" else "mlm"
     labels, weight = np.asarray(batch.labels[term]), np.asarray(batch.weights[term])
     counted = weight * (labels < 256) if metric == "span_accuracy" else weight
@@ -460,10 +468,12 @@ def test_accuracies_count_what_they_say():
   np.testing.assert_allclose(got / count, (weight * (labels == 0)).sum() / weight.sum(), rtol=1e-5)
 
 
-def test_every_case_gives_features_within_its_rows():
+def test_features_of_every_objective_fit_their_rows():
   for case in CASES.values():
     sizes = case.objective.row_lengths(32)
     for i, record in enumerate(itertools.islice(texts(), 10)):
       for ids in case.objective.window(TOKENIZER.document(record["text"]), 32):
-        found = case.objective.features({**record, "ids": ids}, np.random.default_rng(i), texts())
-        assert found is None or all(n <= sizes[stream] for stream, n in packing.lengths(packing.flatten(found)).items())
+        features = case.objective.features({**record, "ids": ids}, np.random.default_rng(i), texts())
+        if features is not None:
+          lengths = packing.lengths(packing.flatten(features))
+          assert all(length <= sizes[stream] for stream, length in lengths.items())
