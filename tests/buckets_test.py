@@ -1,4 +1,4 @@
-"""Runs and data in a bucket are those on disk: bitwise, after a kill too, and nothing is fetched twice."""
+"""Runs and data in a bucket equal those on disk, also after a kill, and nothing is downloaded twice."""
 
 import importlib.util
 from pathlib import Path
@@ -30,7 +30,7 @@ def server():
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
     patch.setenv(
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
-    )  # else gcsfs asks for a bucket's kind, past the emulation
+    )  # else gcsfs queries the kind of bucket outside the emulation
     yield server
 
 
@@ -45,7 +45,7 @@ def run(text, workdir, *more):
 
 
 def saved(workdir):
-  """The newest checkpoint's state as {path: array}, its data cursor, and what it says of the data."""
+  """Return the newest checkpoint's state as {path: array}, data cursor, data fingerprint, and all steps."""
   checkpoints = Checkpoints(workdir)
   step = checkpoints.steps()[-1]
   leaves = jax.tree_util.tree_leaves_with_path(checkpoints.manager.restore(step)["state"])
@@ -57,7 +57,7 @@ def saved(workdir):
 
 
 def curves(workdir):
-  """Without what a clock measures."""
+  """Return the curves without measurements of time."""
   return {name: curve for name, curve in metrics.read(workdir).items() if "per_second" not in name}
 
 
@@ -84,7 +84,8 @@ def runs(server, tmp_path_factory):
   return folder
 
 
-def test_a_killed_and_resumed_run_in_a_bucket_is_the_local_run_bitwise(runs):
+@pytest.mark.slow
+def test_killed_run_in_bucket_resumes_to_the_local_state_bitwise(runs):
   (state, *others), (local, *local_others) = saved(RUN), saved(runs / "x")
   assert others == local_others and others[-1] == [4, 6]
   assert state.keys() == local.keys() and len(state) > 10
@@ -93,7 +94,8 @@ def test_a_killed_and_resumed_run_in_a_bucket_is_the_local_run_bitwise(runs):
   assert curves(RUN) == curves(runs / "x") and curves(RUN)["train/loss"][0] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_in_a_bucket_leaves_there_what_a_local_one_leaves(runs, server):
+@pytest.mark.slow
+def test_run_in_bucket_has_the_files_of_a_local_run(runs, server):
   def kinds(names):
     return {name.partition("/")[0] for name in names}
 
@@ -103,7 +105,8 @@ def test_a_run_in_a_bucket_leaves_there_what_a_local_one_leaves(runs, server):
   assert not list((runs / "cache" / "scratch").iterdir())
 
 
-def test_a_run_in_a_bucket_is_loaded_generates_and_reports(runs, server, home, capsys):
+@pytest.mark.slow
+def test_run_in_bucket_can_be_loaded_generate_and_report(runs, server, home, capsys):
   _, params, tokenizer = llmjax.load(RUN)
   _, same, _ = llmjax.load(str(runs / "x" / "checkpoints" / "6"))
   jax.tree.map(np.testing.assert_array_equal, params, same)
@@ -115,7 +118,8 @@ def test_a_run_in_a_bucket_is_loaded_generates_and_reports(runs, server, home, c
   assert b"<html" in server.objects["bucket"]["runs/x/report.html"] and "runs/x/report.png" in server.objects["bucket"]
 
 
-def test_a_run_starts_from_one_in_a_bucket_and_none_there_is_moved_aside(runs, home):
+@pytest.mark.slow
+def test_init_from_bucket_starts_with_its_params_and_fresh_is_refused(runs, home):
   config = cfglib.load_config(
     [f"--config=char:text={COPY},debug", f"--config.init_from={RUN}", "--config.batch_size=8"]
   )
@@ -126,7 +130,8 @@ def test_a_run_starts_from_one_in_a_bucket_and_none_there_is_moved_aside(runs, h
   jax.tree.map(np.testing.assert_array_equal, params, llmjax.load(str(runs / "x")).params)
 
 
-def test_damaged_checkpoints_are_moved_and_nothing_of_them_is_lost(runs, server):
+@pytest.mark.slow
+def test_damaged_checkpoint_in_bucket_is_moved_completely(runs, server):
   objects = server.objects["bucket"]
   before = sorted(content for name, content in objects.items() if "/checkpoints/6/" in name)
   copies = {name.replace("runs/x", "moved"): content for name, content in objects.items() if "checkpoints/" in name}
@@ -138,7 +143,7 @@ def test_damaged_checkpoints_are_moved_and_nothing_of_them_is_lost(runs, server)
   assert sorted(content for name, content in objects.items() if name.startswith("moved/damaged/6-")) == before
 
 
-def test_a_folder_of_hugging_face_is_fetched_once(server, home):
+def test_hugging_face_folder_in_bucket_is_downloaded_once(server, home):
   folder = Path(__file__).parent / "testdata" / "huggingface" / "gpt2"
   for path in folder.iterdir():
     server.put("bucket", f"corpus/gpt2/{path.name}", path.read_bytes())
@@ -148,7 +153,7 @@ def test_a_folder_of_hugging_face_is_fetched_once(server, home):
   assert len(downloads(server)) == count
 
 
-def test_what_another_host_writes_is_seen(server):
+def test_path_sees_objects_written_by_another_host(server):
   server.put("bucket", "z/1", b"")
   folder = buckets.place("gs://bucket/z")
   assert [path.name for path in folder.iterdir()] == ["1"]
@@ -156,9 +161,9 @@ def test_what_another_host_writes_is_seen(server):
   assert (folder / "2").exists() and sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
-def test_what_only_local_folders_can_take_comes_into_the_bucket(server, home):
+def test_upload_merges_staged_folders_into_the_bucket(server, home):
   target = buckets.place("gs://bucket/p/profile")
-  for name in ("a/1", "a/2"):  # into a folder that is not there yet, and into one that is
+  for name in ("a/1", "a/2"):  # into a new folder, and into an existing one
     folder = buckets.scratch(target)
     (folder / "a").mkdir()
     (folder / name).write_text(name)
@@ -167,7 +172,7 @@ def test_what_only_local_folders_can_take_comes_into_the_bucket(server, home):
   assert found == {"p/profile/a/1": b"a/1", "p/profile/a/2": b"a/2"}
 
 
-def test_lines_are_uploaded_when_due_and_only_what_has_changed(server, home, monkeypatch):
+def test_metrics_writer_uploads_only_changed_files_when_due(server, home, monkeypatch):
   writer = metrics.Writer("gs://bucket/w", tensorboard=False)
   objects, name = server.objects["bucket"], "w/metrics.jsonl"
   writer.text(1, "sample", "the lazy dog")
@@ -200,7 +205,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("pattern", ["a/**/*.txt", "a/1.txt", "*.jsonl", "1.csv", "1.parquet", "1.array_record"])
-def test_data_in_a_bucket_have_the_local_fingerprint_and_are_fetched_once(server, home, pattern):
+def test_data_in_bucket_has_the_local_fingerprint_and_one_download(server, home, pattern):
   for name, content in FILES.items():
     (home / name).parent.mkdir(parents=True, exist_ok=True)
     (home / name).write_bytes(content)
@@ -233,7 +238,7 @@ def make_records(folder):
 
 
 @pytest.mark.parametrize(
-  "path, said",
+  "path, message",
   [
     ("gs://nowhere/corpus/*.txt", "gs://nowhere.*there is no such bucket.*credentials"),
     ("gs://forbidden/corpus/*.txt", "gs://forbidden.*Forbidden.*Storage Object User"),
@@ -241,24 +246,24 @@ def make_records(folder):
     ("gs://bucket/corpus", r"is a folder; say 'gs://bucket/corpus/\*\*/\*'"),
   ],
 )
-def test_what_is_missing_or_forbidden_is_one_line(server, home, path, said):
+def test_missing_or_forbidden_data_is_one_line(server, home, path, message):
   server.objects["bucket"]["corpus/t.txt"] = TEXT.encode()
-  with pytest.raises(ConfigError, match=said) as caught:
+  with pytest.raises(ConfigError, match=message) as caught:
     source.files("", path)
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bucket, said", [("nowhere", "no such bucket"), ("forbidden", "Forbidden")])
-def test_runs_in_such_buckets_end_before_they_begin(server, home, bucket, said):
+@pytest.mark.parametrize("bucket, message", [("nowhere", "no such bucket"), ("forbidden", "Forbidden")])
+def test_run_in_missing_or_forbidden_bucket_fails_at_once(server, home, bucket, message):
   (home / "t.txt").write_text(TEXT)
   for call in (lambda: run(home / "t.txt", f"gs://{bucket}/x"), lambda: llmjax.load(f"gs://{bucket}/x")):
-    with pytest.raises(ConfigError, match=f"gs://{bucket}/x.*{said}"):
+    with pytest.raises(ConfigError, match=f"gs://{bucket}/x.*{message}"):
       call()
   with pytest.raises(ConfigError, match="no such workdir"):
     llmjax.load("gs://bucket/nothing")
 
 
-def test_what_trying_again_may_mend_is_no_mistake():
+def test_transient_storage_error_is_no_config_error():
   import aiohttp
 
   with pytest.raises(ConnectionError, match="gs://b/x: ServerDisconnectedError"), buckets.telling("gs://b/x"):
@@ -267,7 +272,7 @@ def test_what_trying_again_may_mend_is_no_mistake():
     raise type("Forbidden", (Exception,), {})
 
 
-def test_without_gcsfs_the_extra_is_named(monkeypatch):
+def test_missing_gcsfs_names_the_extra(monkeypatch):
   monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ConfigError, match=r'pip install "llmjax\[gcs\]"'):
     buckets.place("gs://bucket/another")

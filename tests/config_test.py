@@ -1,4 +1,4 @@
-"""From configuration to code: what is built, what is refused, and what the one line says."""
+"""Configuration: building objects from it, what is refused, and the one-line error messages."""
 
 import dataclasses
 import re
@@ -25,14 +25,14 @@ HERE = __name__
 TABLE = {"point": f"{HERE}:point", "anything": f"{HERE}:anything"}
 
 
-def test_build_calls_what_the_name_says():
+def test_build_calls_the_named_function():
   assert build({"name": "point", "x": 1}, TABLE, "part") == (1, 2, None)
   assert build({"name": f"{HERE}:point", "x": 1, "y": (3,)}, {}, "part") == (1, (3,), None)
   spec = ConfigDict({"name": "point", "x": FieldReference(5), "y": {"deep": [1, 2]}})
   assert build(spec, TABLE, "part") == (5, {"deep": (1, 2)}, None)
 
 
-def test_what_the_program_knows_reaches_only_those_who_ask():
+def test_build_passes_extra_arguments_only_where_accepted():
   assert build({"name": "point", "x": 1}, TABLE, "part", origin=0, unasked=1) == (1, 2, 0)
   assert build({"name": "anything", "a": 1}, TABLE, "part", b=2) == {"name_of_run": "r", "a": 1, "b": 2}
 
@@ -53,22 +53,27 @@ def test_what_the_program_knows_reaches_only_those_who_ask():
     ({"name": "math:tau"}, "part.name='math:tau' is a float, not something to call"),
   ],
 )
-def test_what_cannot_be_built_is_told_in_one_line(spec, line):
+def test_build_with_wrong_spec_is_a_one_line_error(spec, line):
   with pytest.raises(ConfigError) as error:
     build(spec, TABLE, "part", origin=1)
   assert str(error.value) == line
 
 
-def test_a_checkpoint_runs_only_our_own_code_unless_trusted():
+def test_build_without_trust_runs_only_code_of_llmjax():
   table = {"plain": "llmjax.config:to_dict"}
   for name in ("plain", "llmjax.config:to_dict"):
     assert build({"name": name, "spec": (1,)}, table, "model", trust=False) == (1,)
-  for name in ("os:getcwd", "llmjaxen:f", "llmjax.config:Path", "llmjax.config:build"):  # the last calls any other
+  for name in (
+    "os:getcwd",
+    "llmjaxen:f",
+    "llmjax.config:Path",
+    "llmjax.config:build",
+  ):  # the last one would call any other
     with pytest.raises(ConfigError, match="pass --trust"):
       build({"name": name}, table, "model", trust=False)
 
 
-def test_a_mistyped_key_is_told_the_nearest_and_what_others_call_it():
+def test_nearest_suggests_similar_keys_and_names_of_other_libraries():
   keys = ["optim.lr", "optim.b1", "batch_size", "model.d_model", "seq_len"]
   assert nearest("optim.lrr", keys) == "did you mean `optim.lr` or `optim.b1`?"
   assert nearest("learning_rate", keys) == nearest("optim.learning_rate", keys) == "here it is called `optim.lr`"
@@ -80,14 +85,14 @@ def test_a_mistyped_key_is_told_the_nearest_and_what_others_call_it():
   assert nearest("lr_scheduler_type", ["name"]) == "here it is called `name`"
 
 
-def test_what_others_call_our_keys_leads_to_keys_that_exist():
+def test_aliases_point_to_existing_keys():
   known = set(config.flatten(config.load_config(["--config=char:recipe=nanogpt"])))
   known |= {f"model.{field.name}" for field in dataclasses.fields(TransformerConfig)}
-  for theirs, ours in config.ALIASES.items():
-    assert ours == "--workdir" or ours in known, theirs
+  for alias, key in config.ALIASES.items():
+    assert key == "--workdir" or key in known, alias
 
 
-def test_arguments_take_the_type_of_their_default():
+def test_parse_arg_converts_to_the_type_of_the_default():
   defaults = {"size": "small", "debug": False, "layers": 2, "rate": 0.5, "shape": (1,), "path": None}
   read = lambda text: parse_arg(text, **defaults).to_dict()  # noqa: E731
   assert read(None) == read("") == defaults
@@ -110,15 +115,15 @@ def test_arguments_take_the_type_of_their_default():
       read(text)
 
 
-def test_none_unsets_what_is_optional_removes_an_evaluation_and_is_a_word_elsewhere():
+def test_flag_none_unsets_optional_keys_and_removes_evaluations():
   flags = ["model.remat", "model.positions", "optim.clip_norm", "schedule.warmup", "rules.vocab", "evals.sample"]
   got = config.load_config(["--config=gpt:debug", *(f"--config.{key}=none" for key in flags)])
   assert (got.model.remat, got.model.positions) == ("none", "none")
   assert got.optim.clip_norm is got.schedule.warmup is got.rules.vocab is None
   assert list(got.evals) == ["heldout"] and got.is_locked and got.evals.is_locked
   assert config.load_config(["--config=gpt:debug", "--config.init_from", "none"]).init_from is None
-  for said, last in [(("none", "5"), 5), (("5", "none"), None)]:
-    both = [f"--config.total_steps={value}" for value in said]
+  for values, last in [(("none", "5"), 5), (("5", "none"), None)]:
+    both = [f"--config.total_steps={value}" for value in values]
     assert config.load_config(["--config=gpt:debug", *both]).total_steps == last
 
 
@@ -134,14 +139,14 @@ def test_none_unsets_what_is_optional_removes_an_evaluation_and_is_a_word_elsewh
     ("rules.vocabb", "config.rules.vocabb is no key of this config; did you mean `rules.vocab`"),
   ],
 )
-def test_what_cannot_be_none_says_so(key, message):
+def test_flag_none_for_a_required_key_is_refused(key, message):
   with pytest.raises(ConfigError, match="^" + re.escape(message)):
     config.load_config(["--config=gpt:debug", f"--config.{key}=none"])
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """Where the command runs; sys.path is put back."""
+  """A current folder; sys.path is restored afterwards."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", list(sys.path))
   return tmp_path
@@ -158,22 +163,22 @@ def folder(tmp_path, monkeypatch):
     ("return 1", "FILE: get_config must return a ConfigDict, not int"),
   ],
 )
-def test_a_mistake_in_a_config_file_is_told_in_one_line_with_its_place(folder, body, message):
+def test_error_in_a_config_file_is_one_line_with_its_location(folder, body, message):
   path = folder / "my.py"
   path.write_text(f"from llmjax.config import ConfigError\n\ndef get_config(arg=None):\n  {body}\n")
   with pytest.raises(ConfigError) as error:
     config.load_config(["--config=my.py"])
-  said = str(error.value)
-  assert said.startswith(message.replace("FILE", str(path))) and "\n" not in said and "Traceback" not in said, said
+  text = str(error.value)
+  assert text.startswith(message.replace("FILE", str(path))) and "\n" not in text and "Traceback" not in text, text
 
 
-def test_a_mistake_in_a_configs_argument_is_its_own_line_alone():
+def test_error_in_a_config_argument_has_no_location():
   with pytest.raises(ConfigError) as error:
     config.load_config(["--config=gpt:size=nanno"])
   assert str(error.value) == "config argument size='nanno' is unknown; did you mean `nano` or `nano_moe`?"
 
 
-def test_config_files_are_found_with_colons_and_python_in_their_names(folder):
+def test_find_accepts_paths_with_colons_and_py_suffixes(folder):
   path = folder / "dir:x" / "my.py"
   path.parent.mkdir()
   path.touch()
@@ -187,7 +192,7 @@ def test_config_files_are_found_with_colons_and_python_in_their_names(folder):
 
 
 @pytest.mark.parametrize("package", [True, False])
-def test_a_folder_configs_of_ones_own_adds_to_ours_and_hides_none(tmp_path, package):
+def test_user_folder_configs_extends_the_shipped_one(tmp_path, package):
   own = tmp_path / "configs"
   own.mkdir()
   (own / "sizes.py").write_text("raise RuntimeError\n")
@@ -224,11 +229,11 @@ def steps(value, **known):
     ("0.01%", 1),
   ],
 )
-def test_durations_are_steps_rounded_up(value, expected):
+def test_duration_is_rounded_up_to_steps(value, expected):
   assert steps(value, epoch_tokens=102_400) == expected
 
 
-def test_no_percentage_is_rounded_up_for_lack_of_digits():
+def test_duration_in_percent_is_exact_for_whole_steps():
   assert [steps(f"{p}%", total_steps=100) for p in range(101)] == list(range(101))
 
 
@@ -243,12 +248,12 @@ def test_no_percentage_is_rounded_up_for_lack_of_digits():
     ("1 epoch", {}, "set data.epoch_tokens"),
   ],
 )
-def test_what_is_no_duration_is_refused(value, known, message):
+def test_invalid_duration_is_refused(value, known, message):
   with pytest.raises(ConfigError, match=re.escape(message)):
     steps(value, **known)
 
 
-def test_differences_are_those_that_json_sees():
+def test_differences_ignore_tuple_and_list():
   old = ConfigDict({"a": {"b": (1, 2), "c": 1}, "gone": 3, "same": None})
   new = {"a": {"b": [1, 2], "c": 2}, "same": None, "come": "x"}
   assert differences(old, new) == {"a.c": (1, 2), "gone": (3, None), "come": (None, "x")}

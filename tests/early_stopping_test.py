@@ -1,8 +1,10 @@
-"""A run stops when a metric no longer becomes better, also one that was interrupted; the best checkpoint has a name."""
+"""Early stopping, also of interrupted runs, and the checkpoint named `best`."""
 
 import contextlib
+import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,22 +14,37 @@ from llmjax.early_stopping import EarlyStopping, check_metric
 from llmjax.pretrained import locate, open_checkpoint
 
 
-def test_patience_counts_evaluations_that_did_not_beat_the_best():
+def test_patience_counts_evaluations_without_improvement():
   stopper = EarlyStopping("eval/x/f1", "most", 2)
   values = [0.1, 0.3, 0.3, 0.2, 0.4]
   assert [stopper.update({"eval/x/f1": v}) for v in values] == [False, False, False, True, False]
   assert stopper.state == {"metric": "eval/x/f1", "best_is": "most", "best": 0.4, "failures": 0}
-  assert not stopper.update({"eval/y/f1": 9.0}) and stopper.failures == 0  # another evaluation
+  assert not stopper.update({"eval/y/f1": 9.0}) and stopper.failures == 0  # not the metric's evaluation
   assert not stopper.update({"eval/x/f1": float("nan")}) and stopper.failures == 1
-  again = EarlyStopping("eval/x/f1", "most", 2)
-  again.restore(json.loads(json.dumps(stopper.state)))
-  assert again == stopper
+
+
+def test_state_is_restored_for_the_same_metric_only():
+  stopper = EarlyStopping("eval/x/f1", "most", 2)
+  stopper.update({"eval/x/f1": 0.4})
+  stopper.update({"eval/x/f1": 0.3})
+  restored = EarlyStopping("eval/x/f1", "most", 2)
+  restored.restore(json.loads(json.dumps(stopper.state)))
+  assert restored == stopper
   other = EarlyStopping("eval/x/loss", "least", 2)
   other.restore(stopper.state)
   assert other.best is None and other.failures == 0
+
+
+def test_metric_that_was_not_measured_is_refused_with_a_suggestion():
   with pytest.raises(ConfigError, match=r"'eval/x/f1' was not measured; did you mean `eval/x/f1_macro`"):
-    stopper.update({"eval/x/f1_macro": 1.0})
+    EarlyStopping("eval/x/f1", "most", 2).update({"eval/x/f1_macro": 1.0})
+
+
+def test_without_metric_nothing_stops():
   assert not EarlyStopping(None, "least", 1).update({"eval/x/f1": 1.0})
+
+
+def test_patience_below_one_is_refused():
   with pytest.raises(ConfigError, match="patience=0 must be at least 1"):
     EarlyStopping("a", "least", 0)
 
@@ -43,7 +60,7 @@ def test_patience_counts_evaluations_that_did_not_beat_the_best():
   ],
 )
 @pytest.mark.parametrize("key", ["checkpoint.best", "early_stopping.metric"])
-def test_the_worst_is_not_taken_for_the_best(metric, direction, key):
+def test_wrong_direction_of_a_known_metric_is_refused(metric, direction, key):
   evals, [other] = {"heldout": 0, "answers": 0}, {"least", "most"} - {direction}
   check_metric(f"eval/{metric}", direction, evals, key)
   way_out = f"would take the worst for the best; set {key.partition('.')[0]}.best_is={direction!r}"
@@ -54,58 +71,85 @@ def test_the_worst_is_not_taken_for_the_best(metric, direction, key):
 
 
 def likelihood(program, **settings):
-  """An evaluator with a number that rises, of which nothing is known."""
+  """An evaluator with a metric that increases and whose direction llmjax does not know."""
   measure = evaluate.loss(program, **settings)
   return lambda params: {"loss": (loss := measure(params)["loss"]), "likelihood": -loss}
 
 
+TEXT = "".join(f"{i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400))
+# The loss falls, so that the likelihood, whose minimum counts as the best, never improves: the run stops at step 4.
 FLAGS = [
-  *("--config=gpt:debug", "--config.total_steps=9", "--config.evals.heldout.every=1", "--config.batch_size=8"),
-  *("--config.early_stopping.metric=eval/heldout/likelihood", f"--config.evals.heldout.name={__name__}:likelihood"),
-  *("--config.early_stopping.patience=3", "--config.checkpoint.best=eval/heldout/loss", "--config.checkpoint.every=1"),
+  *("--config=char:text=t.txt,debug", "--config.total_steps=9", "--config.batch_size=8", "--config.evals.sample.at=()"),
+  *("--config.evals.heldout.every=1", f"--config.evals.heldout.name={__name__}:likelihood"),
+  *("--config.early_stopping.metric=eval/heldout/likelihood", "--config.early_stopping.patience=3"),
+  *("--config.checkpoint.best=eval/heldout/loss", "--config.checkpoint.every=1", "--config.log.tensorboard=false"),
 ]
 
 
-def test_a_run_stops_early_and_an_interrupted_one_at_the_same_step(home, capsys, monkeypatch):
-  config = load_config(FLAGS)
-  first = train.run(config, home / "whole")
-  said = capsys.readouterr().out
-  assert "has not been better than" in said and "is finished at 4 steps" in said
-  assert train.run(config, home / "whole") == pytest.approx(first)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+  """The folder of a run `whole` that has stopped early, its last metrics and what it printed."""
+  folder = tmp_path_factory.mktemp("stopped")
+  (folder / "t.txt").write_text(TEXT)
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+    patch.setenv("LLMJAX_CACHE", str(folder / "cache"))
+    patch.chdir(folder)
+    last = train.run(load_config(FLAGS), "whole")
+  return folder, last, output.getvalue()
+
+
+@pytest.fixture
+def expected(stopped, monkeypatch):
+  """Change to the folder of the stopped run; return its last metrics."""
+  folder, last, _ = stopped
+  monkeypatch.setenv("LLMJAX_CACHE", str(folder / "cache"))
+  monkeypatch.chdir(folder)
+  return last
+
+
+def test_run_stops_after_evaluations_without_improvement(stopped):
+  _, _, output = stopped
+  assert "has not been better than" in output and "is finished at 4 steps" in output
+
+
+def test_stopped_run_is_not_continued(expected, capsys):
+  assert train.run(load_config(FLAGS), "whole") == pytest.approx(expected)
   assert "is finished at 4 steps" in capsys.readouterr().out
 
-  step = train.Meter.add
 
-  def interrupt(self, done, metrics, due):
-    step(self, done, metrics, due)
-    if done == 3:
+def test_killed_run_stops_early_at_the_same_step(expected, capsys, monkeypatch):
+  add = train.Meter.add
+
+  def add_and_fail(self, step, *args):
+    add(self, step, *args)
+    if step == 3:
       raise RuntimeError("lost")
 
-  monkeypatch.setattr(train.Meter, "add", interrupt)
-  with pytest.raises(RuntimeError, match="lost"):
-    train.run(config, home / "lost")
-  monkeypatch.setattr(train.Meter, "add", step)
-  assert train.run(config, home / "lost") == first
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Meter, "add", add_and_fail)
+    with pytest.raises(RuntimeError, match="lost"):
+      train.run(load_config(FLAGS), "lost")
+  assert train.run(load_config(FLAGS), "lost") == expected
   assert "is finished at 4 steps" in capsys.readouterr().out
 
+
+@pytest.mark.slow
+def test_interrupted_run_stops_early_at_the_same_step(expected, capsys, monkeypatch):
   calls = itertools.count(1)
-
-  @contextlib.contextmanager
-  def signal():
-    yield lambda done: next(calls) == 3
-
-  interruption = train.interruption
-  monkeypatch.setattr(train, "interruption", signal)
-  with pytest.raises(KeyboardInterrupt):
-    train.run(config, home / "signalled")
-  monkeypatch.setattr(train, "interruption", interruption)
-  assert train.run(config, home / "signalled") == first
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "interruption", lambda: contextlib.nullcontext(lambda step: next(calls) == 3))
+    with pytest.raises(KeyboardInterrupt):
+      train.run(load_config(FLAGS), "interrupted")
+  assert train.run(load_config(FLAGS), "interrupted") == expected
   assert "is finished at 4 steps" in capsys.readouterr().out
 
-  assert locate(home / "lost" / "checkpoints" / "best") == (home / "lost", 4)  # the least loss
-  checkpoints, found, manifest = open_checkpoint(home / "lost" / "checkpoints" / "best")
+
+def test_best_checkpoint_is_the_one_with_the_minimal_loss(expected):
+  best = Path("whole/checkpoints/best").absolute()
+  assert locate(best) == (best.parents[1], 4)
+  checkpoints, step, manifest = open_checkpoint(best)
   checkpoints.close()
-  assert found == 4 and manifest["metrics"]["eval/heldout/loss"] == first["eval/heldout/loss"]
+  assert step == 4 and manifest["metrics"]["eval/heldout/loss"] == expected["eval/heldout/loss"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +160,7 @@ def test_a_run_stops_early_and_an_interrupted_one_at_the_same_step(home, capsys,
     ("--config.checkpoint.best_is=max", r"checkpoint.best_is='max' must be 'least' or 'most'"),
   ],
 )
-def test_a_metric_that_is_none_is_told_before_the_first_step(home, flag, message):
-  config = load_config([*FLAGS, flag])
+def test_unknown_metric_is_refused_before_the_first_step(expected, flag, message):
   with pytest.raises(ConfigError, match=message):
-    train.run(config, home / "run")
+    train.run(load_config([*FLAGS, flag]), "refused")
+  assert not Path("refused").exists()

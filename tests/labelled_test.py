@@ -1,3 +1,5 @@
+"""Sources with labels: CoNLL, SQuAD and parallel text."""
+
 import json
 import random
 
@@ -23,7 +25,7 @@ def write(tmp_path):
 
 
 def sentences(count, seed=0):
-  """(tokens, tags), with tokens that look like something else."""
+  """Yield (tokens, tags), with tokens that resemble comments, tags and separators."""
   rng = random.Random(seed)
   strange = ["#", "#tag", "-", "a\u00a0b", "日本", "\u2028", "O", "'", "--", "0"]
   for _ in range(count):
@@ -33,9 +35,9 @@ def sentences(count, seed=0):
 
 @pytest.mark.parametrize("separator", ["\t", " "])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_conll_gives_back_what_was_written(write, separator, end):
+def test_conll_reads_what_was_written(write, separator, end):
   expected = list(sentences(50))
-  if separator == " ":  # a first token "#" would begin a comment
+  if separator == " ":  # a first token "#" would start a comment
     expected = [(tokens, tags) for tokens, tags in expected if tokens[0] != "#"]
   blocks = ["".join(f"{a}{separator}x{separator}{b}{end}" for a, b in zip(*sentence)) for sentence in expected]
   content = f"-DOCSTART-{separator}-X-{separator}O{end}{end}# a comment of words{end}#{end}" + f"{end}{end}".join(
@@ -47,7 +49,7 @@ def test_conll_gives_back_what_was_written(write, separator, end):
     assert [r["text"] for r in source] == [" ".join(tokens) for tokens, _ in expected]
 
 
-def test_columns_of_conll(write):
+def test_conll_column_and_separator_are_selectable(write):
   path = write("a.txt", "1 Wolff U.N. B-PER\n2 said VB O\n\n1 Yes UH O")
   assert [r["tags"] for r in open_("conll", files=path, token_column=1, tag_column=2)] == [["U.N.", "VB"], ["UH"]]
   assert open_("conll", files=path, token_column=1)[0]["tokens"] == ["Wolff", "said"]
@@ -60,20 +62,20 @@ def test_columns_of_conll(write):
   [
     ("a O\n\nb\n", {}, r"a\.conll:3: 1 column in 'b'"),
     ("a O\nb O\n", {"token_column": 2}, r"a\.conll:1: 2 columns in 'a O', where data\.corpus\.token_column=2"),
-    ("a O\n", {"token_column": 1}, r"a\.conll:1: 2 columns"),  # which would be the tag, too
+    ("a O\n", {"token_column": 1}, r"a\.conll:1: 2 columns"),  # the same column as the tag
     ("a O\n", {"tag_column": -3}, r"a\.conll:1: 2 columns"),
     ("a O\n", {"tag_column": 0}, "are both 0"),
     ("a O\n", {"separator": ""}, "separator is empty"),
     ("# a\n\n", {}, r"a\.conll: no records"),
   ],
 )
-def test_mistakes_in_conll(write, content, spec, message):
+def test_malformed_conll_is_one_line_error(write, content, spec, message):
   with pytest.raises(ConfigError, match=message) as caught:
     open_("conll", files=write("a.conll", content), **spec)
   assert "\n" not in str(caught.value)
 
 
-def test_no_bytes_that_are_not_text(tmp_path):
+def test_conll_with_invalid_utf8_is_refused(tmp_path):
   (tmp_path / "a.conll").write_bytes(b"a O\n\xff O\n")
   with pytest.raises(ConfigError, match=r"a\.conll: byte 4 is not UTF-8"):
     open_("conll", files=str(tmp_path / "a.conll"))
@@ -84,7 +86,7 @@ def questions(*answers, **more):
   return {"version": "x", "data": [{"title": "T", "paragraphs": [{"context": "🙂 né am Rhein", "qas": [asked]}]}]}
 
 
-def test_squad(write):
+def test_squad_reads_answers_and_impossible_questions(write):
   record = {"id": "q1", "question": "Who?", "context": "🙂 né am Rhein", "text": "🙂 né am Rhein"}
   first = open_("squad", files=write("1.json", questions(("né", 2), ("Rhein", 8))))
   assert list(first) == [{**record, "answers": [{"text": "né", "start": 2}, {"text": "Rhein", "start": 8}]}]
@@ -107,13 +109,13 @@ def test_squad(write):
     ({"data": []}, r"a\.json: no records"),
   ],
 )
-def test_mistakes_in_squad(write, content, message):
+def test_malformed_squad_is_one_line_error(write, content, message):
   with pytest.raises(ConfigError, match=message) as caught:
     open_("squad", files=write("a.json", content))
   assert "\n" not in str(caught.value)
 
 
-def test_parallel(write, tmp_path):
+def test_parallel_reads_aligned_lines(write, tmp_path):
   for i, (left, right) in enumerate((("eins\r\n \nzwei\u2028drei\n", "one\n\n \n"), ("\nvier", "four\nfour"))):
     write(f"{i}.de", left), write(f"{i}.en", right)
   spec = {"files": str(tmp_path / "*.de"), "targets": [str(tmp_path / f"{i}.en") for i in (0, 1)]}
@@ -132,7 +134,7 @@ def test_parallel(write, tmp_path):
     open_("parallel", target="text", **spec)
 
 
-def test_splits_and_fingerprints(write):
+def test_labelled_splits_and_fingerprints(write):
   path = write("a.conll", "".join(f"{i} O\n\n" for i in range(10)))
   parts = [open_("conll", split, files=path) for split in ("[:90%]", "[90%:]")]
   assert [r["text"] for part in parts for r in part] == [str(i) for i in range(10)]
@@ -148,7 +150,7 @@ def test_splits_and_fingerprints(write):
   assert same.fingerprint == others[0].fingerprint
 
 
-def test_files_are_known_by_their_name(write):
+def test_files_selects_the_format_by_suffix(write):
   for path in (write("a.conll", "a O"), write("a.json", questions(("am", 5)))):
     record = open_("files", files=path)[0]
     assert fields(path) == list(record)

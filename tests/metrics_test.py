@@ -1,4 +1,4 @@
-"""The (sum, weight) algebra does not depend on how data is cut; what is written is read back; one value a step."""
+"""Metrics: weighted means, curves on disk, progress display, FLOPs."""
 
 import io
 import json
@@ -19,10 +19,10 @@ from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, probe
 
 
-def test_means_do_not_depend_on_how_the_data_is_cut():
+def test_means_do_not_depend_on_the_partition():
   rng = random.Random(0)
   parts = [{"loss": (rng.random(), rng.randrange(4)), "extra": (rng.random(), 1.0)} for _ in range(6)]
-  parts[3].pop("extra")  # a part may lack a name
+  parts[3].pop("extra")  # a part may lack a metric
   left = {}
   for part in parts:
     left = metrics.add(left, part)
@@ -34,11 +34,11 @@ def test_means_do_not_depend_on_how_the_data_is_cut():
   )
 
 
-def test_weight_zero_is_left_out_and_nan_is_not():
+def test_means_omit_weight_zero_and_keep_nan():
   assert metrics.means({"a": (0.0, 0.0), "b": (math.nan, 2.0)}).keys() == {"b"}
 
 
-def test_read_gives_back_what_was_written(tmp_path):
+def test_read_returns_the_written_curves(tmp_path):
   writer = metrics.Writer(tmp_path / "run", tensorboard=False)
   writer.write(1, {"train/loss": 2.5, "train/grad_norm": math.inf})
   writer.write(2, {"train/loss": math.nan, "train/grad_norm": -math.inf})
@@ -50,7 +50,7 @@ def test_read_gives_back_what_was_written(tmp_path):
     json.loads(line, parse_constant=pytest.fail)  # valid JSON: no bare NaN
 
 
-def test_a_resumed_run_leaves_one_value_a_step(tmp_path):
+def test_resumed_writer_leaves_one_value_per_step(tmp_path):
   first = metrics.Writer(tmp_path, tensorboard=False)
   for step in range(6):
     first.write(step, {"x": 10.0 + step})
@@ -60,7 +60,7 @@ def test_a_resumed_run_leaves_one_value_a_step(tmp_path):
     file.write('{"step": 6, "x": 1')  # killed while writing
   second = metrics.Writer(tmp_path, start_step=3, tensorboard=False)
   assert metrics.read(tmp_path)["x"] == ([0, 1, 2, 3], [10, 11, 12, 13])
-  second.write(3, {"x": 0.0})  # evaluated again where it resumed: the newest counts
+  second.write(3, {"x": 0.0})  # evaluated again after the resume: the newest value counts
   second.write(4, {"x": 1.0})
   second.text(4, "sample", "new")
   second.close()
@@ -72,14 +72,14 @@ def test_a_resumed_run_leaves_one_value_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["é\u2028x\r\n", "\ud800 lone", "\x00\x1b[2J", "日本 🎉"])
-def test_samples_keep_every_text(tmp_path, text):
+def test_samples_preserve_any_text(tmp_path, text):
   writer = metrics.Writer(tmp_path, tensorboard=False)
   writer.text(0, "sample", text, prompt="p")
   writer.close()
   assert metrics.read_samples(tmp_path) == [{"step": 0, "name": "sample", "prompt": "p", "text": text}]
 
 
-def test_tensorboard_gets_the_same(tmp_path):
+def test_tensorboard_gets_values_and_texts(tmp_path):
   writer = metrics.Writer(tmp_path)
   writer.write(3, {"train/loss": 0.5})
   writer.text(3, "sample", "def f():\ud800")
@@ -88,16 +88,16 @@ def test_tensorboard_gets_the_same(tmp_path):
   assert b"train/loss" in events.read_bytes() and b"def f():" in events.read_bytes()
 
 
-def test_bad_folders_and_lines_are_one_clear_line(tmp_path):
-  for folder, words in ((tmp_path / "no", "does not exist"), (tmp_path, "has no metrics.jsonl")):
-    with pytest.raises(ConfigError, match=words):
+def test_read_of_missing_or_broken_files_is_one_line_error(tmp_path):
+  for folder, message in ((tmp_path / "no", "does not exist"), (tmp_path, "has no metrics.jsonl")):
+    with pytest.raises(ConfigError, match=message):
       metrics.read(folder)
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n[]\n{"step": 2, "x": 1}\n')
   with pytest.raises(ConfigError, match=r"metrics.jsonl:2 "):
     metrics.read(tmp_path)
 
 
-def test_a_writer_of_nothing_writes_nothing(tmp_path, monkeypatch):
+def test_writer_without_workdir_writes_nothing(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   writer = metrics.Writer(None)
   writer.write(1, {"x": 1.0})
@@ -106,7 +106,7 @@ def test_a_writer_of_nothing_writes_nothing(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_weights_and_biases_get_the_same_numbers_and_a_resumed_run_is_the_same_one(tmp_path, monkeypatch):
+def test_wandb_gets_the_values_and_one_run_id_after_resume(tmp_path, monkeypatch):
   started, logged = [], []
   run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("end"), define_metric=lambda *_, **__: 0)
   monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: started.append(kwargs) or run))
@@ -120,7 +120,7 @@ def test_weights_and_biases_get_the_same_numbers_and_a_resumed_run_is_the_same_o
   assert [started[0][key] for key in ("entity", "project", "group", "name")] == ["team", "project", "sweep", "trial"]
 
 
-def test_logging_that_cannot_be_begun_is_told_in_one_line(tmp_path, monkeypatch):
+def test_wandb_that_cannot_start_is_one_line_error(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ConfigError, match="pip install wandb"):
     metrics.Writer(tmp_path, wandb="project")
@@ -134,7 +134,7 @@ def test_logging_that_cannot_be_begun_is_told_in_one_line(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("width", [0, 1, 5, 20, 200])
-def test_sparkline_fits_and_falls(width):
+def test_sparkline_has_the_width_and_falls(width):
   spark = metrics.sparkline([10 - math.log(i) for i in range(1, 400)], width)
   assert len(spark) == width
   assert list(spark) == sorted(spark, reverse=True)
@@ -142,13 +142,13 @@ def test_sparkline_fits_and_falls(width):
     assert (spark[0], spark[-1]) == ("█", "▁")
 
 
-def test_sparkline_survives_what_is_no_number():
+def test_sparkline_ignores_non_finite_values():
   assert metrics.sparkline([math.nan, math.inf, 2.0]) == "▁"
   assert metrics.sparkline([math.nan]) == metrics.sparkline([]) == ""
 
 
 @pytest.mark.parametrize("width", [10, 30, 60, 80, 120])
-def test_the_progress_line_fits_and_keeps_the_step(width):
+def test_progress_line_fits_the_width_and_keeps_the_step(width):
   out = io.StringIO()
   progress = metrics.Progress(123_456, 0, 4096, stream=out)
   for step in range(0, 1000, 10):
@@ -162,8 +162,8 @@ def test_the_progress_line_fits_and_keeps_the_step(width):
   progress.close()
 
 
-def test_flops_by_the_palm_convention():
-  """6 x parameters of matrix products + 12 x layers x width x length per token, scanned or not."""
+def test_forward_flops_follow_the_palm_convention():
+  """Per token: 6 x parameters of matrix products + 12 x layers x width x length, scanned or not."""
   for scan in (True, False):
     cfg = TransformerConfig(96, 32, 3, 4, 16, d_ff=80, tie_embeddings=False, scan=scan)
     model = Transformer(cfg)
@@ -201,5 +201,5 @@ def test_flops_by_the_palm_convention():
     ("cpu", "bfloat16", None),
   ],
 )
-def test_peaks_belong_to_their_devices(kind, dtype, tera):
+def test_peak_flops_of_device(kind, dtype, tera):
   assert metrics.peak_flops(kind, dtype) == (None if tera is None else pytest.approx(tera * 1e12))

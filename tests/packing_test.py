@@ -1,4 +1,4 @@
-"""Pieces to rows: nothing is lost, nothing is mixed, streams stay together."""
+"""Packing of pieces into rows: no token is lost, segments are separate, streams stay aligned."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def piece(values):
 
 
 def pair(inputs, targets):
-  """A piece of an encoder–decoder, with a view of the same example."""
+  """Return a piece of an encoder-decoder, with a view of the same example."""
   targets = np.asarray(targets)
   view = {"inputs": {"ids": [9, 9], "token_types": [0, 1]}}
   return packing.flatten(
@@ -30,7 +30,7 @@ def pair(inputs, targets):
   )
 
 
-def test_a_row_holds_pieces_apart_and_pads():
+def test_row_has_segments_positions_and_padding():
   row = packing.make_row([piece([5, 6, 7]), piece([8, 9])], piece([]), ONE)
   assert row["inputs/ids"].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
   assert row["labels/nll"].tolist() == [6, 7, 8, 9, 10, 0, 0, 0]
@@ -39,7 +39,7 @@ def test_a_row_holds_pieces_apart_and_pads():
   assert row["inputs/segments"].tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
 
 
-def test_a_row_of_two_streams_numbers_the_segments_alike():
+def test_row_of_two_streams_has_matching_segments():
   sizes = {"inputs": 6, "targets": 5, "extras/view/inputs": 4}
   row = packing.make_row([pair([1, 2, 3], [4]), pair([5], [6, 7])], pair([], []), sizes)
   assert row["inputs/ids"].tolist() == [1, 2, 3, 5, 0, 0] and row["inputs/segments"].tolist() == [1, 1, 1, 2, 0, 0]
@@ -51,7 +51,7 @@ def test_a_row_of_two_streams_numbers_the_segments_alike():
   assert batch.rows.tolist() == view.rows.tolist() == [3] and view.labels == {}
 
 
-def test_split_gives_every_token_once_whatever_the_room():
+def test_split_has_every_token_once_for_any_room():
   whole, rng = piece(range(100)), np.random.default_rng(0)
   offset, parts = 0, []
   while offset < 100:
@@ -61,7 +61,7 @@ def test_split_gives_every_token_once_whatever_the_room():
     np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole[name])
 
 
-def test_best_fit_keeps_pieces_whole_and_leaves_no_two_rows_that_fit_into_one():
+def test_best_fit_keeps_pieces_whole_and_rows_full():
   rng = np.random.default_rng(0)
   sizes = {"inputs": 20, "targets": 10}
   lengths = zip(rng.integers(1, 20, 60), rng.integers(1, 10, 60))
@@ -70,13 +70,13 @@ def test_best_fit_keeps_pieces_whole_and_leaves_no_two_rows_that_fit_into_one():
   assert sorted(int(p["inputs/ids"][0]) for row in rows for p in row) == list(range(60))
   totals = [{s: sum(packing.lengths(p)[s] for p in row) for s in sizes} for row in rows]
   assert all(total[s] <= sizes[s] for total in totals for s in sizes)
-  for i, total in enumerate(totals):  # else the first piece of the later row would have gone into the earlier one
+  for i, total in enumerate(totals):  # otherwise the first piece of the later row would be in the earlier one
     for row in rows[i + 1 :]:
       first = packing.lengths(row[0])
       assert any(total[s] + first[s] > sizes[s] for s in sizes)
 
 
-def test_a_batch_stacks_rows():
+def test_batch_stacks_rows():
   rows = [packing.make_row([piece([1, 2])], piece([]), ONE), packing.make_row([], piece([]), ONE)]
   batch = packing.make_batch(rows, [3, 7])
   assert batch.inputs.ids.shape == batch.labels["nll"].shape == (2, 8)
@@ -95,11 +95,11 @@ def test_a_batch_stacks_rows():
     {"inputs": {"ids": [1], "types": [0]}},
   ],
 )
-def test_a_wrong_objective_is_told(features):
+def test_features_of_a_wrong_objective_are_refused(features):
   with pytest.raises(ValueError, match="objective"):
     packing.flatten(features)
 
 
-def test_a_piece_that_is_too_long_is_told():
+def test_piece_longer_than_a_row_is_refused():
   with pytest.raises(ValueError, match="9 tokens of inputs for rows of 8"):
     packing.best_fit([piece(range(9))], ONE)

@@ -1,4 +1,4 @@
-"""The global batch is a function of (seed, step) alone, and every token comes exactly once."""
+"""The data pipeline: the global batch depends on (seed, step) alone, and has every token once an epoch."""
 
 import collections
 import functools
@@ -21,7 +21,7 @@ B, L = 4, 16
 
 
 class NextToken(CausalLM):
-  """Causal language modelling whose weights are random, to see the generator that it gets."""
+  """Causal language modelling with random weights, which show the generator that it gets."""
 
   def features(self, example, rng, corpus):
     ids = example["ids"]
@@ -29,7 +29,7 @@ class NextToken(CausalLM):
 
 
 class EveryOther(NextToken):
-  """Pieces that stay whole, in two streams: every other token of the input is a target."""
+  """Whole pieces in two streams: every other token of the input is a target."""
 
   packing = "whole"
   stacks = ("both",)
@@ -51,7 +51,7 @@ PACKS = [True, False, "whole"]
 
 
 def documents(count, seed=0, longest=40, first="a"):
-  """Texts of different length, each with a letter and number of its own."""
+  """Return a source of texts of different length, each with a unique prefix."""
   rng = np.random.default_rng(seed)
   texts = [f"{first}{i}:" + "x" * int(rng.integers(0, longest)) for i in range(count)]
   return Source(count, lambda i: {"text": texts[i]}, f"{first}{count}-{seed}-{longest}")
@@ -94,7 +94,7 @@ def source(request):
 
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("interleave", [1, 3])
-def test_hosts_workers_and_prefetch_do_not_matter(source, pack, interleave):
+def test_batches_do_not_depend_on_hosts_workers_and_prefetch(source, pack, interleave):
   take = functools.partial(globals()["take"], interleave=interleave)
   reference, _ = take(source, 12, pack=pack)
   for workers, prefetch in ((1, 4), (4, 0), (4, 4)):
@@ -108,7 +108,7 @@ def test_hosts_workers_and_prefetch_do_not_matter(source, pack, interleave):
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (4, 2)])
 @pytest.mark.parametrize("interleave", [1, 3])
-def test_resume_is_as_if_uninterrupted(source, pack, before, after, interleave):
+def test_resumed_stream_equals_an_uninterrupted_one(source, pack, before, after, interleave):
   take, stream = (functools.partial(globals()[name], interleave=interleave) for name in ("take", "stream"))
   reference, _ = take(source, 13, pack=pack)
   cursors = [
@@ -118,7 +118,7 @@ def test_resume_is_as_if_uninterrupted(source, pack, before, after, interleave):
   for host in range(after):
     rows = range(host * B // after, (host + 1) * B // after)
     resumed = stream(source, pack=pack, rows=rows, workers=2, prefetch=3)
-    next(resumed)  # what was made ahead must not survive
+    next(resumed)  # prefetched batches must be dropped
     resumed.restore(cursor)
     streams = [str(r + lane * B) for lane in range(interleave) for r in rows]
     assert merge_cursors([resumed.cursor])["rows"] == {number: cursor["rows"][number] for number in streams}
@@ -127,7 +127,7 @@ def test_resume_is_as_if_uninterrupted(source, pack, before, after, interleave):
 
 
 def segments(batches):
-  """(row, text of a segment's inputs, its positions) in order."""
+  """Yield (row, inputs, labels, positions) of each segment in order."""
   for batch in batches:
     for r, row in enumerate(batch.rows.tolist()):
       numbers = batch.inputs.segments[r]
@@ -136,7 +136,7 @@ def segments(batches):
         yield row, batch.inputs.ids[r][where], batch.labels["nll"][r][where], batch.inputs.positions[r][where]
 
 
-def test_packed_training_gives_every_token_of_every_document_once_an_epoch():
+def test_packed_stream_has_every_token_once_an_epoch():
   source, epochs = documents(20), 3  # 20 documents in 4 rows: an epoch is 5 documents of every row
   tokens = sum(len(TOKENIZER.document(r["text"])) - 1 for r in source)
   batches, _ = take(source, 3 * tokens * epochs // L)
@@ -159,7 +159,7 @@ def test_packed_training_gives_every_token_of_every_document_once_an_epoch():
   assert orders[0] != orders[1] != orders[2]
 
 
-def test_whole_examples_come_uncut_with_their_targets_and_once_an_epoch():
+def test_whole_examples_are_uncut_with_targets_once_an_epoch():
   source = documents(40, longest=60)
   texts = (TOKENIZER.document(record["text"]) for record in source)
   expected = collections.Counter(tuple(w.tolist()) for ids in texts for w in EveryOther().window(ids, L))
@@ -176,12 +176,12 @@ def test_whole_examples_come_uncut_with_their_targets_and_once_an_epoch():
     used.append((batch.inputs.segments > 0).mean())
   assert set(seen) == set(expected)
   epochs = [seen[window] / times for window, times in expected.items()]
-  assert max(epochs) - min(epochs) <= 2  # rows have begun an epoch and not ended it
+  assert max(epochs) - min(epochs) <= 2  # rows are in the middle of an epoch
   assert np.mean(used) > 0.75  # most pieces have 13 tokens, and rows 16
 
 
-def test_rows_are_packed_anew_at_different_steps():
-  """Else all the work of a block of rows would fall on one step, for ever."""
+def test_rows_are_repacked_at_different_steps():
+  """Otherwise one step would do all the packing of every block."""
   made = stream(documents(60), pack="whole")
   ends = []
   for _ in range(40):
@@ -199,7 +199,7 @@ def test_packed_rows_are_full():
 
 @pytest.mark.parametrize("count", [1, 3, 30])
 @pytest.mark.parametrize("hosts", [1, 2])
-def test_evaluation_gives_every_token_once(count, hosts):
+def test_evaluation_has_every_token_once(count, hosts):
   source = documents(count)
   evaluate = lambda rows, n=None: eval_batches(  # noqa: E731
     source, TOKENIZER, NextToken(), batch_size=B, seq_len=L, seed=0, rows=rows, num_batches=n
@@ -218,14 +218,14 @@ def test_evaluation_gives_every_token_once(count, hosts):
   assert pairs == collections.Counter(pair for d in ids for pair in itertools.pairwise(d))
 
 
-def test_unpacked_rows_hold_one_window_each():
+def test_unpacked_rows_have_one_window_each():
   for batch in take(documents(23), 10, pack=False)[0]:
     assert batch.inputs.segments.max() == 1
     for ids, used in zip(batch.inputs.ids, batch.inputs.segments):
       assert (np.diff(used) <= 0).all() and ids[used == 0].sum() == 0
 
 
-def test_a_mixture_draws_by_weight_and_goes_through_each_source():
+def test_mixture_draws_by_weight_and_covers_each_source():
   source = join([documents(50, longest=1), documents(7, longest=1, first="b")], [3, 1])
   batches, cursor = take(source, 300)
   counts = np.array([row[1:] for row in cursor["rows"].values()]).sum(axis=0)
@@ -234,7 +234,7 @@ def test_a_mixture_draws_by_weight_and_goes_through_each_source():
   assert seen["a"] > 2.4 * seen["b"] > 0
 
 
-def test_seeds_and_epochs_differ_in_order_and_in_the_objective_s_draws():
+def test_seeds_and_epochs_have_different_orders_and_draws():
   one, other = (take(documents(23), 3, seed=s)[0][0] for s in (0, 1))
   assert (one.inputs.ids != other.inputs.ids).any()
   single = [b for b in take(documents(1), 40)[0]]
@@ -242,7 +242,7 @@ def test_seeds_and_epochs_differ_in_order_and_in_the_objective_s_draws():
   assert len(set(weights)) == len(weights) > 1
 
 
-def test_documents_without_features_are_skipped_and_a_corpus_of_them_is_an_error():
+def test_documents_without_features_are_skipped():
   tokenizer = bytes_(special=False)
   texts = ["", "a", "", "bc", ""]
   some = Source(5, lambda i: {"text": texts[i]}, "some")
@@ -259,7 +259,7 @@ def test_documents_without_features_are_skipped_and_a_corpus_of_them_is_an_error
     eval_batches(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
 
 
-def test_a_look_ahead_counts_what_gives_no_features():
+def test_look_ahead_counts_records_without_features():
   def look(texts, most):
     source = Source(len(texts), lambda i: {"text": texts[i]}, "some")
     settings = {"streams": 1, "seq_len": 3, "seed": 0}
@@ -267,13 +267,13 @@ def test_a_look_ahead_counts_what_gives_no_features():
 
   assert look(["", "ab", "", "bc", ""], 64) == (3, 5)
   assert look([""] * 9 + ["bc"], 2) == (1, 2)
-  assert look([""] * 9, 4) == (4, 4)  # others may give some
+  assert look([""] * 9, 4) == (4, 4)  # later records may have some
   with pytest.raises(ConfigError, match="none of 9 records gives features; the texts are empty or too short"):
     look([""] * 9, 64)
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_an_error_in_a_thread_surfaces_in_next_and_stays(prefetch):
+def test_error_in_a_thread_is_raised_by_every_next(prefetch):
   def read(index):
     if index == 3:
       raise OSError("disk gone")
@@ -288,7 +288,7 @@ def test_an_error_in_a_thread_surfaces_in_next_and_stays(prefetch):
   assert time.monotonic() - began < 1
 
 
-def test_a_cursor_of_another_run_is_refused():
+def test_cursor_of_another_run_is_refused():
   cursor = stream(documents(9)).cursor
   with pytest.raises(ConfigError, match="batch_size"):
     stream(documents(9), batch_size=2 * B).restore(cursor)
@@ -302,14 +302,14 @@ def test_a_cursor_of_another_run_is_refused():
     merge_cursors([cursor, stream(documents(10)).cursor])
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 70_000])  # the last is beyond what a table is kept for
-def test_an_epoch_is_a_permutation(size):
+@pytest.mark.parametrize("size", [1, 2, 7, 70_000])  # the last one is too large for a table
+def test_permuted_epoch_is_a_permutation(size):
   order = [permuted(i, size, 0, 1) for i in range(size)]
   assert sorted(order) == list(range(size))
   assert size < 7 or order != [permuted(i, size, 0, 2) for i in range(size)] != sorted(order)
 
 
-def test_lanes_take_turns_so_that_neighbouring_batches_hold_other_documents():
+def test_interleaved_neighbouring_batches_share_no_document():
   texts = [chr(33 + i) * 180 for i in range(64)]  # each fills eleven rows
   source = Source(len(texts), lambda i: {"text": texts[i]}, "long")
   open_documents = lambda batch: set(batch.inputs.ids[:, 8].tolist())  # noqa: E731

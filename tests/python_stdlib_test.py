@@ -1,3 +1,5 @@
+"""The dataset python_stdlib: the library itself, its derived tasks, and its preparation."""
+
 import ast
 import collections
 import importlib
@@ -14,40 +16,45 @@ from llmjax.data.source import cache_dir
 from llmjax.data.tfds_source import python_stdlib
 
 
+@pytest.fixture(scope="module")
+def library():
+  return stdlib.documents()
+
+
 @pytest.fixture
 def few(home, monkeypatch):
-  """A library of a few files, so that preparing is quick."""
-  found = [(f"package{i}/module.py", f"value = {i}\n") for i in range(60)]
-  monkeypatch.setattr(stdlib, "documents", lambda: found)
-  monkeypatch.setattr(stdlib, "fingerprint", lambda: f"few{len(found)}")
-  return found
+  """Replace the library by a few files, which are prepared quickly."""
+  records = [(f"package{i}/module.py", f"value = {i}\n") for i in range(60)]
+  monkeypatch.setattr(stdlib, "documents", lambda: records)
+  monkeypatch.setattr(stdlib, "fingerprint", lambda: f"few{len(records)}")
+  return records
 
 
-def test_the_library_holds_source_and_topics_but_no_tests_or_tables():
-  names = [name for name, _ in stdlib.documents()]
+def test_documents_are_source_and_topics_without_tests(library):
+  names = [name for name, _ in library]
   assert "argparse.py" in names and "json/decoder.py" in names and "pydoc_data/topics.py#assert" in names
   assert names == sorted(set(names))
   assert not [n for n in names if stdlib.EXCLUDED & set(n.split("/"))]
   assert "pydoc_data/topics.py" not in names
-  assert sum(len(text) for _, text in stdlib.documents()) > 3_000_000
+  assert sum(len(text) for _, text in library) > 3_000_000
 
 
-def test_splits_are_by_path_and_about_90_5_5():
+def test_splits_are_by_path_and_about_90_5_5_percent():
   counts = collections.Counter(stdlib.split_of(f"package/{i}.py") for i in range(10_000))
   assert abs(counts["train"] - 9000) < 150 and abs(counts["validation"] - 500) < 100
-  assert stdlib.split_of("argparse.py") == stdlib.split_of("argparse.py") == "train"  # and so for ever
+  assert stdlib.split_of("argparse.py") == "train"  # must never change
 
 
-def test_every_file_is_in_exactly_one_split(few, caplog, capfd):
+def test_every_file_is_in_one_split(few, caplog, capfd):
   with caplog.at_level(logging.WARNING):
     records = [r for split in ("train", "validation", "test") for r in python_stdlib(split)]
   assert sorted((r["path"], r["text"]) for r in records) == sorted(few)
-  assert not caplog.records and capfd.readouterr() == ("", "")  # quiet
+  assert not caplog.records and capfd.readouterr() == ("", "")  # no output
 
 
-def test_it_is_prepared_once_for_each_content(few, monkeypatch):
+def test_dataset_is_prepared_once_for_its_content(few, monkeypatch):
   first = python_stdlib("train").fingerprint
-  monkeypatch.setattr(stdlib.PythonStdlib, "_split_generators", None)  # making it again would fail
+  monkeypatch.setattr(stdlib.PythonStdlib, "_split_generators", None)  # preparing it again would fail
   assert python_stdlib("train").fingerprint == first
   assert python_stdlib("train[:50%]").fingerprint != first
   assert [p.name for p in (cache_dir() / "python_stdlib").iterdir()] == ["few60"]
@@ -105,26 +112,29 @@ def abstract():
 '''
 
 
-def test_docstring_pairs():
-  found = list(stdlib.docstring_pairs([("a.py", MODULE), ("b.py", "not python"), ("c.py", MODULE), ("x#topic", "a b")]))
-  assert [(r["name"], r["summary"], r["path"]) for r in found] == [
+def test_docstring_pairs_of_a_module():
+  records = list(
+    stdlib.docstring_pairs([("a.py", MODULE), ("b.py", "not python"), ("c.py", MODULE), ("x#topic", "a b")])
+  )
+  assert [(r["name"], r["summary"], r["path"]) for r in records] == [
     ("first", "Return the first of all things.", "a.py"),
     ("Outer.method", r"Wait for it \o.", "a.py"),
     ("Outer.Inner.deepest", "Do this one thing.", "a.py"),
   ]
-  assert found[0]["docstring"] == "Return the first\nof all things.\n\nAnd more."
+  assert records[0]["docstring"] == "Return the first\nof all things.\n\nAnd more."
   source = '@abc.decorated(\n  1)\ndef first(x):\n  # Why not?\n  return """\n  x""", x'
-  assert found[0]["text"] == source
+  assert records[0]["text"] == source
   method = 'async def method(self):\n    def inner():\n        """This one is a part."""\n    return (inner,\n\t1)'
-  assert found[1]["text"] == method
-  assert found[2]["text"] == "def deepest(self):\n    return 1"
+  assert records[1]["text"] == method
+  assert records[2]["text"] == "def deepest(self):\n    return 1"
 
 
-def test_docstring_pairs_of_the_library_are_python_and_occur_once():
-  found = list(stdlib.docstring_pairs(stdlib.documents()))
-  assert len(found) > 3000
-  assert len({r["summary"] for r in found}) == len({r["text"] for r in found}) == len(found)
-  for record in found:
+@pytest.mark.slow
+def test_docstring_pairs_of_the_library_parse_and_are_unique(library):
+  records = list(stdlib.docstring_pairs(library))
+  assert len(records) > 3000
+  assert len({r["summary"] for r in records}) == len({r["text"] for r in records}) == len(records)
+  for record in records:
     [function] = ast.parse(record["text"]).body
     assert ast.get_docstring(function) is None and record["name"].split(".")[-1] == function.name
 
@@ -139,32 +149,33 @@ def test_pairs_are_in_the_split_of_their_file(few, monkeypatch):
   assert python_stdlib("train", config="docstring_pairs").fingerprint != python_stdlib("train").fingerprint
 
 
-def test_packages_are_classes_where_they_have_enough_functions():
+def test_packages_with_enough_functions_are_classes():
   def functions(name, count):
     return "".join(f"def {name}{i}(x):\n" + "  return x\n" * 4 for i in range(count))
 
-  left_out = "def short(): pass\ndef telling():\n  import many\n" + "  return\n" * 4 + functions("f", 1)
-  found = [
+  omitted = "def short(): pass\ndef telling():\n  import many\n" + "  return\n" * 4 + functions("f", 1)
+  records = [
     ("many/a.py", functions("f", 49)),
-    ("many/b.py", "class C:\n  def method(self):\n" + "    return self\n" * 4 + left_out),
+    ("many/b.py", "class C:\n  def method(self):\n" + "    return self\n" * 4 + omitted),
     ("few/a.py", functions("g", 49)),
     ("module.py", functions("m", 60)),
   ]
-  records = list(stdlib.package(found))
+  records = list(stdlib.package(records))
   assert [r["package"] for r in records] == ["many"] * 50 and records[0]["path"] == "many/a.py#f0"
   assert records[-1]["text"] == "def method(self):\n" + "\n".join(["  return self"] * 4)
 
 
-def test_packages_of_the_library():
-  found = list(stdlib.package(stdlib.documents()))
+@pytest.mark.slow
+def test_packages_of_the_library_are_balanced_classes(library):
+  records = list(stdlib.package(library))
   by_split = collections.defaultdict(collections.Counter)
-  for record in found:
+  for record in records:
     by_split[stdlib.split_of(record["path"])][record["package"]] += 1
   train = by_split["train"]
   assert 8 <= len(train) <= 24 and min(train.values()) >= 40 and sum(train.values()) > 2000
   assert len(set(by_split["validation"])) > len(train) // 2 and set(by_split["validation"]) <= set(train)
-  assert len({r["text"] for r in found}) == len(found)
-  assert all(r["path"].startswith(r["package"] + "/") for r in found)
+  assert len({r["text"] for r in records}) == len(records)
+  assert all(r["path"].startswith(r["package"] + "/") for r in records)
 
 
 TAGGED = """
@@ -191,7 +202,7 @@ f'{go(1)!r:>{w}}':B-STRING
 """
 
 
-def test_tokens_are_tagged_in_iob2():
+def test_tokens_have_iob2_tags():
   for line in TAGGED.strip().split("\n\n"):
     expected = [tuple(pair.rsplit(":", 1)) for pair in line.split()]
     text = " ".join(token for token, _ in expected)
@@ -200,17 +211,24 @@ def test_tokens_are_tagged_in_iob2():
     assert record["text"] == text and record["path"] == "a.py"
 
 
-def test_excerpts_are_whole_lines_of_few_tokens_and_tags_are_a_valid_scheme():
-  documents = stdlib.documents()[::25]
-  found = list(stdlib.tokens(documents))
-  assert len(found) > 50 and max(collections.Counter(r["path"] for r in found).values()) == 12
+def test_token_excerpts_are_whole_short_lines_with_valid_tags(library):
+  documents = library[::25]
+  records = list(stdlib.tokens(documents))
+  assert len(records) > 50 and max(collections.Counter(r["path"] for r in records).values()) == 12
   previous = {f"{kind}-{label}" for kind in "BI" for label in ("IMPORT", "CALL", "STRING", "COMMENT")}
-  for record in found:
+  for record in records:
     assert 0 < len(record["tokens"]) == len(record["tags"]) <= 60
     assert not any(token.split() != [token] for token in record["tokens"])
     for before, tag in zip(["O", *record["tags"]], record["tags"]):
       assert tag[0] != "I" or (before[1:] == tag[1:] and before in previous)
-  assert {tag for r in found for tag in r["tags"]} > {"O", "B-CLASS", "B-FUNCTION", "B-PARAMETER", "I-CALL", "B-NUMBER"}
+  assert {tag for r in records for tag in r["tags"]} > {
+    "O",
+    "B-CLASS",
+    "B-FUNCTION",
+    "B-PARAMETER",
+    "I-CALL",
+    "B-NUMBER",
+  }
   long = "x = [" + "1, " * 40 + "]\n"
   assert [r["text"] for r in stdlib.tokens([("a.py", f"a = 1\n{long}b = 2\n")])] == ["a = 1", "b = 2"]
   assert list(stdlib.tokens([("a.py", "'"), ("topic#a", "a = 1"), ("b.py", "")])) == []
@@ -236,41 +254,42 @@ def g(self, path):
 '''
 
 
-def test_descriptions_of_parameters():
-  found = list(stdlib.params([("a.py", DESCRIBED), ("b.py", DESCRIBED)]))
-  assert {r["id"]: r["answers"][0]["text"] for r in found} == {
+def test_params_are_descriptions_from_docstrings():
+  records = list(stdlib.params([("a.py", DESCRIBED), ("b.py", DESCRIBED)]))
+  assert {r["id"]: r["answers"][0]["text"] for r in records} == {
     "a.py#f#path": "where it is,\n  and more of that",
     "a.py#f#size": "Other than that, size says how much.",
     "a.py#f#rest": "The rest are given on, as is\nusual.",
     "a.py#f#mode": "as in open(), other=3",
   }
-  assert found[0]["question"] == "What is path?" and found[0]["text"] == found[0]["context"]
-  assert found[0]["context"].startswith("def f(path, size=3, *rest, mode, i, both, gone, other):\nOpen the thing.")
+  assert records[0]["question"] == "What is path?" and records[0]["text"] == records[0]["context"]
+  assert records[0]["context"].startswith("def f(path, size=3, *rest, mode, i, both, gone, other):\nOpen the thing.")
 
 
-def test_descriptions_of_the_library_stand_where_they_say():
-  found = list(stdlib.params(stdlib.documents()[::3]))
-  assert len(found) > 300 and len({r["id"] for r in found}) == len(found)
-  for record in found:
+@pytest.mark.slow
+def test_params_of_the_library_are_at_their_offsets(library):
+  records = list(stdlib.params(library[::3]))
+  assert len(records) > 300 and len({r["id"] for r in records}) == len(records)
+  for record in records:
     [answer] = record["answers"]
     start, stop = answer["answer_start"], answer["answer_start"] + len(answer["text"])
     assert record["context"][start:stop] == answer["text"] == answer["text"].strip() != ""
   in_splits = collections.defaultdict(set)
-  for record in found:
+  for record in records:
     in_splits[record["context"]].add(stdlib.split_of(record["path"]))
   assert all(len(splits) == 1 for splits in in_splits.values())
 
 
-def test_the_worse_answer_is_that_of_another_function_of_the_file():
+def test_rejected_answer_is_from_another_function_of_the_file():
   code = "".join(f"def f{i}():\n  'Return the number {i}.'\n  return {i}\n" for i in range(3))
-  alone = "def g():\n  'Do what is due.'\n  return None\n"
-  found = list(stdlib.preferences([("a.py", code), ("b.py", alone)]))
-  assert [(r["text"], r["chosen"], r["rejected"]) for r in found] == [
+  single = "def g():\n  'Do what is due.'\n  return None\n"
+  records = list(stdlib.preferences([("a.py", code), ("b.py", single)]))
+  assert [(r["text"], r["chosen"], r["rejected"]) for r in records] == [
     (f"def f{i}():\n  return {i}", f"Return the number {i}.", f"Return the number {(i + 1) % 3}.") for i in range(3)
   ]
 
 
-def test_every_config_is_read_as_it_was_made(few, monkeypatch):
+def test_every_config_is_read_as_written(few, monkeypatch):
   code = "".join(f"def f{i}(path):\n  'Return NAME {i}. Of path.'\n" + "  return NAME\n" * 5 for i in range(3))
   documents = [(path, code.replace("NAME", path.split("/")[0])) for path, _ in few]
   monkeypatch.setattr(stdlib, "documents", lambda: documents)
@@ -280,18 +299,18 @@ def test_every_config_is_read_as_it_was_made(few, monkeypatch):
     for record in expected:
       if "answers" in record:
         record["answers"] = [{"text": a["text"], "start": a["answer_start"]} for a in record["answers"]]
-    found = [json.dumps(r, sort_keys=True) for r in python_stdlib("train", config=config)]
-    assert found and sorted(found) == sorted(json.dumps(r, sort_keys=True) for r in expected)
+    records = [json.dumps(r, sort_keys=True) for r in python_stdlib("train", config=config)]
+    assert records and sorted(records) == sorted(json.dumps(r, sort_keys=True) for r in expected)
 
 
-def test_a_split_without_records_is_left_out(few, monkeypatch):
+def test_split_without_records_is_omitted(few, monkeypatch):
   monkeypatch.setattr(stdlib, "documents", lambda: [f for f in few if stdlib.split_of(f[0]) == "train"])
   assert len(python_stdlib("train")) == len(stdlib.documents())
   with pytest.raises(ConfigError, match=r"split 'test': .* has train$"):
     python_stdlib("test")
 
 
-def test_slices_and_mistakes(few):
+def test_slices_join_and_unknown_names_are_refused(few):
   whole = [r["path"] for r in python_stdlib("train")]
   assert [r["path"] for s in ("train[:30%]", "train[30%:]") for r in python_stdlib(s)] == whole
   with pytest.raises(ConfigError, match="has train, validation, test"):
@@ -300,14 +319,15 @@ def test_slices_and_mistakes(few):
     python_stdlib("train", config="texts")
 
 
-def test_importing_it_twice_is_no_error():
+def test_module_can_be_reloaded():
   importlib.reload(stdlib)
 
 
-def test_two_processes_may_prepare_it_at_once(home):
+@pytest.mark.full("processes")
+def test_two_processes_prepare_it_at_once(home):
   code = "from llmjax.data.tfds_source import python_stdlib; print(len(python_stdlib('train')))"
   runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=2, text=True) for _ in range(2)]
   sizes = {run.communicate()[0] for run in runs}
   assert len(sizes) == 1 and int(sizes.pop()) > 100
   assert {run.returncode for run in runs} == {0}
-  assert [p.name for p in next((cache_dir() / "python_stdlib").iterdir()).iterdir()] == ["text"]  # and no leftovers
+  assert [p.name for p in next((cache_dir() / "python_stdlib").iterdir()).iterdir()] == ["text"]  # no temporary files

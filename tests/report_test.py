@@ -1,4 +1,4 @@
-"""A report tells what was logged, whatever the names are, stands alone, and never fails on odd numbers."""
+"""The report of a run: its contents, a page without links, and unusual names and numbers."""
 
 import itertools
 import json
@@ -17,7 +17,12 @@ PROMPT = "def f(x):\n"
 
 
 def write_run(workdir, curves, samples=(), config=None):
-  """curves: {name: {step: value}}; samples: (step, text) pairs."""
+  """Write a run.
+
+  Args:
+    curves: {name: {step: value}}.
+    samples: (step, text) pairs.
+  """
   writer = Writer(workdir, tensorboard=False)
   for name, values in curves.items():
     for step, value in values.items():
@@ -48,7 +53,7 @@ def workdir(tmp_path):
   )
 
 
-def test_the_summary_ranks_the_run_among_the_yardsticks(workdir):
+def test_summary_ranks_the_run_among_the_baselines(workdir):
   text = report.summary(workdir)
   ranks = [text.index(word) for word in ("1.625", "→ this run, held-out", "2.250")]
   assert ranks == sorted(ranks)
@@ -58,7 +63,7 @@ def test_the_summary_ranks_the_run_among_the_yardsticks(workdir):
   assert f"generate --model='{workdir}' --prompt='def f(x):'" in text
 
 
-def test_each_yardstick_stands_beside_what_it_measures(tmp_path):
+def test_baselines_are_shown_with_their_metric(tmp_path):
   run = {"train/loss": 5.0, "eval/heldout/loss": 2.5, "eval/heldout/contrastive/loss": 1.0, "eval/pairs/mrr": 0.25}
   run |= {"eval/heldout/masked_accuracy": 0.5, "train/contrastive/accuracy": 1.0}
   sticks = {"unigram_loss": 6.0, "unigram_accuracy": 0.125, "bm25_mrr": 0.75}
@@ -77,7 +82,7 @@ def test_each_yardstick_stands_beside_what_it_measures(tmp_path):
   assert "Held-out loss, less is better" in report.write_report(tmp_path)[1].read_text()
 
 
-def test_the_picture_is_1600_wide_and_the_page_stands_alone(workdir):
+def test_report_png_is_1600_wide_and_page_has_no_links(workdir):
   png, page = report.write_report(workdir)
   assert png.read_bytes()[:4] == b"\x89PNG"
   assert struct.unpack(">I", png.read_bytes()[16:20]) == (1600,)
@@ -96,10 +101,10 @@ def test_the_picture_is_1600_wide_and_the_page_stands_alone(workdir):
   Links().feed(text)
 
 
-def test_labels_and_tables_give_the_same_last_number(workdir):
+def test_final_table_has_the_numbers_of_the_labels(workdir):
   run = report.load(workdir)
-  who, rows = report.finals(run)
-  assert who == ["train", "heldout"]
+  columns, rows = report.finals(run)
+  assert columns == ["train", "heldout"]
   table = {row[0]: row[1:] for row in rows}
   assert table["bits_per_byte"] == [
     plots.number(plots.last(run.curves["train/bits_per_byte"][1], "bits_per_byte")),
@@ -121,27 +126,27 @@ def test_labels_and_tables_give_the_same_last_number(workdir):
   ],
   ids=["a point", "nan", "negative", "odd names", "zeros", "equal levels", "many"],
 )
-def test_any_names_and_numbers_make_a_report(tmp_path, curves):
+def test_report_is_written_for_unusual_names_and_numbers(tmp_path, curves):
   png, page = report.write_report(write_run(tmp_path, curves))
   assert png.stat().st_size > 1000 and page.stat().st_size > 1000
   assert "last numbers" in report.summary(tmp_path)
 
 
 @pytest.mark.parametrize(
-  "curves, words",
+  "curves, message",
   [
     ({}, "empty"),
     ({"yardstick/gzip": {0: 2.0}}, "yardsticks only"),
     ({"train/loss": {1: math.nan}}, "no finite number"),
   ],
 )
-def test_nothing_to_report_is_one_clear_line(tmp_path, curves, words):
-  with pytest.raises(ConfigError, match=words) as error:
+def test_report_without_curves_is_one_line_error(tmp_path, curves, message):
+  with pytest.raises(ConfigError, match=message) as error:
     report.write_report(write_run(tmp_path, curves))
   assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_missing_folders_and_broken_files_are_one_clear_line(tmp_path, workdir):
+def test_report_of_missing_or_broken_files_is_one_line_error(tmp_path, workdir):
   with pytest.raises(ConfigError, match="does not exist"):
     report.summary(tmp_path / "no")
   with pytest.raises(ConfigError, match=r"has no metrics\.jsonl"):
@@ -151,14 +156,14 @@ def test_missing_folders_and_broken_files_are_one_clear_line(tmp_path, workdir):
     report.summary(workdir)
 
 
-def test_smoothing_keeps_a_line_a_constant_and_the_first_value():
+def test_smooth_keeps_lines_and_constants():
   assert plots.smooth([2.0] * 100) == pytest.approx([2.0] * 100)
   line = [float(i) for i in range(100)]
   assert plots.smooth(line)[:90] == pytest.approx(line[:90])
-  assert plots.smooth([math.nan, *line])[1:3] == pytest.approx([0.5, 1.5])  # the means of 0 1 and of 0 1 2 3
+  assert plots.smooth([math.nan, *line])[1:3] == pytest.approx([0.5, 1.5])  # the means of (0, 1) and of (0, 1, 2, 3)
 
 
-def test_spread_labels_keep_order_and_distance():
+def test_spread_keeps_order_and_minimum_distance():
   heights = [0.5, 0.5, 0.99, 0.1, 0.51, 0.98]
   out = plots.spread(heights, 0.1)
   order = sorted(range(6), key=lambda i: (heights[i], i))

@@ -1,3 +1,5 @@
+"""Sources of records: text, tables, TFDS, mixtures, and their error messages."""
+
 import contextlib
 import importlib
 import itertools
@@ -33,7 +35,7 @@ def write(home):
   return write
 
 
-def test_slices_partition_whatever_the_size():
+def test_slices_partition_any_size():
   for size in range(1, 200):
     for cut in ("10%", "33%", "90%", "99.5%", "7"):
       sizes = []
@@ -47,7 +49,7 @@ def test_slices_partition_whatever_the_size():
   assert select("train[100:200]", 150) == (100, 150) and select("[-10%:]", 50) == (45, 50)
 
 
-def test_documents_paragraphs_and_lines(write, home):
+def test_text_reads_documents_paragraphs_and_lines(write, home):
   write("a/1.txt", "one\n\n  two\nthree  \r\n \t\r\nfour")
   write("a/b/2.txt", "five\r\n\n\nsix\n")
   write("a/b/empty.txt", "")
@@ -58,7 +60,7 @@ def test_documents_paragraphs_and_lines(write, home):
   assert texts("text", "[1:3]", files=files, records="line") == ["  two", "three  "]
 
 
-def test_a_long_document_is_cut_at_line_ends_and_never_inside_a_character(write):
+def test_long_document_is_cut_at_lines_and_between_characters(write):
   content = "é" * 100 + "\n" + "line of words\n" * 30 + "日" * 50
   pieces = texts("text", files=write("a.txt", content), max_bytes=64)
   assert "".join(pieces) == content and max(len(p.encode()) for p in pieces) <= 64
@@ -66,7 +68,7 @@ def test_a_long_document_is_cut_at_line_ends_and_never_inside_a_character(write)
 
 
 @pytest.mark.parametrize("records", ["paragraph", "line"])
-def test_spans_agree_with_a_simple_reading(write, records):
+def test_text_records_equal_a_simple_implementation(write, records):
   rng = np.random.default_rng(0)
   for i in range(60):
     content = "".join(rng.choice(["\n", "\r\n", " ", "\t", "a", "é", "\n\n"], 40)) + "z"
@@ -84,10 +86,10 @@ def test_spans_agree_with_a_simple_reading(write, records):
 
 
 @pytest.mark.parametrize("alphabet", ["abc\n", "aé日🙂"])
-def test_chunks_make_every_character_but_the_first_a_label_once(write, alphabet):
+def test_chunks_cover_every_character_once(write, alphabet):
   rng = np.random.default_rng(0)
   content = "".join(rng.choice(list(alphabet), 1000))
-  halves = write("1.txt", content[:300]), write("2.txt", content[300:])  # chunks pass over ends of files
+  halves = write("1.txt", content[:300]), write("2.txt", content[300:])  # chunks span files
   pieces = texts("text", files=halves, records="chunk", chunk=65, overlap=1)
   assert pieces[0][0] + "".join(piece[1:] for piece in pieces) == content
   if alphabet.isascii():
@@ -101,14 +103,14 @@ def test_chunks_make_every_character_but_the_first_a_label_once(write, alphabet)
   assert len(train.whole) == len(open_("text", files=halves, records="chunk", chunk=9))
 
 
-def test_named_splits(write):
+def test_text_reads_named_splits(write):
   files = {"train": (write("a", "x"), write("b", "y")), "test": write("c", "z")}
   assert texts("text", files=files) == ["x", "y"] and texts("text", "test", files=files) == ["z"]
   with pytest.raises(ConfigError, match="has train, test"):
     open_("text", "validation", files=files)
 
 
-def test_jsonl(write):
+def test_jsonl_reads_the_text_field(write):
   path = write("a.jsonl", '{"body": "one", "n": 1}\n\n  \n{"body": "tw\\u00f6"}\r\n{"body": ""}')
   assert [r["text"] for r in open_("jsonl", files=path, text="body")] == ["one", "twö", ""]
   assert open_("jsonl", files=path, text="body")[0] == {"body": "one", "n": 1, "text": "one"}
@@ -124,13 +126,13 @@ def test_jsonl(write):
     ('{"text": "\\ud800"}', r"a\.jsonl:3: 'text' holds half a surrogate pair"),
   ],
 )
-def test_a_bad_line_is_named(write, line, message):
+def test_jsonl_error_names_the_line(write, line, message):
   path = write("a.jsonl", '{"text": "one"}\n\n' + line + '\n{"text": "two"}')
   with pytest.raises(ConfigError, match=message):
     open_("jsonl", files=path)[1]
 
 
-def test_jsonl_without_one_text(write):
+def test_jsonl_without_text_reads_the_columns(write):
   path = write("a.jsonl", '{"q": "wie", "n": [1, {"a": "\\u00f6"}]}\n{"q": "ja", "n": null}')
   assert list(open_("jsonl", files=path, text=None, columns=("q", "n"))) == [
     {"q": "wie", "n": [1, {"a": "ö"}]},
@@ -144,7 +146,7 @@ def test_jsonl_without_one_text(write):
     open_("jsonl", files=write("b.jsonl", '{"q": "a", "n": [{"x": "\\ud800"}]}'), text=None)
 
 
-def test_the_text_of_any_record():
+def test_text_of_joins_the_strings_of_a_record():
   assert text_of({"text": "this", "title": "that"}) == "this"
   assert text_of({"tokens": ["a", "b"], "tags": ["O", "X"]}) == "a b\nO X"
   chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "n": 3, "text": None}
@@ -152,7 +154,7 @@ def test_the_text_of_any_record():
   assert text_of({"label": 1}) == ""
 
 
-def test_a_thinned_source_keeps_labels_and_needs_no_text():
+def test_thin_keeps_labels_and_needs_no_text():
   labels = {"label": ("no", "yes")}
   source = Source(100, lambda i: {"words": [f"{i:05d}"] * 2}, "words", labels=labels)
   some = thin(source, 110)
@@ -162,7 +164,7 @@ def test_a_thinned_source_keeps_labels_and_needs_no_text():
   assert join([source, other], (1, 1)).labels == join([source, Source(1, lambda i: {}, "x")], (1, 1)).labels == {}
 
 
-def test_csv_and_files_of_any_kind_by_their_name(write, home):
+def test_csv_and_files_by_suffix_read_their_column(write, home):
   rows = "".join(f'{i},"line {i}\nand ""more""",x\n' for i in range(10))
   path = write("a.csv", "number,review,other\n" + rows)
   source = open_("csv", "[:90%]", files=path, text="review", columns=("number",))
@@ -178,7 +180,7 @@ def test_csv_and_files_of_any_kind_by_their_name(write, home):
   assert texts == ["hello, world", "one", "plain"]
 
 
-def test_columns_without_one_text(write, home):
+def test_columns_are_read_without_text(write, home):
   import pyarrow
   from pyarrow import parquet
 
@@ -187,11 +189,11 @@ def test_columns_without_one_text(write, home):
   path = str(home / "a.parquet")
   for name in ("parquet", "files"):
     text = {"text": None} if name == "parquet" else {"column": None}
-    found = list(open_(name, files=path, columns=("tokens", "tags", "n"), **text))
-    assert found == [{"tokens": ["a", "é"], "tags": [0, 3], "n": 1.5}, {"tokens": [], "tags": [], "n": None}]
+    records = list(open_(name, files=path, columns=("tokens", "tags", "n"), **text))
+    assert records == [{"tokens": ["a", "é"], "tags": [0, 3], "n": 1.5}, {"tokens": [], "tags": [], "n": None}]
   rows = write("a.csv", "premise,label\nyes,1\n,0\n")
-  found = list(open_("csv", files=rows, text=None, columns=("label", "premise")))
-  assert found == [{"label": "1", "premise": "yes"}, {"label": "0", "premise": ""}]
+  records = list(open_("csv", files=rows, text=None, columns=("label", "premise")))
+  assert records == [{"label": "1", "premise": "yes"}, {"label": "0", "premise": ""}]
   with pytest.raises(ConfigError, match=r"columns is empty.*give some of .*a\.csv: premise, label"):
     open_("files", files=rows, column=None)
   with pytest.raises(ConfigError, match=r"a\.parquet: no column 'tag' \(data\.corpus\.columns\); did you mean `tags`"):
@@ -199,8 +201,8 @@ def test_columns_without_one_text(write, home):
   assert fields(path) == ["tokens", "tags", "n", "unused"] and fields(rows) == ["premise", "label"]
 
 
-def test_files_of_splits_and_in_an_order_of_chance(write):
-  rows = [{"label": i // 50, "n": i} for i in range(100)]  # sorted, as such files may be
+def test_files_shuffle_mixes_splits_reproducibly(write):
+  rows = [{"label": i // 50, "n": i} for i in range(100)]  # sorted, as files often are
   path = write("a.jsonl", "\n".join(map(json.dumps, rows)))
   spec = {"column": None, "columns": ("label",), "shuffle": True}
   train, held_out = (list(open_("files", split, files=path, **spec)) for split in ("[:90%]", "[90%:]"))
@@ -219,23 +221,23 @@ def test_files_of_splits_and_in_an_order_of_chance(write):
   assert len(open_("files", files=write("c.jsonl", '{"text": "a"}\n{"text": "b"}'), columns=("id",))) == 2
 
 
-def test_records_have_a_place_in_their_files(write):
+def test_place_names_file_and_line_of_a_record(write):
   lines = write("a.jsonl", "\n\n" + "\n".join(f'{{"text": "{i}", "n": {i}}}' for i in range(9)))
   more = write("b.jsonl", '{"text": "9", "n": 9}')
   for spec in ({"split": "[50%:]"}, {"split": "[50%:]", "shuffle": True}):
-    found = open_("files", spec.pop("split"), files=(lines, more), **spec)
-    for i, record in enumerate(found):
+    records = open_("files", spec.pop("split"), files=(lines, more), **spec)
+    for i, record in enumerate(records):
       expected = f"{more}:1" if record["n"] == 9 else f"{lines}:{3 + record['n']}"
-      assert found.place(i) == expected and join([thin(found, 10**6)], [1]).place(i) == expected
+      assert records.place(i) == expected and join([thin(records, 10**6)], [1]).place(i) == expected
   rows = write("c.csv", "text\n" + "\n".join("abcd"))
-  found = open_("files", "[1:]", files=rows, shuffle=True)
-  assert [found.place(i) for i in range(3)] == [
-    f"record {'abcd'.index(record['text'])} (from 0) of {rows}" for record in found
+  records = open_("files", "[1:]", files=rows, shuffle=True)
+  assert [records.place(i) for i in range(3)] == [
+    f"record {'abcd'.index(record['text'])} (from 0) of {rows}" for record in records
   ]
   assert Source(1, lambda i: {}, "x").place(0) == "record 0 (from 0)"
 
 
-def test_an_ending_that_nobody_knows_is_no_table(write):
+def test_unknown_suffix_is_text_and_not_a_table(write):
   path = write("a.out", "text,label\nx,1\n")
   with pytest.raises(ConfigError, match=r"a\.out' is plain text by its ending, .* reads 'label'; known are \.jsonl, "):
     open_("files", files=path, column=None, columns=("label",))
@@ -244,7 +246,7 @@ def test_an_ending_that_nobody_knows_is_no_table(write):
     open_("files", files=write("h.csv", "text,label\n"), column=None, columns=("label",))
 
 
-def test_parquet(write, home):
+def test_parquet_reads_rows_of_several_files(write, home):
   import pyarrow
   from pyarrow import parquet
 
@@ -253,7 +255,7 @@ def test_parquet(write, home):
     table = pyarrow.table({"text": some, "other": range(len(some)), "unused": some})
     parquet.write_table(table, home / f"{name}.parquet", row_group_size=100)
   files = str(home / "*.parquet")
-  for _ in range(2):  # converted, then from the cache
+  for _ in range(2):  # converted, then read from the cache
     source = open_("parquet", "train[:90%]", files=files, columns=("other",))
     assert [r["text"] for r in source] == rows[:855] and source[600] == {"text": "text 600", "other": 100}
   with pytest.raises(ConfigError, match=r"no column 'txt'.*did you mean `text`"):
@@ -264,7 +266,7 @@ def test_parquet(write, home):
     open_("parquet", files=write("bad.parquet", "no"))
 
 
-def test_array_record(write, home):
+def test_array_record_reads_text_and_json(write, home):
   from array_record.python.array_record_module import ArrayRecordWriter
 
   def records(name, contents):
@@ -287,7 +289,7 @@ def test_array_record(write, home):
     open_("array_record", files=write("no.array_record", "no"))
 
 
-def test_fingerprints_follow_content_and_selection(write):
+def test_fingerprint_depends_on_content_and_selection(write):
   path = write("a.txt", "one\ntwo\n")
   first = open_("text", files=path, records="line").fingerprint
   assert open_("text", files=write("b.txt", "one\ntwo\n"), records="line").fingerprint == first
@@ -297,7 +299,7 @@ def test_fingerprints_follow_content_and_selection(write):
   assert len({first, *others}) == 4
 
 
-def test_a_mixture_holds_its_parts(write):
+def test_mixture_has_components_and_weights(write):
   sources = {
     "one": {"weight": 3, "name": "text", "files": write("a", "1\n2"), "records": "line"},
     "two": {"weight": 1, "name": "text", "files": write("b", "3\n4\n5"), "records": "line", "split": "[1:]"},
@@ -318,7 +320,7 @@ def test_a_mixture_holds_its_parts(write):
   ("content", "offset"),
   [(b"abc\xff", 3), (b"\x80", 0), ("日本".encode()[:-1], 3), (b"x" * (1 << 24) + b"\xe9 ", 1 << 24)],
 )
-def test_text_that_is_not_utf8_is_told_with_its_place(write, content, offset):
+def test_invalid_utf8_is_refused_with_its_offset(write, content, offset):
   with pytest.raises(ConfigError, match=rf"bad\.txt: byte {offset} is not UTF-8"):
     open_("text", files=write("bad.txt", content))
 
@@ -338,7 +340,7 @@ def test_text_that_is_not_utf8_is_told_with_its_place(write, content, offset):
     ({"files": "FULL", "split": "[:10%]"}, "selects none of 1 records"),
   ],
 )
-def test_mistakes_are_told_in_one_line(write, spec, message):
+def test_wrong_text_spec_is_one_line_error(write, spec, message):
   paths = {"EMPTY": write("e", ""), "BLANK": write("w", " \n\n"), "FULL": write("f", "some text")}
   spec = {"split": "train", **spec, "files": paths.get(spec["files"], spec["files"])}
   with pytest.raises(ConfigError, match=message) as caught:
@@ -346,7 +348,7 @@ def test_mistakes_are_told_in_one_line(write, spec, message):
   assert "\n" not in str(caught.value)
 
 
-def test_tfds_folders(home):
+def test_tfds_folder_is_read(home):
   import tensorflow_datasets as tfds
 
   with tfds.core.registered.skip_registration():
@@ -367,15 +369,15 @@ def test_tfds_folders(home):
   builder = Tiny(data_dir=str(home), file_format="array_record")
   builder.download_and_prepare()
   folder = builder.data_path
-  found = texts("tfds", "train[:10]", folder=str(folder), text="line")
-  assert len(set(found)) == 10 and set(found) < {f"é{i}" for i in range(20)}
+  records = texts("tfds", "train[:10]", folder=str(folder), text="line")
+  assert len(set(records)) == 10 and set(records) < {f"é{i}" for i in range(20)}
   with pytest.raises(ConfigError, match=r"'text' is no field of tiny/1\.0\.0; "):
     open_("tfds", folder=str(folder))
   with pytest.raises(ConfigError, match=r"tiny/1\.0\.0 has train, test"):
     open_("tfds", "validation", folder=str(folder), text="line")
 
 
-def test_tfds_gives_names_of_classes_strings_and_one_form_of_answers(home):
+def test_tfds_records_have_class_names_and_python_types(home):
   import tensorflow_datasets as tfds
 
   features = {
@@ -408,16 +410,16 @@ def test_tfds_gives_names_of_classes_strings_and_one_form_of_answers(home):
   builder = Labelled(data_dir=str(home), file_format="array_record")
   builder.download_and_prepare()
   train, test, one = (open_tfds(s, folder=str(builder.data_path), text=None) for s in ("train", "test", "one"))
-  found = [{"text": "é", "start": 3}, {"text": "né", "start": 2}]
-  assert train[0] == {**full, "label": "good", "tags": ["O", "B-é"], "answers": found}
-  assert test[0] == {**hidden, "label": None} and one[0] == {**train[0], "answers": found[:1]}
-  assert json.loads(json.dumps(train[0])) == train[0]  # nothing but Python's own types
+  records = [{"text": "é", "start": 3}, {"text": "né", "start": 2}]
+  assert train[0] == {**full, "label": "good", "tags": ["O", "B-é"], "answers": records}
+  assert test[0] == {**hidden, "label": None} and one[0] == {**train[0], "answers": records[:1]}
+  assert json.loads(json.dumps(train[0])) == train[0]  # only Python's own types
   assert train.labels == {"label": ("bad", "good"), "tags": ("O", "B-é")}
   with pytest.raises(ConfigError, match=r"text='labels' is no field of .*`label`.*None"):
     open_tfds("train", folder=str(builder.data_path), text="labels")
 
 
-def test_mistakes_with_tfds(home):
+def test_wrong_tfds_spec_is_refused(home):
   with pytest.raises(ConfigError, match="did you mean `lm1b`"):
     open_("tfds", dataset="lm1bb", data_dir=str(home))
   with pytest.raises(ConfigError, match="holds no prepared TFDS dataset"):
@@ -426,13 +428,13 @@ def test_mistakes_with_tfds(home):
     open_("tfds")
 
 
-def test_corpora_are_datasets_of_tfds_with_their_fields(home):
+def test_corpora_exist_in_tfds_with_their_fields(home):
   import tensorflow_datasets
 
   for name, entry in CORPORA.items():
     corpus = entry["corpus"]
     if corpus["name"] == "tfds":
-      with contextlib.suppress(ImportError):  # registered as far as the packages that they need are there
+      with contextlib.suppress(ImportError):  # registered if the packages they need are installed
         for collection in ("text", "summarization", "translate", "question_answering"):
           importlib.import_module(f"tensorflow_datasets.{collection}")
       builder = tensorflow_datasets.builder(corpus["dataset"], data_dir=str(home))
@@ -444,17 +446,17 @@ def test_corpora_are_datasets_of_tfds_with_their_fields(home):
     assert "text" in features or "text" in corpus, name
 
 
-def test_a_corpus_of_short_records_shortens_rows(home):
+def test_corpus_of_short_records_has_shorter_rows(home):
   for argument, seq_len in (("", 256), (",corpus=lm1b", 128), (",corpus=c4", 256), (",debug,corpus=lm1b", 32)):
     config = load_config([f"--config=gpt:size=nano{argument}"])
     assert config.seq_len == seq_len
   longer = load_config(["--config=gpt:corpus=lm1b", "--config.seq_len=200", "--config.data.train=train[:1%]"])
   assert longer.seq_len == 200 and longer.data.train == "train[:1%]" and longer.data.eval == "test"
   config = load_config(["--config=gpt:corpus=lm1b"])
-  assert config.seq_len * config.batch_size == 2048  # the tokens of a batch stay what they are
+  assert config.seq_len * config.batch_size == 2048  # the tokens per batch do not change
 
 
-def test_a_cache_entry_is_whole_or_absent(home):
+def test_cached_entry_is_complete_or_absent(home):
   def fail(path):
     path.write_text("half")
     raise OSError("disk full")

@@ -1,4 +1,4 @@
-"""Trials of a sweep side by side: each ends as it must, nothing is lost or run twice, whatever is interrupted."""
+"""Parallel trials of a sweep: how each ends, and that interruptions lose and repeat nothing."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from llmjax.config import ConfigError
 from llmjax.sweeps import jobs as joblib
 from llmjax.sweeps import pool
 
-# Stands for `llmjax train`: notes that it ran, and ends as its trial is called.
+# In place of `llmjax train`: record the attempt, then end as the name of the trial demands.
 TRIAL = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).removeprefix("--workdir="))
@@ -61,19 +61,19 @@ def attempts(job):
   return len((job.folder / "attempts").read_text())
 
 
-def test_trials_run_side_by_side_and_each_ends_as_it_must(started):
-  most = []
+def test_pool_runs_trials_in_parallel_and_records_their_ends(started):
+  running = []
   jobs = started(
-    "a", "fails", "dies_once", "dies", seen=lambda jobs: most.append(sum(j.state == "running" for j in jobs))
+    "a", "fails", "dies_once", "dies", seen=lambda jobs: running.append(sum(j.state == "running" for j in jobs))
   )
   assert {kind: job.state for kind, job in jobs.items()} == {
     **{"a": "finished", "fails": "failed", "dies_once": "finished", "dies": "failed"}
   }
   assert {kind: attempts(job) for kind, job in jobs.items()} == {"a": 1, "fails": 1, "dies_once": 2, "dies": 3}
-  assert jobs["fails"].error == "llmjax: optim.lr is too high" and max(most) == 2
+  assert jobs["fails"].error == "llmjax: optim.lr is too high" and max(running) == 2
 
 
-def test_machines_of_a_slot_are_ended_when_its_trials_are_over(started, monkeypatch, tmp_path):
+def test_machines_of_a_slot_are_deleted_after_its_trials(started, monkeypatch, tmp_path):
   script = tmp_path / "end.py"
   script.write_text("import sys; open(sys.argv[0] + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')")
   ending = [["end.py", word, "--name={sweep}-{slot}"] for word in ("stop", "delete")]
@@ -84,7 +84,7 @@ def test_machines_of_a_slot_are_ended_when_its_trials_are_over(started, monkeypa
   assert script.with_name("end.py.log").read_text() == "".join(words)
 
 
-def test_what_a_launcher_cannot_say_is_no_verdict(started):
+def test_unknown_exit_closes_the_slot_and_resumes_later(started):
   with pytest.raises(ConfigError, match="nothing is lost: the same command goes on"):
     started("a", "unsure", "b", max_parallel=1)
   jobs = started("a", "unsure", "b")
@@ -92,7 +92,7 @@ def test_what_a_launcher_cannot_say_is_no_verdict(started):
   assert all(job.state == "finished" for job in jobs.values())
 
 
-def test_what_may_still_be_at_work_elsewhere_goes_on_in_its_own_slot(monkeypatch, tmp_path):
+def test_open_trials_are_paired_with_their_previous_slots(monkeypatch, tmp_path):
   def job(name, slot, **state):
     made = joblib.Job(name, {}, [], tmp_path / name, **state)
     made.folder.mkdir()
@@ -106,13 +106,13 @@ def test_what_may_still_be_at_work_elsewhere_goes_on_in_its_own_slot(monkeypatch
     return [(place.number, job.name) for place, job in pool.pair(jobs, places, busy, sticky)]
 
   assert paired((), True) == [(1, "b"), (4, "c"), (0, "new"), (2, "d")]
-  assert paired((1, 2), True) == [(4, "c"), (0, "new")]  # and b waits
+  assert paired((1, 2), True) == [(4, "c"), (0, "new")]  # b waits
   assert paired((), False) == [(0, "new"), (1, "b"), (2, "c")]
 
 
-def test_machines_of_trials_that_an_earlier_call_has_left_are_ended_too(started, monkeypatch, tmp_path):
+def test_machines_left_by_an_earlier_call_are_deleted(started, monkeypatch, tmp_path):
   jobs = started("a", "b")
-  joblib.write_record(jobs["b"], None)  # a crash: nobody heard how it ended
+  joblib.write_record(jobs["b"], None)  # a crash: how it ended is not recorded
   (jobs["b"].folder / joblib.LOCK).write_text("3")
   ended = []
   monkeypatch.setitem(pool.ENDING, "fake", [["end.py", "{slot}"]])
@@ -121,7 +121,7 @@ def test_machines_of_trials_that_an_earlier_call_has_left_are_ended_too(started,
   assert ended == ["3"] and attempts(jobs["b"]) == 2
 
 
-def test_names_of_machines_are_of_one_sweep_alone():
+def test_machine_names_are_unique_to_a_sweep():
   first, other, third = (
     pool.name(Path(path), place)
     for path, place in (("/a/runs/Width 2", None), ("/b/runs/Width 2", None), ("/a/runs/Width 2", "gs://b"))
@@ -130,7 +130,7 @@ def test_names_of_machines_are_of_one_sweep_alone():
   assert len(pool.name(Path("/" + "long" * 30), None)) <= 29
 
 
-def test_a_second_call_runs_what_is_not_finished(started):
+def test_second_call_runs_only_unfinished_trials(started):
   started("a", "fails")
   jobs = started("a", "fails", "b")
   assert [attempts(job) for job in jobs.values()] == [1, 1, 1] and jobs["fails"].state == "failed"
@@ -139,7 +139,7 @@ def test_a_second_call_runs_what_is_not_finished(started):
   assert attempts(started("b")["b"]) == 2
 
 
-def test_a_trial_with_another_config_is_refused_and_one_with_more_steps_goes_on(started):
+def test_changed_config_is_refused_unless_only_steps_are_added(started):
   jobs = started("a")
   joblib.write_record(jobs["a"], None)  # a crash in the middle
   with pytest.raises(ConfigError, match="another config"):
@@ -151,7 +151,7 @@ def test_a_trial_with_another_config_is_refused_and_one_with_more_steps_goes_on(
       started("a", **facts)
 
 
-def test_an_interrupt_lets_trials_save_and_the_next_call_goes_on(started):
+def test_interrupted_pool_lets_trials_save_and_resumes(started):
   timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
   timer.start()
   with pytest.raises(KeyboardInterrupt, match="same command goes on"):
@@ -161,8 +161,8 @@ def test_an_interrupt_lets_trials_save_and_the_next_call_goes_on(started):
   assert all(job.state == "finished" for job in jobs.values())
 
 
-def test_a_trial_that_goes_on_without_its_sweep_is_waited_for_and_keeps_its_slot(started, tmp_path):
-  started("fails")  # its record says so, but it is running again
+def test_orphaned_trial_keeps_its_slot_until_it_ends(started, tmp_path):
+  started("fails")  # recorded as failed, but running again
   folder = tmp_path / "sweep" / "kind=fails"
   (folder / joblib.LOCK).write_text("1")
   lock = open(folder / joblib.LOCK, "a")
@@ -177,7 +177,7 @@ def test_a_trial_that_goes_on_without_its_sweep_is_waited_for_and_keeps_its_slot
   assert (jobs["a"].folder / joblib.LOCK).read_text() == "0"
 
 
-def test_accelerators_are_shared_out(monkeypatch):
+def test_slots_share_the_visible_accelerators(monkeypatch):
   monkeypatch.setattr(pool.Path, "glob", lambda path, _: map(Path, "abcd") if "nvidia" in str(path) else iter(()))
   for name in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
     monkeypatch.delenv(name, raising=False)

@@ -1,6 +1,6 @@
-"""Trials of a sweep in a queue: whatever happens between two looks, each is submitted once and ends as it must.
+"""Trials of a sweep in a queue: each is submitted once and recorded, whatever happens between two queries.
 
-A script stands for launch/slurm.py: a trial that is queued runs at the second look at it.
+A script stands for launch/slurm.py: a queued trial runs at the second query.
 """
 
 import json
@@ -27,19 +27,19 @@ if sys.argv[1] == "array":
     file.write(",".join(new) + " " + sys.argv[-1] + "\\n")
   lines += [f"{name} 1" for name in new]
 else:
-  looked = []
-  for name, looks in map(str.split, lines):
+  remaining = []
+  for name, polls in map(str.split, lines):
     folder = here / "sweep" / name
     folder.mkdir(parents=True, exist_ok=True)
-    if looks == "0":
+    if polls == "0":
       with open(folder / "log.txt", "a") as log:
-        log.write("-- job 1 on n, start 1\\nsaid\\n-- job 1 ended with 0 after 7 seconds\\n")
+        log.write("-- job 1 on n, start 1\\nlog line\\n-- job 1 ended with 0 after 7 seconds\\n")
       if not name.startswith("fails"):
         (folder / "done").write_text(" ")
     else:
-      looked.append(f"{name} 0")
+      remaining.append(f"{name} 0")
       print(name)
-  lines = looked
+  lines = remaining
 queue.write_text("".join(line + "\\n" for line in lines))
 """
 FACTS = {"steps": 5, "config": "c"}
@@ -47,7 +47,7 @@ FACTS = {"steps": 5, "config": "c"}
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-  """A function that follows trials to their end, with `submitted` and `troubles`, an x for each call that fails."""
+  """A function that follows trials to their end; `troubles` has an x for each call of the script that fails."""
   (tmp_path / "slurm.py").write_text(SCRIPT)
   monkeypatch.setattr(queuelib, "launch_script", lambda name: tmp_path / "slurm.py")
   monkeypatch.setattr(queuelib, "at_its_end", lambda job: (job.folder / "done").exists())
@@ -68,28 +68,28 @@ def queue(tmp_path, monkeypatch):
   return follow
 
 
-def test_trials_are_submitted_once_and_followed_to_their_end(queue):
+def test_queue_submits_trials_once_and_records_their_ends(queue):
   ended = {"a": ("finished", 7.0), "fails": ("failed", 7.0)}
   assert queue("a", "fails") == ended and queue.submitted() == ["a,fails"]
   assert queue("a", "fails") == ended and queue.submitted() == ["a,fails"]
   record = json.loads((queue.folder / "sweep" / "fails" / joblib.TRIAL).read_text())
-  assert record["error"] == "left the queue before its end: said"
+  assert record["error"] == "left the queue before its end: log line"
   queue("a", "fails", "b", retry=True)
   assert queue.submitted() == ["a,fails", "fails,b"]
 
 
-def test_what_was_refused_is_submitted_by_the_next_call(queue):
+def test_refused_trial_is_submitted_by_the_next_call(queue):
   with pytest.raises(ConfigError, match="could not submit"):
-    queue("a", troubles=".x")  # a look, then sbatch
+    queue("a", troubles=".x")  # a query, then sbatch
   assert queue("a")["a"][0] == "finished" and queue.submitted() == ["a"]
 
 
-def test_a_finished_trial_that_is_asked_for_more_steps_is_submitted_again(queue):
+def test_finished_trial_with_more_steps_is_submitted_again(queue):
   queue("a")
   assert queue("a", steps=9)["a"][0] == "finished" and queue.submitted() == ["a", "a"]
 
 
-def test_a_queue_that_does_not_answer_for_a_while_is_asked_again(queue, monkeypatch):
+def test_unreachable_queue_is_polled_again(queue, monkeypatch):
   assert queue("a", troubles="..xxx")["a"][0] == "finished"
   monkeypatch.setattr(queuelib, "PATIENCE", 3)
   with pytest.raises(ConfigError, match="squeue does not answer"):
@@ -97,7 +97,7 @@ def test_a_queue_that_does_not_answer_for_a_while_is_asked_again(queue, monkeypa
   assert queue("b")["b"][0] == "finished" and queue.submitted() == ["a", "b"]
 
 
-def test_what_ended_while_nobody_followed_it_is_known_by_the_next_call(queue, monkeypatch):
+def test_next_call_records_trials_that_ended_meanwhile(queue, monkeypatch):
   def interrupted(seconds):
     raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""What a sweep reports: seeds are averaged, failures are no numbers, and whatever has come of it there is a report."""
+"""The report of a sweep: averages of seeds, failed trials, and a report for any outcome."""
 
 import csv
 import io
@@ -35,8 +35,10 @@ def log(job, *records, how="w"):
 
 @pytest.fixture
 def ended(tmp_path):
-  """A function that makes the jobs of trials from the metric of each; None has failed before its first line, NaN has
-  failed after two steps."""
+  """A function that makes the jobs of trials from the metric of each.
+
+  None is a trial that failed before it logged, NaN one that failed after two steps.
+  """
 
   def make(trials, values, metric=METRIC):
     jobs = []
@@ -57,11 +59,11 @@ def groups_of(plan, jobs):
   return grouped(plan, jobs, [results.make_row(job, results.curves_of(job)) for job in jobs])
 
 
-def test_results_as_tables_a_figure_and_a_page(ended, tmp_path):
+def test_write_results_makes_tables_figure_and_page(ended, tmp_path):
   plan = Sweep(vary("kind", ["a", "bb", "fails"]), x="kind")
   jobs = ended(plan.trials, [1.0, 2.0, None])
-  said = write_results(plan, jobs, tmp_path)
-  assert said.split("\n")[1].split() == ["1", "kind=a"] and "llmjax train --workdir" in said
+  message = write_results(plan, jobs, tmp_path)
+  assert message.split("\n")[1].split() == ["1", "kind=a"] and "llmjax train --workdir" in message
   rows = list(csv.DictReader(open(tmp_path / "results.csv")))
   assert [row[METRIC] for row in rows] == ["1.0", "2.0", ""]
   assert rows[0]["flops"] == "500.0" and rows[2]["error"] == "llmjax: optim.lr is too high"
@@ -72,7 +74,7 @@ def test_results_as_tables_a_figure_and_a_page(ended, tmp_path):
   assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_seeds_are_averaged_and_none_stands_for_one_that_failed(ended):
+def test_seeds_are_averaged_and_failed_groups_omitted(ended):
   plan = Sweep(product(vary("size", [1, 2, 3]), seeds(2)), x="size")
   groups = groups_of(plan, ended(plan.trials, [4.0, 2.0, 1.0, NAN, 0.5, 5.0]))
   assert points(plan, groups) == {"": [(1, 3.0, 2.0, 4.0, 1), (3, 2.75, 0.5, 5.0, 1)]}
@@ -80,7 +82,7 @@ def test_seeds_are_averaged_and_none_stands_for_one_that_failed(ended):
   assert [group.mean for group in ranked(plan, groups)] == [2.75, 3.0]
 
 
-def test_a_seed_that_failed_early_takes_its_siblings_with_it_though_it_cost_less(ended):
+def test_group_with_an_early_failed_seed_has_no_point(ended):
   plan = Sweep(product(vary("size", [1, 2]), seeds(3)), lines=("size",))
   groups = groups_of(plan, ended(plan.trials, [1.0, 1.1, NAN, 2.0, None, 2.1]))
   assert points(plan, groups) == {} and [group.x for group in groups] == [400.0, 500.0]  # FLOPs
@@ -92,26 +94,26 @@ def test_a_seed_that_failed_early_takes_its_siblings_with_it_though_it_cost_less
   assert points(along_time, groups)[""] == [pytest.approx((1.5, 1.2, 1.0, 1.4, 1))] and groups[1].failed
 
 
-def test_of_settings_with_the_same_x_the_best_is_drawn_with_the_spread_of_its_own_seeds(ended):
+def test_points_with_equal_x_show_the_best_setting_and_its_spread(ended):
   plan = Sweep(product(vary(LR, [1, 2, 3]), seeds(2)), x="parameters", metric="eval/x/accuracy", best_is="most")
   groups = groups_of(plan, ended(plan.trials, [0.5, 0.7, 0.9, 0.1, NAN, 1.0], plan.metric))
   assert points(plan, groups) == {"": [(10, 0.6, 0.5, 0.7, 2)]}
   assert "the best of 2 settings" in caption(plan, groups) and "failed" in caption(plan, groups)
 
 
-def test_seeds_may_be_what_is_drawn(ended):
+def test_x_may_be_the_seed(ended):
   plan = Sweep(seeds(3), x="seed")
   groups = groups_of(plan, ended(plan.trials, [1.0, 2.0, 3.0]))
   assert [point.x for point in points(plan, groups)[""]] == [0, 1, 2]
 
 
-def test_a_front_has_no_point_that_a_cheaper_one_beats(ended):
+def test_frontier_omits_points_worse_than_a_cheaper_one(ended):
   plan = Sweep(vary("size", [1, 2, 3, 4]), x="size", best_is="most")
   lines = points(plan, groups_of(plan, ended(plan.trials, [1.0, 0.5, 2.0, 2.0])))
   assert frontier(plan, lines) == [(1, 1.0), (3, 2.0)]
 
 
-def test_x_may_be_a_metric_or_a_number_of_numpy_and_names_stay_in_the_order_of_trials(ended):
+def test_x_may_be_a_metric_numpy_numbers_or_names(ended):
   plan = Sweep(vary("size", np.array([2, 4])), x="train/loss")
   groups = groups_of(plan, ended(plan.trials, [1.0, NAN]))
   assert [point[:2] for point in points(plan, groups)[""]] == [(2.0, 1.0)] and groups[1].x is None
@@ -128,24 +130,24 @@ RATES = vary(LR, [0.001, 0.002, 0.004])
   "plan, values",
   [
     (Sweep(RATES, x="parameters"), [1.0, 2.0, NAN]),  # one x for all, and one of them failed
-    (Sweep(RATES), [1.0, 2.0, None]),  # no FLOPs: no place on this axis
+    (Sweep(RATES), [1.0, 2.0, None]),  # without FLOPs there is no x
     (Sweep(RATES), [1.0, NAN, NAN]),
     (Sweep(RATES, x="seconds", lines=(LR,)), [1.0, NAN, None]),  # lines without a point
-    (Sweep(RATES, x="eval/other/loss"), [1.0, 2.0, 3.0]),  # which none has measured
+    (Sweep(RATES, x="eval/other/loss"), [1.0, 2.0, 3.0]),  # measured by none
     (Sweep([{}], x=METRIC), [0.0]),
     (Sweep(vary(":text", ["$a <b> & " + "c" * 90, "$a [/b]", None]), x=":text", lines=(":text",)), [1.0, 1e30, NAN]),
     (Sweep(RATES, x=LR), [NAN, None, NAN]),
   ],
 )
-def test_there_is_a_report_whatever_has_come_of_trials(plan, values, ended, tmp_path):
-  said = write_results(plan, ended(plan.trials, values), tmp_path)
+def test_report_is_written_for_any_outcome_of_trials(plan, values, ended, tmp_path):
+  message = write_results(plan, ended(plan.trials, values), tmp_path)
   assert (tmp_path / "results.csv").exists()
   best = any(value is not None and math.isfinite(value) for value in values)
-  assert best == (tmp_path / "sweep.html").exists() == ("least is best" in said) != ("no trial has come" in said)
+  assert best == (tmp_path / "sweep.html").exists() == ("least is best" in message) != ("no trial has come" in message)
   assert (tmp_path / "sweep.png").exists() == (best and plan.x != "eval/other/loss")
 
 
-def test_a_failure_without_a_cost_does_not_change_the_axis(ended):
+def test_failed_trial_without_cost_keeps_the_log_axis(ended):
   plan = Sweep(product(vary("size", [1, 2]), vary(LR, [1, 2])), lines=(LR,))
   jobs = ended(plan.trials, [1.0, 2.0, 3.0, None])
   jobs[2].facts = {**FACTS, "flops": 10_000.0}
@@ -158,7 +160,7 @@ def test_a_failure_without_a_cost_does_not_change_the_axis(ended):
   assert scales == ["log"]
 
 
-def test_a_bucket_that_cannot_be_reached_has_no_curves_and_that_is_said(ended, tmp_path, monkeypatch):
+def test_unreachable_bucket_is_reported_as_unread_curves(ended, tmp_path, monkeypatch):
   plan = Sweep(vary("kind", ["a", "b"]), x="kind")
   jobs = ended(plan.trials, [1.0, 2.0])
   jobs[1].workdir = "gs://bucket/b"
@@ -171,13 +173,13 @@ def test_a_bucket_that_cannot_be_reached_has_no_curves_and_that_is_said(ended, t
   read = results.read
   monkeypatch.setattr(results, "read", broken)
   assert results.curves_of(jobs[1]) == {}
-  said = write_results(plan, jobs, tmp_path)
-  assert "curves cannot be read: kind=b" in said and "kind=a" in said
+  message = write_results(plan, jobs, tmp_path)
+  assert "curves cannot be read: kind=b" in message and "kind=a" in message
 
 
 @pytest.fixture
 def live(monkeypatch):
-  """A function that gives the table of jobs on a terminal of 100 columns, and what it draws as text."""
+  """A function that returns the table of jobs on a terminal of 100 columns, and a function that draws it as text."""
 
   def make(plan, jobs):
     table = tables.Table(plan, jobs, print)
@@ -194,7 +196,7 @@ def live(monkeypatch):
   return make
 
 
-def test_the_live_table_shows_what_runs_and_what_ended(ended, live):
+def test_live_table_shows_running_and_ended_trials(ended, live):
   plan = Sweep(vary("kind", ["a", "[/b]", "c", "d", "e"]), x="kind", metric="eval/[red]/loss")
   jobs = ended(plan.trials, [1.25, NAN, None, None, 3.0], plan.metric)
   for job, state in zip(jobs, ("finished", "failed", "waiting", "running", "running")):
@@ -206,7 +208,7 @@ def test_the_live_table_shows_what_runs_and_what_ended(ended, live):
   lines = {line.split()[0]: line.split() for line in drawn().splitlines() if "kind=" in line}
   assert lines["kind=a"] == ["kind=a", "finished", "5/5", "1.25", "1:00"]
   assert " ".join(lines["kind=[/b]"]) == "kind=[/b] failed 2/5 llmjax: [loss] is nan 1:00"
-  assert lines["kind=d"] == ["kind=d", "running", "0/5", "1:00"]  # of a queue, which does not say when it began
+  assert lines["kind=d"] == ["kind=d", "running", "0/5", "1:00"]  # of a queue, which does not report when it began
   assert lines["kind=e"][:4] == ["kind=e", "running", "4/5", "nan"] and lines["kind=e"][4] in ("1:40", "1:41")
   assert "kind=c" not in lines and "1 finished, 2 running, 1 waiting, 1 failed" in drawn()
   assert "eval/[red]/loss" in drawn()
@@ -215,7 +217,7 @@ def test_the_live_table_shows_what_runs_and_what_ended(ended, live):
   assert "5 waiting" in drawn()
 
 
-def test_the_live_table_reads_what_is_new_and_a_resumed_run_from_its_beginning(ended, live, monkeypatch):
+def test_live_table_parses_only_new_lines_unless_rewritten(ended, live, monkeypatch):
   plan = Sweep([{}])
   (job,) = ended(plan.trials, [1.0])
   table, _ = live(plan, [job])
@@ -230,13 +232,14 @@ def test_the_live_table_reads_what_is_new_and_a_resumed_run_from_its_beginning(e
     file.write('loss": 4}\n')
   assert table._newest(job)["train/loss"] == (7, 4.0) == table._newest(job)["train/loss"] and len(parsed) == 4
   with open(f"{job.workdir}/new", "w") as file:
-    file.write(json.dumps({"step": 1, "time": 0.0, "train/loss": 9.0}) + 500 * " " + "\n")  # longer than what was read
+    # The first line is longer than the part that was read.
+    file.write(json.dumps({"step": 1, "time": 0.0, "train/loss": 9.0}) + 500 * " " + "\n")
     file.write(json.dumps({"step": 2, "time": 0.0, "train/loss": 8.0}) + "\n")
   os.replace(f"{job.workdir}/new", f"{job.workdir}/metrics.jsonl")
   assert table._newest(job) == {"train/loss": (2, 8.0)}
 
 
-def test_what_has_ended_in_a_bucket_is_fetched_once(ended, live, monkeypatch):
+def test_live_table_fetches_a_finished_run_in_a_bucket_once(ended, live, monkeypatch):
   plan = Sweep([{}])
   (job,) = ended(plan.trials, [1.0])
   table, _ = live(plan, [job])

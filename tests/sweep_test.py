@@ -1,20 +1,25 @@
-"""Sweeps: what cannot run is refused before anything starts; nothing is lost, run twice or compiled twice."""
+"""The command `sweep`: invalid trials are refused before any starts; nothing is lost, repeated or compiled twice."""
 
+import contextlib
+import csv
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from llmjax import cli
 from llmjax.config import ConfigError, load_config, to_dict
 from llmjax.program import make_model
+from llmjax.sweeps import admission, pool
 from llmjax.sweeps import command as sweeps
 from llmjax.trials import COSTS, Sweep
 
@@ -36,7 +41,7 @@ def get_config(arg=None):
   return config
 
 def get_sweep():
-  trials = product(vary("model.d_model", [16, 32]), vary("optim.lr", [1e-3, 1e-2]), {more})
+  trials = product(vary("model.d_model", {widths}), vary("optim.lr", [1e-3, 1e-2]), {more})
   return Sweep(trials, metric="train/loss", x="optim.lr", lines=("model.d_model",))
 """
 NAP = """
@@ -51,27 +56,72 @@ class Nap:
 
 
 @pytest.fixture
-def command(home, monkeypatch):
-  """A function that starts `llmjax sweep` on small models."""
+def files(home, monkeypatch):
+  """A function that writes `sweep.py`, with `more` trials as a product with the others, in the current folder."""
+  monkeypatch.chdir(home)
+  monkeypatch.syspath_prepend(home)
   text = home / "my.txt"
   text.write_text("".join(f"line {i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400)))
   (home / "nap.py").write_text(NAP)
-  env = {**os.environ, "PYTHONPATH": f"{home}:{ROOT}", "JAX_COMPILATION_CACHE_DIR": str(home / "jax"), "NAP": "0.3"}
-  env |= {"JAX_LOG_COMPILES": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-  def start(workdir, *flags, more="[{}]", nap="0.3"):
-    (home / "sweep.py").write_text(textwrap.dedent(SWEEP.format(text=text, more=more)))
-    flags = ("--config=sweep.py", f"--workdir={workdir}", "--max_parallel=2", *flags)
-    return subprocess.Popen(
-      [sys.executable, "-m", "llmjax", "sweep", *flags],
-      **{"cwd": home, "env": env | {"NAP": nap}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
-    )
-
-  return start
+  return lambda more="[{}]", widths=(16, 32): (home / "sweep.py").write_text(
+    SWEEP.format(text=text, more=more, widths=widths)
+  )
 
 
-def losses(folder):
-  """{step: loss} of a trial; every step is there once."""
+class FinishedProcess:
+  """A trial that has run in the process of the tests."""
+
+  def __init__(self, words, stdout, **_):
+    assert words[:3] == [sys.executable, "-m", "llmjax"]
+    self.pid, (out, err) = os.getpid(), (io.StringIO(), io.StringIO())
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      self.returncode = cli.main(words[3:])
+    stdout.write((out.getvalue() + err.getvalue()).encode())
+    stdout.flush()
+
+  def poll(self):
+    return self.returncode
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+  """Check and run trials in the process of the tests."""
+
+  def run(words, **_):
+    assert words[:3] == [sys.executable, "-m", "llmjax"]
+    return SimpleNamespace(returncode=cli.main(words[3:]))
+
+  class Jax:
+    """JAX whose number of devices is fixed, since the process of the tests already uses them."""
+
+    config = SimpleNamespace(update=lambda name, value: None)
+    __getattr__ = staticmethod(lambda name: getattr(jax, name))
+
+  monkeypatch.setattr(admission, "jax", Jax())
+  monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(run=run))
+  monkeypatch.setattr(pool, "subprocess", SimpleNamespace(Popen=FinishedProcess, DEVNULL=None, STDOUT=None))
+  monkeypatch.setattr(pool.os, "sched_setaffinity", lambda pid, cores: None)
+
+
+@pytest.mark.slow
+def test_sweep_trains_each_trial_once_and_reports(files, in_process, home, capsys):
+  """The same command with more steps resumes every trial."""
+  files(widths=[16])
+  command = ["sweep", "--config=sweep.py", "--workdir=w"]
+  assert cli.main([*command, "--config.total_steps=4"]) == 0
+  rows = list(csv.DictReader(open("w/results.csv")))
+  assert [(row["state"], row["step"]) for row in rows] == [("finished", "4")] * 2
+  assert cli.main([*command, "--config.total_steps=4"]) == 0
+  assert "0 to run" in capsys.readouterr().out
+  assert cli.main([*command, "--config.total_steps=6"]) == 0
+  for name in ("lr=0.001", "lr=0.01"):
+    folder = home / "w" / f"d_model=16,{name}"
+    assert list(read_losses(folder)) == [1, 2, 3, 4, 5, 6]
+    assert (folder / "log.txt").read_text().count("resuming") == 1
+
+
+def read_losses(folder):
+  """Return {step: loss} of a trial, and check that no step is logged twice."""
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   steps = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
   assert len(dict(steps)) == len(steps)
@@ -79,19 +129,53 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_goes_on_with_nothing_lost_and_nothing_run_twice(command, home):
-  plain = command("plain", nap="0")
+def test_invalid_trials_are_refused_before_any_starts(files, in_process, home, capsys):
+  wrong = {"model.num_heads": 3, "optim.lrr": 3, "schedule.warmup": 100, "model.d_ff": 2**30, "log.wandb": "p"}
+  files(f"[{{}}, {', '.join(str({key: value}) for key, value in wrong.items())}]")
+  code = cli.main(["sweep", "--config=sweep.py", "--workdir=refused"])
+  message = capsys.readouterr().err.strip().split("\n")[-1]
+  assert code == 2 and message.count("d_model=16,lr=0.001") == len(wrong)
+  for words in ("pip install wandb", "num_heads=3", "did you mean `optim.lr", "schedule.warmup=100", "does not fit"):
+    assert words in message
+  assert not list(home.glob("refused/*/"))
+
+
+@pytest.mark.slow
+def test_dry_run_plans_for_absent_devices_and_kernels(files, home):
+  """The process that checks the trials simulates the devices, which this one could not."""
+  files('[{"model.attention": "splash", "mesh.data": 4}]')
+  flags = ["--config=sweep.py", "--workdir=there", "--launcher=slurm", "--max_parallel=2", "--dry_run"]
+  command = [sys.executable, "-m", "llmjax", "sweep", *flags]
+  done = subprocess.run(command, env={**os.environ, "PYTHONPATH": f"{home}:{ROOT}"}, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert "4 trials, 2 programs" in done.stdout
+  assert "#SBATCH --array=0-3%2" in done.stdout and "--config.model.attention=splash" in done.stdout
+  assert not (home / "there").exists()
+
+
+@pytest.mark.full("clusters")
+def test_killed_sweep_resumes_without_lost_or_repeated_trials(files, home):
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(home / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  variables = {**os.environ, "PYTHONPATH": f"{home}:{ROOT}", "JAX_LOG_COMPILES": "1", **cache}
+  files()
+
+  def start(workdir, nap="0"):
+    flags = ["--config=sweep.py", f"--workdir={workdir}", "--max_parallel=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "llmjax", "sweep", *flags], env=variables | {"NAP": nap}, **pipes)
+
+  plain = start("plain")
   _, error = plain.communicate(timeout=400)
   assert plain.returncode == 0, error
   logs = {path.parent.name: path.read_text() for path in home.glob("plain/*/log.txt")}
   assert len(logs) == 4
-  # Of four trials two are of each program: looking at them compiled both, and all trials took them from there.
+  # Two trials share each program: checking them has compiled both programs, and all trials load them.
   assert len(re.findall(r"Finished XLA compilation of jit\(train_step\)", error)) == 2
   hits = [len(re.findall("cache hit for 'jit_train_step'", log)) for log in logs.values()]
   assert hits == [1] * 4
   assert len(list((home / "jax").glob("jit_train_step-*-cache"))) == 2
 
-  victim = command("killed")
+  victim = start("killed", nap="0.3")
   deadline = time.time() + 200
   while len(list(home.glob("killed/*/checkpoints/8"))) < 2:
     assert time.time() < deadline and victim.poll() is None
@@ -99,43 +183,23 @@ def test_a_sweep_that_is_killed_goes_on_with_nothing_lost_and_nothing_run_twice(
   victim.kill()
   trial = min(home.glob("killed/*/checkpoints"), key=str).parent
   holders = subprocess.run(["pgrep", "-f", f"workdir={trial}"], capture_output=True, text=True).stdout.split()
-  os.kill(int(holders[0]), signal.SIGKILL)  # one trial dies as well, the other goes on alone
-  again = command("killed", nap="0")
-  said, error = again.communicate(timeout=400)
+  os.kill(int(holders[0]), signal.SIGKILL)  # one trial dies as well, the other continues without the sweep
+  again = start("killed")
+  _, error = again.communicate(timeout=400)
   assert again.returncode == 0, error
   for name in logs:
-    assert losses(home / "killed" / name) == losses(home / "plain" / name)
+    assert read_losses(home / "killed" / name) == read_losses(home / "plain" / name)
   assert "resuming" in (trial / "log.txt").read_text()
-  began = sum(len(re.findall(r"^training ", path.read_text(), re.M)) for path in home.glob("killed/*/log.txt"))
-  assert began == 4  # from scratch, each once
+  starts = sum(len(re.findall(r"^training ", path.read_text(), re.M)) for path in home.glob("killed/*/log.txt"))
+  assert starts == 4  # each trial started from scratch once
 
-  third = command("killed", nap="0")
-  said, _ = third.communicate(timeout=200)
-  assert third.returncode == 0 and "0 to run" in said
-
-
-def test_what_cannot_run_is_refused_before_anything_starts(command, home):
-  wrong = {"model.num_heads": 3, "optim.lrr": 3, "schedule.warmup": 100, "model.d_ff": 2**30, "log.wandb": "p"}
-  process = command("refused", more="[{}, " + ", ".join(str({key: wrong[key]}) for key in wrong) + "]")
-  _, error = process.communicate(timeout=200)
-  last = error.strip().split("\n")[-1]
-  assert process.returncode == 2 and last.count("d_model=16,lr=0.001") == len(wrong), error[-2000:]
-  for words in ("pip install wandb", "num_heads=3", "did you mean `optim.lr", "schedule.warmup=100", "does not fit"):
-    assert words in last
-  assert not list(home.glob("refused/*/"))
-
-
-def test_devices_and_kernels_that_are_not_here_are_stood_for(command, home):
-  process = command("there", "--launcher=slurm", "--dry_run", more='[{"model.attention": "splash", "mesh.data": 4}]')
-  said, error = process.communicate(timeout=200)
-  assert process.returncode == 0, error[-2000:]
-  assert "4 trials, 2 programs" in said
-  assert "#SBATCH --array=0-3%2" in said and "--config.model.attention=splash" in said
-  assert not (home / "there").exists()
+  third = start("killed")
+  output, _ = third.communicate(timeout=200)
+  assert third.returncode == 0 and "0 to run" in output
 
 
 @pytest.mark.parametrize(
-  "plan, said",
+  "plan, message",
   [
     ({"metric": "eval/heldot/loss"}, "is none of the run's measurements: eval/heldout/..., eval/nap/..."),
     ({"metric": "eval/heldout/loss", "best_is": "most"}, "would take the worst for the best"),
@@ -143,9 +207,9 @@ def test_devices_and_kernels_that_are_not_here_are_stood_for(command, home):
     ({"metric": "eval/nap/x", "best_is": "most"}, ""),
   ],
 )
-def test_a_metric_that_cannot_decide_is_told_first(plan, said):
-  assert said in sweeps.misjudged(Sweep([{}], **plan), ["heldout", "nap"])
-  assert bool(said) == bool(sweeps.misjudged(Sweep([{}], **plan), ["heldout", "nap"]))
+def test_metric_that_trials_do_not_measure_is_refused(plan, message):
+  error = sweeps.misjudged(Sweep([{}], **plan), ["heldout", "nap"])
+  assert message in error and bool(message) == bool(error)
 
 
 @pytest.mark.parametrize(
@@ -165,15 +229,15 @@ def test_a_metric_that_cannot_decide_is_told_first(plan, said):
     (["--launcher=gke", "--trials_in=gs://b/x"], "nothing has been started: gke.py: "),
   ],
 )
-def test_flags_are_checked(flags, words, home, capsys, monkeypatch):
+def test_wrong_flags_are_refused(flags, words, home, capsys, monkeypatch):
   monkeypatch.chdir(home)
-  (home / "sweep.py").write_text(SWEEP.format(text="x.txt", more="[{}]"))
+  (home / "sweep.py").write_text(SWEEP.format(text="x.txt", more="[{}]", widths=[16]))
   code = cli.main(["sweep", "--config=sweep.py", "--workdir=w", *flags])
   assert code == 2 and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/sweep.py")), ids=lambda path: path.parent.name)
-def test_trials_of_experiments_are_configs(path, tmp_path):
+def test_trials_of_experiments_are_valid_configs(path, tmp_path):
   plan, jobs = sweeps.load([f"--config={path}"], tmp_path)
   assert len(jobs) > 1 and len({job.folder for job in jobs}) == len(jobs)
   for job in jobs:
@@ -182,13 +246,13 @@ def test_trials_of_experiments_are_configs(path, tmp_path):
   assert any(plan.x == key for job in jobs for key in job.trial) or plan.x in COSTS
 
 
-def test_a_file_without_a_sweep_is_told(home, tmp_path):
+def test_file_without_a_sweep_is_refused(home, tmp_path):
   (tmp_path / "x.py").write_text("def get_sweep():\n  return []\n")
   with pytest.raises(ConfigError, match=r"must return an llmjax.trials.Sweep, not list"):
     sweeps.load([f"--config={tmp_path / 'x.py'}"], tmp_path)
 
 
-def test_a_column_that_no_trial_has_is_told(home, tmp_path):
+def test_column_that_no_trial_has_is_refused(home, tmp_path):
   text = (
     "from llmjax.trials import *\ndef get_sweep():\n  return Sweep(vary('optim.lr', [1]), x='optim.learnin_rate')\n"
   )

@@ -1,3 +1,5 @@
+"""TFDS datasets in TFRecord files, read without TensorFlow."""
+
 import gzip
 import itertools
 import json
@@ -16,11 +18,11 @@ from llmjax.data import tfrecord
 from llmjax.data.source import SOURCES, cache_dir
 from llmjax.data.tfrecord import Slice, TFRecords
 
-SIZES = {"train": 50, "test": 3}  # in four shards, and in one
+SIZES = {"train": 50, "test": 3}  # in four shards and in one
 
 
 def masked(data):
-  """Masked CRC-32C, bit by bit."""
+  """Return the masked CRC-32C, computed bit by bit."""
   crc = 0xFFFFFFFF
   for byte in data:
     crc ^= byte
@@ -31,7 +33,7 @@ def masked(data):
 
 
 def tfrecords(contents):
-  """The bytes of a TFRecord file."""
+  """Return the bytes of a TFRecord file."""
   lengths = [struct.pack("<Q", len(content)) for content in contents]
   return b"".join(n + masked(n) + content + masked(content) for n, content in zip(lengths, contents))
 
@@ -42,7 +44,7 @@ def open_(split="train", **spec):
 
 @pytest.fixture
 def folders(home):
-  """A small dataset as TFDS stores it, as ArrayRecord and as TFRecord."""
+  """A small dataset in the format of TFDS, as ArrayRecord and as TFRecord."""
   import tensorflow_datasets as tfds
   from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -76,7 +78,7 @@ def folders(home):
 @pytest.mark.parametrize(
   "split", ["train", "test", "all", "train[:10%]", "train[10%:]", "train[12:13]", "train[5:40]", "train[-25%:]"]
 )
-def test_both_formats_give_the_same_records(folders, split):
+def test_tfrecord_and_array_record_have_the_same_records(folders, split):
   one, other = (open_(split, folder=str(folder)) for folder in folders)
   assert len(one) == len(other) > 0 and list(one) == list(other)
   assert all(record["text"] == record["line"] and record["number"] < 50 for record in other)
@@ -84,7 +86,7 @@ def test_both_formats_give_the_same_records(folders, split):
     other[len(other)]
 
 
-def test_tensorflow_is_not_imported(folders):
+def test_reading_tfds_does_not_import_tensorflow(folders):
   code = f"""
 from llmjax.data.tfds_source import tfds
 assert len(list(tfds("all", folder={str(folders[1])!r}, text="line"))) == 53
@@ -94,7 +96,7 @@ assert not [m for m in sys.modules if m.split(".")[0] == "tensorflow"]
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_dataset_that_is_prepared_is_read_as_it_is(folders, home, monkeypatch):
+def test_prepared_dataset_is_not_prepared_again(folders, home, monkeypatch):
   import tensorflow_datasets as tfds
 
   (home / "data" / "tiny").mkdir(parents=True)
@@ -104,8 +106,8 @@ def test_a_dataset_that_is_prepared_is_read_as_it_is(folders, home, monkeypatch)
   assert len(open_(dataset="tiny:1.0.0", data_dir=str(home / "data"))) == 50
 
 
-def test_many_threads_read_many_files(home, monkeypatch):
-  """More files than are kept open, each opened for the first time by several threads at once."""
+def test_threads_read_more_files_than_stay_open(home, monkeypatch):
+  """Several threads open each file for the first time at once."""
   monkeypatch.setattr(tfrecord, "OPEN_FILES", 3)
   parts = []
   for i in range(8):
@@ -121,18 +123,18 @@ def test_many_threads_read_many_files(home, monkeypatch):
   expected = [f"{i} {j}".encode() * j for i in range(8) for j in range(2, 18)]
   assert len(records) == len(expected) == 128
   with ThreadPoolExecutor(8) as pool:
-    for found in pool.map(read, [range(128)] * 8):
-      assert found == expected
-  assert len(list((cache_dir() / "tfrecord").iterdir())) == 8  # and no leftovers
+    for contents in pool.map(read, [range(128)] * 8):
+      assert contents == expected
+  assert len(list((cache_dir() / "tfrecord").iterdir())) == 8  # no temporary files
 
 
-def test_a_file_is_walked_once(home, monkeypatch):
+def test_index_of_a_file_is_built_once(home, monkeypatch):
   path = home / "file"
   path.write_bytes(tfrecords([b"one", b"", b"three"]))
   whole = [Slice(path, 3, 0, 3)]
   records = TFRecords(whole)
   assert [records[i] for i in range(3)] == [b"one", b"", b"three"]
-  monkeypatch.setattr(tfrecord, "walk", None)  # walking again would fail
+  monkeypatch.setattr(tfrecord, "walk", None)  # a second scan would fail
   assert TFRecords(whole)[2] == b"three"
 
 
@@ -149,7 +151,7 @@ def test_a_file_is_walked_once(home, monkeypatch):
     (lambda data: b"", r"file cannot be read"),
   ],
 )
-def test_a_damaged_file_is_named(home, damage, message):
+def test_damaged_file_is_named(home, damage, message):
   path = home / "file"
   path.write_bytes(damage(tfrecords([b"12345"] * 4)))
   with pytest.raises(ConfigError, match=message) as caught:
@@ -157,7 +159,7 @@ def test_a_damaged_file_is_named(home, damage, message):
   assert "\n" not in str(caught.value) and not list(Path(cache_dir()).glob("tfrecord/*.npy"))
 
 
-def test_mistakes_are_told_in_one_line(folders):
+def test_broken_tfds_folder_is_one_line_error(folders):
   folder = folders[1]
   with pytest.raises(ConfigError, match=r"tiny/1\.0\.0 has train, test"):
     open_("validation", folder=str(folder))

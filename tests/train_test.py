@@ -1,4 +1,4 @@
-"""A whole run: bitwise resume through a process that ended, one compilation, damage survived, nothing fetched early."""
+"""The train loop and its checkpoints: bitwise resume, one compilation, damaged checkpoints, refused configs."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 import llmjax
-from llmjax import checkpoint, evaluate, train
+from llmjax import checkpoint, cli, evaluate, train
 from llmjax import config as cfglib
 from llmjax.checkpoint import Checkpoints
 from llmjax.config import ConfigError
@@ -22,23 +21,44 @@ from llmjax.config import ConfigError
 TEXT = "".join(f"{i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A folder with a run `x` of two steps."""
+  folder = tmp_path_factory.mktemp("trained")
+  (folder / "t.txt").write_text(TEXT)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    patch.setenv("LLMJAX_CACHE", str(folder / "cache"))
+    run(folder, "x", "--config.total_steps=2")
+  return folder
+
+
 @pytest.fixture
-def folder(home):
+def folder(home, monkeypatch):
+  """The current folder, with a text."""
+  monkeypatch.chdir(home)
   (home / "t.txt").write_text(TEXT)
   return home
 
 
-def flags(folder, *more):
-  base = [f"--config=char:text={folder / 't.txt'},debug", "--config.batch_size=8", "--config.log.tensorboard=false"]
+@pytest.fixture
+def folder_with_run(folder, trained):
+  """The current folder, with a text and a copy of the run `x` of two steps."""
+  shutil.copytree(trained / "x", folder / "x")
+  return folder
+
+
+def flags(*more):
+  base = ["--config=char:text=t.txt,debug", "--config.batch_size=8", "--config.log.tensorboard=false"]
   return [*base, "--config.model.dropout=0.1", "--config.optim.ema_decay=0.9", *more]
 
 
 def run(folder, name, *more):
-  return train.run(cfglib.load_config(flags(folder, *more)), folder / name)
+  return train.run(cfglib.load_config(flags(*more)), folder / name)
 
 
 def saved(folder, name):
-  """Everything in the newest checkpoint's state, as {path: array}, with its step and data cursor."""
+  """Return the newest checkpoint's state as {path: array}, its step and data cursor."""
   checkpoints = Checkpoints(folder / name)
   step = checkpoints.steps()[-1]
   tree = checkpoints.manager.restore(step)["state"]
@@ -60,10 +80,11 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def child(*arguments, **how):
+def run_in_child(*arguments):
+  """Run a command in a process of its own; return its exit code."""
   cache = str(jax.config.jax_compilation_cache_dir)
   environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(Path(__file__).parent.parent)}
-  return subprocess.Popen([sys.executable, "-c", CHILD, cache, *arguments], env=environment, **how)
+  return subprocess.run([sys.executable, "-c", CHILD, cache, *arguments], env=environment, check=False).returncode
 
 
 def assert_same_state(one, other):
@@ -73,18 +94,30 @@ def assert_same_state(one, other):
     np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
-def test_two_and_two_resumed_steps_are_four_bitwise_through_a_process_that_ended(folder):
-  same = ["--config.schedule.final=1.0"]  # with a longer run, any other schedule would be another one
-  run(folder, "whole", *same, "--config.total_steps=4", "--config.checkpoint.every=2")
-  half = child("train", *flags(folder, *same, "--config.total_steps=2"), f"--workdir={folder / 'halves'}")
-  assert half.wait() == 0
-  run(folder, "halves", *same, "--config.total_steps=4")
-  assert_same_state(saved(folder, "halves"), saved(folder, "whole"))
+@pytest.fixture(scope="module")
+def whole(trained):
+  """The state after four uninterrupted steps with a constant learning rate."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(trained)
+    patch.setenv("LLMJAX_CACHE", str(trained / "cache"))
+    run(trained, "whole", CONSTANT_RATE, "--config.total_steps=4", "--config.checkpoint.every=2")
+  return saved(trained, "whole")
+
+
+CONSTANT_RATE = "--config.schedule.final=1.0"  # other schedules depend on the number of steps
+
+
+@pytest.mark.parametrize("own_process", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_resumed_run_equals_an_uninterrupted_one_bitwise(folder, whole, own_process):
+  command = ["train", *flags(CONSTANT_RATE, "--config.total_steps=2"), f"--workdir={folder / 'halves'}"]
+  assert (run_in_child(*command) if own_process else cli.main(command)) == 0
+  run(folder, "halves", CONSTANT_RATE, "--config.total_steps=4")
+  assert_same_state(saved(folder, "halves"), whole)
   lines = [json.loads(x) for x in (folder / "halves" / "metrics.jsonl").read_text().splitlines()]
   assert [x["step"] for x in lines if "train/loss" in x] == [1, 2, 3, 4]
 
 
-def test_the_step_is_compiled_once_in_a_whole_run(folder, monkeypatch):
+def test_train_and_eval_step_compile_once_in_a_run(folder, monkeypatch):
   programs = []
   make = train.make_program
   monkeypatch.setattr(train, "make_program", lambda *a, **k: programs.append(make(*a, **k)) or programs[-1])
@@ -92,7 +125,7 @@ def test_the_step_is_compiled_once_in_a_whole_run(folder, monkeypatch):
   assert programs[0].train_step._cache_size() == 1 and programs[0].eval_step._cache_size() == 1
 
 
-def test_metrics_are_fetched_once_a_log_line_and_after_the_next_step_was_dispatched(folder, monkeypatch):
+def test_metrics_are_fetched_after_the_next_step_is_dispatched(folder, monkeypatch):
   order = []
   get, add = jax.device_get, train.Meter.add
   monkeypatch.setattr(train.jax, "device_get", lambda x: order.append("fetch") or get(x))
@@ -104,46 +137,48 @@ def test_metrics_are_fetched_once_a_log_line_and_after_the_next_step_was_dispatc
   assert order == [1, 2, "fetch", 3, 4, "fetch", 5, 6, "fetch"]
 
 
-@pytest.mark.parametrize("item", ["state", "manifest"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_replaced(folder, capsys, item):
+@pytest.mark.parametrize("item", ["state", pytest.param("manifest", marks=pytest.mark.slow)])
+def test_damaged_checkpoint_is_skipped_with_a_warning_and_replaced(folder, capsys, item):
   run(folder, "x", "--config.total_steps=4", "--config.checkpoint.every=2")
-  want = saved(folder, "x")
+  expected = saved(folder, "x")
   for path in (folder / "x" / "checkpoints" / "4" / item).rglob("*"):
     if path.is_file() and (item == "manifest" or path.parent.name == "d"):
       path.write_bytes(b"\0" * 16)
   capsys.readouterr()
   run(folder, "x", "--config.total_steps=4")
-  said = capsys.readouterr().out
-  assert "checkpoints/4 cannot be read" in said and "trying an older one" in said and "2/4" in said
+  output = capsys.readouterr().out
+  assert "checkpoints/4 cannot be read" in output and "trying an older one" in output and "2/4" in output
   assert len(list((folder / "x" / "damaged").iterdir())) == 1
-  assert_same_state(saved(folder, "x"), want)
+  assert_same_state(saved(folder, "x"), expected)
 
 
-def test_an_interrupted_run_saves_and_goes_on_where_it_was(folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_interrupted_run_saves_and_exits_with_130(folder, capsys, monkeypatch, number):
+  add = train.Meter.add
+
+  def add_and_interrupt(self, step, *args):
+    add(self, step, *args)
+    if step == 3:
+      os.kill(os.getpid(), number)
+
+  monkeypatch.setattr(train.Meter, "add", add_and_interrupt)
   more = ["--config.total_steps=100000", "--config.checkpoint.every=none", "--config.log.every=1", "--config.evals={}"]
-  process = child("train", *flags(folder, *more), f"--workdir={folder / 'x'}", stderr=subprocess.PIPE, text=True)
-  metrics = folder / "x" / "metrics.jsonl"
-  deadline = time.time() + 120
-  while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-    time.sleep(0.1)
-  process.send_signal(signal.SIGTERM)
-  _, said = process.communicate(timeout=60)
-  assert process.returncode == 130 and "the same command resumes" in said
+  assert cli.main(["train", *flags(*more), f"--workdir={folder / 'x'}"]) == 130
+  assert "the same command resumes" in capsys.readouterr().err
   _, step, _ = saved(folder, "x")
-  assert 0 < step < 100_000
-  last = json.loads(metrics.read_text().splitlines()[-1])
+  assert step == 3
+  last = json.loads((folder / "x" / "metrics.jsonl").read_text().splitlines()[-1])
   assert last["step"] == step
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(folder):
-  run(folder, "x", "--config.total_steps=2")
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(folder_with_run):
   with pytest.raises(train.Diverged, match=r"is (nan|inf)"):
-    run(folder, "x", "--config.total_steps=8", "--config.optim.lr=1e38", "--config.optim.clip_norm=none")
-  assert saved(folder, "x")[1] == 2
+    run(folder_with_run, "x", "--config.total_steps=8", "--config.optim.lr=1e38", "--config.optim.clip_norm=none")
+  assert saved(folder_with_run, "x")[1] == 2
 
 
-def test_best_and_latest_checkpoints_are_kept_and_the_newest_never_lost(folder):
-  """Losses are given, so that the best one is old."""
+def test_checkpoints_retain_best_latest_and_periodic(folder):
+  """The losses are set so that the best one is old."""
   checkpoints = Checkpoints(folder / "x", write=True, keep=2, keep_every=4, best="loss")
   for step, loss in enumerate([5.0, 1.0, 4.0, 3.0, 2.0, 2.5, 2.2], start=1):
     checkpoints.save(step, {"a": np.ones(2)}, {}, {}, {"loss": loss})
@@ -158,7 +193,8 @@ def test_best_and_latest_checkpoints_are_kept_and_the_newest_never_lost(folder):
   every.close()
 
 
-def test_the_best_checkpoint_is_judged_by_what_was_measured_at_it(folder):
+@pytest.mark.slow
+def test_checkpoint_metrics_are_those_measured_at_its_step(folder):
   run(folder, "x", "--config.total_steps=4", "--config.checkpoint.every=1", "--config.evals.heldout.every=2")
   checkpoints = Checkpoints(folder / "x")
   measured = {step: bool(checkpoints.read(step, "manifest")["metrics"]) for step in checkpoints.steps()}
@@ -166,41 +202,43 @@ def test_the_best_checkpoint_is_judged_by_what_was_measured_at_it(folder):
   assert measured == {3: False, 4: True}
 
 
-def test_a_run_starts_from_another_ones_average_and_a_stranger_is_refused(folder):
-  run(folder, "a", "--config.total_steps=2")
-  run(folder, "b", "--config.total_steps=1", f"--config.init_from={folder / 'a'}", "--config.optim.lr=0.0")
-  before, after = saved(folder, "a")[0], saved(folder, "b")[0]
+def test_init_from_starts_with_the_ema(folder_with_run):
+  run(folder_with_run, "b", "--config.total_steps=1", "--config.init_from=x", "--config.optim.lr=0.0")
+  before, after = saved(folder_with_run, "x")[0], saved(folder_with_run, "b")[0]
   key = "['params']['embedding']['table']"
   np.testing.assert_array_equal(after[key], before[key.replace("params", "ema")])
+
+
+def test_init_from_with_other_shapes_is_refused(folder_with_run):
   with pytest.raises(ConfigError, match=r"has shape .* this config's is"):
-    run(folder, "c", "--config.total_steps=1", f"--config.init_from={folder / 'a'}", "--config.model.d_model=64")
+    run(folder_with_run, "c", "--config.total_steps=1", "--config.init_from=x", "--config.model.d_model=64")
 
 
-def test_an_unfinished_save_is_ignored_and_left_alone_by_readers(folder):
-  run(folder, "x", "--config.total_steps=2")
-  unfinished = folder / "x" / "checkpoints" / "3.orbax-checkpoint-tmp"
-  shutil.copytree(folder / "x" / "checkpoints" / "2", unfinished)
-  assert saved(folder, "x")[1] == 2
-  llmjax.load(folder / "x")
+def test_unfinished_save_is_ignored_and_retained(folder_with_run):
+  unfinished = folder_with_run / "x" / "checkpoints" / "3.orbax-checkpoint-tmp"
+  shutil.copytree(folder_with_run / "x" / "checkpoints" / "2", unfinished)
+  assert saved(folder_with_run, "x")[1] == 2
+  llmjax.load(folder_with_run / "x")
   assert unfinished.exists()
 
 
-def test_a_start_from_another_run_keeps_its_tokenizer(folder):
-  run(folder, "a", "--config.total_steps=1")
-  (folder / "t.txt").write_text("ab\n" * 2000)  # a smaller alphabet would give other ids
-  run(folder, "b", "--config.total_steps=1", f"--config.init_from={folder / 'a'}")
-  first, second = (llmjax.load(folder / name).tokenizer.to_files() for name in "ab")
+@pytest.mark.slow
+def test_init_from_reuses_the_tokenizer(folder_with_run):
+  Path("t.txt").write_text("ab\n" * 2000)  # a smaller alphabet would have other ids
+  run(folder_with_run, "b", "--config.total_steps=1", "--config.init_from=x")
+  first, second = (llmjax.load(folder_with_run / name).tokenizer.to_files() for name in "xb")
   assert first == second
 
 
-def test_a_broken_evaluator_costs_no_trained_step(folder):
+@pytest.mark.slow
+def test_failing_evaluator_loses_no_trained_step(folder):
   with pytest.raises(ZeroDivisionError):
     run(folder, "x", "--config.total_steps=3", "--config.evals.sample.name=tests.train_test:broken")
   assert saved(folder, "x")[1] == 3
 
 
 def broken(program, prompt, max_new_tokens, temperature, top_p):
-  """An evaluator that works at steps 0 and 1 and fails after training."""
+  """An evaluator that succeeds at steps 0 and 1 and fails after training."""
   calls = []
 
   def evaluate(params):
@@ -210,15 +248,14 @@ def broken(program, prompt, max_new_tokens, temperature, top_p):
   return evaluate
 
 
-def test_a_config_that_cannot_run_moves_nothing_aside(folder):
-  run(folder, "x", "--config.total_steps=1")
+def test_invalid_config_with_fresh_archives_nothing(folder_with_run):
   with pytest.raises(ConfigError):
-    train.run(cfglib.load_config(flags(folder, "--config.accum=5")), folder / "x", fresh=True)
-  assert not (folder / "x.1").exists()
+    train.run(cfglib.load_config(flags("--config.accum=5")), folder_with_run / "x", fresh=True)
+  assert not (folder_with_run / "x.1").exists()
 
 
 @pytest.mark.parametrize(
-  "flag, words",
+  "flag, message",
   [
     ("--config.log.every=0", r"log\.every=0 must be at least one step"),
     ("--config.evals.heldout.every=often", r"evals\.heldout\.every='often' is not a duration"),
@@ -228,48 +265,54 @@ def test_a_config_that_cannot_run_moves_nothing_aside(folder):
     ("--config.profile=3:1", r"config\.profile='3:1'"),
   ],
 )
-def test_mistakes_are_found_before_the_first_step(folder, flag, words):
-  with pytest.raises(ConfigError, match=words):
+def test_wrong_config_is_refused_before_the_first_step(folder, flag, message):
+  with pytest.raises(ConfigError, match=message):
     run(folder, "x", flag)
   assert not (folder / "x").exists()
 
 
-def test_evaluating_a_checkpoint_runs_no_code_that_its_config_names(folder):
-  run(folder, "x", "--config.total_steps=1")
-  [manifest] = (folder / "x" / "checkpoints" / "1" / "manifest").rglob("metadata")
+def edit_manifest(run_folder, edit):
+  """Change the manifest of the checkpoint at step 2."""
+  [manifest] = (run_folder / "checkpoints" / "2" / "manifest").rglob("metadata")
   content = json.loads(manifest.read_text())
-  content["config"]["schedule"] = {"name": "pathlib:Path.touch", "self": str(folder / "touched")}
-  content["config"]["optim"]["name"] = "os:abort"
-  content["config"]["evals"] = {"x": {"name": "os:abort", "every": None, "at": []}}
+  edit(content)
   manifest.write_text(json.dumps(content))
-  found = evaluate.evaluate_checkpoint(str(folder / "x"), data=str(folder / "t.txt"))
-  assert found["data/loss"] > 0
-  content["config"]["objective"]["name"] = "os:abort"
-  manifest.write_text(json.dumps(content))
+
+
+def test_evaluate_runs_no_code_of_unused_parts_of_the_config(folder_with_run):
+  def edit(content):
+    content["config"]["schedule"] = {"name": "pathlib:Path.touch", "self": str(folder_with_run / "touched")}
+    content["config"]["optim"]["name"] = "os:abort"
+    content["config"]["evals"] = {"x": {"name": "os:abort", "every": None, "at": []}}
+
+  edit_manifest(folder_with_run / "x", edit)
+  assert evaluate.evaluate_checkpoint("x", data="t.txt")["data/loss"] > 0
+
+
+def test_evaluate_of_an_untrusted_objective_is_refused(folder_with_run):
+  edit_manifest(folder_with_run / "x", lambda content: content["config"]["objective"].update(name="os:abort"))
   with pytest.raises(ConfigError, match="--trust"):
-    evaluate.evaluate_checkpoint(str(folder / "x"), data=str(folder / "t.txt"))
+    evaluate.evaluate_checkpoint("x", data="t.txt")
 
 
-def test_starting_from_a_checkpoint_runs_no_code_that_its_tokenizer_names(folder):
-  run(folder, "a", "--config.total_steps=1")
-  [manifest] = (folder / "a" / "checkpoints" / "1" / "manifest").rglob("metadata")
-  content = json.loads(manifest.read_text())
-  content["tokenizer"]["spec"] = {"name": "os:abort"}
-  manifest.write_text(json.dumps(content))
+def test_init_from_runs_no_code_named_by_the_tokenizer(folder_with_run):
+  edit_manifest(folder_with_run / "x", lambda content: content["tokenizer"].update(spec={"name": "os:abort"}))
   with pytest.raises(ConfigError, match="none of llmjax"):
-    run(folder, "b", f"--config.init_from={folder / 'a'}")
+    run(folder_with_run, "b", "--config.init_from=x")
 
 
-def test_a_checkpoint_says_of_which_commit_it_is_and_another_commit_goes_on(folder, monkeypatch):
+@pytest.mark.slow
+def test_checkpoint_records_the_commit_and_another_resumes(folder, monkeypatch):
   monkeypatch.setattr(checkpoint, "commit", lambda: "a")
   run(folder, "x", "--config.total_steps=1")
   monkeypatch.setattr(checkpoint, "commit", lambda: "b")
   run(folder, "x", "--config.total_steps=2")
-  found = Checkpoints(folder / "x")
-  assert [found.read(step, "manifest")["versions"]["commit"] for step in (1, 2)] == ["a", "b"]
+  checkpoints = Checkpoints(folder / "x")
+  assert [checkpoints.read(step, "manifest")["versions"]["commit"] for step in (1, 2)] == ["a", "b"]
+  checkpoints.close()
 
 
-def test_the_commit_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
+def test_commit_is_the_one_of_the_running_code(tmp_path, monkeypatch):
   monkeypatch.delenv("LLMJAX_COMMIT", raising=False)
 
   def commit(root, name="llmjax"):
@@ -288,7 +331,7 @@ def test_the_commit_is_that_of_the_code_that_runs(tmp_path, monkeypatch):
   head = git("rev-parse", "HEAD")
   (tmp_path / "clone" / "untracked").touch()
   assert commit(tmp_path / "clone") == head
-  assert commit(tmp_path / "clone" / "site-packages") is None  # what is installed in a repository is not of it
+  assert commit(tmp_path / "clone" / "site-packages") is None  # a package installed in a repository is not part of it
   assert commit(tmp_path / "clone", "other") is None
   (tmp_path / "clone" / "site-packages" / ".commit").write_text("shipped\n")
   assert commit(tmp_path / "clone" / "site-packages") == "shipped"

@@ -1,4 +1,4 @@
-"""Yardsticks on texts whose cost is known."""
+"""Baselines on texts whose cost is known."""
 
 import random
 
@@ -12,7 +12,7 @@ def noise(seed, size):
   return "".join(map(chr, random.Random(seed).choices(range(128), k=size)))  # 7 bits each, a byte each
 
 
-def test_a_constant_text_costs_nothing():
+def test_constant_text_costs_nothing():
   assert all(value < 0.02 for value in yardsticks(["a" * 1000], ["a" * 50_000]).values())
 
 
@@ -21,19 +21,19 @@ def test_noise_costs_its_entropy():
     assert (6.99 < value <= 7) if name == "unigram" else (7 < value < 8.1), name
 
 
-def test_priming_pays_where_the_training_text_comes_back_however_far_it_lies():
+def test_priming_finds_repeats_within_max_train_bytes():
   seen = noise(0, 20_000)
   values = yardsticks([seen, noise(1, 200_000)], [seen])
   assert values["lzma_primed"] < 0.05 < 7 < values["lzma"]
-  # Only the end of the training text counts, and what is repeated lies before it.
+  # The repeated text is before the part of the training text that is used.
   assert yardsticks([seen, noise(1, 200_000)], [seen], max_train_bytes=200_000)["lzma_primed"] > 7
 
 
-def test_bytes_are_counted_not_characters():
+def test_unigram_counts_bytes():
   assert yardsticks([], ["é" * 1000])["unigram"] == pytest.approx(1.0)
   assert yardsticks([], ["a", "a"])["unigram"] == pytest.approx(0.9183, abs=1e-4)  # "a\na"
 
 
-def test_no_heldout_text_is_a_clear_mistake():
+def test_empty_heldout_text_is_refused():
   with pytest.raises(ConfigError, match="no held-out text"):
     yardsticks(["text"], [])

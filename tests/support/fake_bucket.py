@@ -1,4 +1,4 @@
-"""Google Cloud Storage in memory: what gcsfs, google-cloud-storage and tensorstore ask of its JSON API.
+"""Google Cloud Storage in memory: the part of its JSON API that gcsfs, google-cloud-storage and tensorstore use.
 
   with serve("bucket") as server: server.objects["bucket"]["a/b"] = b"..."; server.requests -> ["GET /storage/v1/b/..."]
 Objects, generations and their preconditions are as documented in https://cloud.google.com/storage/docs/json_api/v1; a
@@ -66,10 +66,10 @@ class Server(ThreadingHTTPServer):
     first, end = query.get("startOffset", ""), query.get("endOffset")
     with self.lock:
       names = sorted(self.objects[bucket])
-      found = [n for n in names if n.startswith(prefix) and n >= first and (not end or n < end)]
-      inside = [n for n in found if delimiter and delimiter in n[len(prefix) :]]
+      matching = [n for n in names if n.startswith(prefix) and n >= first and (not end or n < end)]
+      inside = [n for n in matching if delimiter and delimiter in n[len(prefix) :]]
       prefixes = sorted({n[: n.index(delimiter, len(prefix)) + 1] for n in inside})
-      items = [self.resource(bucket, n) for n in found if n not in set(inside)]
+      items = [self.resource(bucket, n) for n in matching if n not in set(inside)]
     return {"kind": "storage#objects", "items": items, "prefixes": prefixes}
 
 
@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(*buckets):
-  """A server of these buckets, until the block ends."""
+  """Serve these buckets until the block ends."""
   server = Server(*buckets)
   thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
   thread.start()
