@@ -1,4 +1,4 @@
-"""The CRF against a sum over all ways to tag, in float64; what shares a row or a device does not matter."""
+"""The CRF against sums over all taggings, in float64; independence of padding, packing and the mesh."""
 
 import inspect
 import itertools
@@ -17,7 +17,7 @@ KEYS = ("scores", "tags", "start", "matrix", "end", "mask", "segments")
 
 
 def case(seed=0, rows=B, length=L, classes=C, scale=1.0):
-  """Random rows of up to three sentences with gaps, late beginnings and, in row 0, nothing at all."""
+  """Random rows of up to three sentences with gaps and late starts; row 0 is empty."""
   rng = np.random.default_rng(seed)
   mask = rng.random((rows, length)) < 0.6
   mask[0] = False
@@ -34,7 +34,7 @@ def case(seed=0, rows=B, length=L, classes=C, scale=1.0):
 
 
 def call(function, case, dtype=jnp.float32):
-  """One of the module's functions on a case, compiled."""
+  """Call a function of the module, compiled, with the arrays of a case."""
   transitions = crf.Transitions(*(jnp.asarray(case[key], jnp.float32) for key in ("start", "matrix", "end")))
   mask, segments = jnp.asarray(case["mask"]), jnp.asarray(case["segments"], jnp.int32)
   tags = (jnp.asarray(case["tags"], jnp.int32),) if "tags" in inspect.signature(function).parameters else ()
@@ -48,14 +48,14 @@ def chains(case, row):
 
 
 def score(case, row, places, tags):
-  """The definition, summed one by one."""
+  """The score of one tagging, by definition."""
   total = case["start"][tags[0]] + case["end"][tags[-1]]
   total += sum(case["scores"][row, place, tag] for place, tag in zip(places, tags))
   return total + sum(case["matrix"][a, b] for a, b in itertools.pairwise(tags))
 
 
 def brute_force(case):
-  """(log Z, score of the tags, best score, best tags, marginals) over all ways to tag each chain, in float64."""
+  """(log Z, score of the tags, best score, best tags, marginals) over all taggings of each chain, in float64."""
   rows, length, classes = case["scores"].shape
   log_z, own, best, tags = np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows, length), int)
   marginals = np.zeros((rows, length, classes))
@@ -74,7 +74,7 @@ def brute_force(case):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_everything_is_what_all_ways_to_tag_give(seed):
+def test_crf_equals_sums_over_all_taggings(seed):
   example = case(seed)
   log_z, own, best, tags, marginals = brute_force(example)
   np.testing.assert_allclose(call(crf.log_partition, example), log_z, rtol=1e-5, atol=1e-5)
@@ -86,8 +86,8 @@ def test_everything_is_what_all_ways_to_tag_give(seed):
   np.testing.assert_allclose(call(crf.marginals, example), marginals, atol=1e-5)
 
 
-def test_gradients_are_finite_differences():
-  """Of the definition in float64, by the scores and by all three parts of the transitions."""
+def test_crf_gradients_equal_finite_differences():
+  """Finite differences of the definition in float64, by the scores and all transitions."""
   example = case(1, rows=4, length=5)
   weights = np.array([1.0, -2.0, 0.5, 3.0])
 
@@ -111,7 +111,7 @@ def test_gradients_are_finite_differences():
       assert float(gradient[index]) == pytest.approx((sides[0] - sides[1]) / 2e-5, abs=2e-5), f"{name}{index}"
 
 
-def test_the_probabilities_of_all_ways_to_tag_sum_to_one():
+def test_crf_probabilities_of_all_taggings_sum_to_one():
   example = case(2)
   paths = np.array(list(itertools.product(range(C), repeat=5)))
   every = {
@@ -124,8 +124,8 @@ def test_the_probabilities_of_all_ways_to_tag_sum_to_one():
   np.testing.assert_allclose(np.exp(-np.asarray(call(crf.negative_log_likelihood, every))).sum(), 1, rtol=1e-5)
 
 
-def test_neither_padding_nor_what_shares_a_row_changes_anything():
-  """Sentences of rows of their own, one behind the other in one row, and with noise between their tokens."""
+def test_crf_ignores_padding_and_other_sentences_in_the_row():
+  """Compare separate rows with one row of all sentences that has noise at masked positions between tokens."""
   example = case(3, rows=5)
   example["mask"][:] = True
   example["segments"][:] = 1
@@ -148,7 +148,7 @@ def test_neither_padding_nor_what_shares_a_row_changes_anything():
   )
 
 
-def test_eight_devices_give_what_one_gives_and_need_not_talk():
+def test_crf_on_data_mesh_equals_one_device_without_collectives():
   example = case(4, rows=16)
   mesh = sharding.make_mesh({"data": -1})
   cut, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
@@ -172,7 +172,7 @@ def test_eight_devices_give_what_one_gives_and_need_not_talk():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, want)
 
 
-def test_models_stack_under_vmap():
+def test_crf_under_vmap_equals_single_models():
   examples = [case(seed, rows=3) for seed in (5, 6)]
   stacked = [jnp.asarray(np.stack([example[key] for example in examples])) for key in KEYS]
 
@@ -180,13 +180,13 @@ def test_models_stack_under_vmap():
     return crf.negative_log_likelihood(scores, tags, crf.Transitions(start, matrix, end), mask, segments)
 
   want = np.stack([call(crf.negative_log_likelihood, example) for example in examples])
-  np.testing.assert_allclose(jax.vmap(nll)(*stacked), want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.vmap(nll))(*stacked), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e6])
-def test_constraints_and_huge_scores_give_numbers(scale, dtype):
-  """Values and gradients, also of chains of one position, of empty rows, and of tags that the constraints forbid."""
+def test_crf_with_constraints_and_huge_scores_is_finite(scale, dtype):
+  """Values and gradients, also for chains of one position, empty rows and tags that violate the constraints."""
   labels = ["O", "B-X", "I-X", "E-X", "S-X"]
   example = case(7, rows=8, length=12, classes=len(labels), scale=scale)
   example["mask"][2] = np.arange(12) == 11
@@ -200,15 +200,15 @@ def test_constraints_and_huge_scores_give_numbers(scale, dtype):
     return jnp.sum(crf.negative_log_likelihood(scores, tags, transitions, mask, segments))
 
   scores = jnp.asarray(example["scores"], dtype)
-  found = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(scores, transitions)
-  found += jax.jit(crf.viterbi)(scores, transitions, mask, segments)
-  shares = jax.jit(crf.marginals)(scores, transitions, mask, segments)
-  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves((found, shares)))
-  np.testing.assert_allclose(np.sum(shares, axis=-1), example["mask"], atol=1e-4)
+  outputs = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(scores, transitions)
+  outputs += jax.jit(crf.viterbi)(scores, transitions, mask, segments)
+  marginals = jax.jit(crf.marginals)(scores, transitions, mask, segments)
+  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves((outputs, marginals)))
+  np.testing.assert_allclose(np.sum(marginals, axis=-1), example["mask"], atol=1e-4)
 
 
-def test_a_sure_tag_costs_next_to_nothing_in_a_long_row():
-  """Scores of 10^4 sum to 10^7, of which float32 knows no fractions; the loss is far below one all the same."""
+def test_crf_loss_is_precise_in_long_rows_with_large_scores():
+  """Scores of 10^4 sum to 10^7, where float32 has no fractions; the loss is far below one."""
   tags = np.arange(1024)[None] % C
   example = {**case(8), "tags": tags, "scores": 1e4 + 10 * np.eye(C)[tags], "mask": tags > -1, "segments": tags * 0}
   example["start"] = example["end"] = np.zeros(C)

@@ -1,4 +1,4 @@
-"""The mesh, the rules, and what they refuse."""
+"""Meshes, sharding rules and the values that they reject."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from llmjax import sharding
 from llmjax.config import ConfigError, load_config, to_dict
 
 
-def test_one_axis_takes_what_is_left_and_axes_are_auto():
+def test_make_mesh_infers_one_axis_and_makes_axes_auto():
   mesh = sharding.make_mesh({"data": -1, "tensor": 2})
   assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
   assert set(mesh.axis_types) == {AxisType.Auto}
@@ -25,7 +25,7 @@ def test_one_axis_takes_what_is_left_and_axes_are_auto():
     ({"fdsp": 8}, ["mesh.fdsp", "fsdp"]),
   ],
 )
-def test_a_mesh_that_cannot_be_is_refused_in_one_line(sizes, words):
+def test_make_mesh_rejects_invalid_sizes_in_one_line(sizes, words):
   with pytest.raises(ConfigError) as error:
     sharding.make_mesh(sizes)
   assert "\n" not in str(error.value)
@@ -33,7 +33,7 @@ def test_a_mesh_that_cannot_be_is_refused_in_one_line(sizes, words):
     assert word in str(error.value)
 
 
-def test_an_unknown_logical_name_is_an_error_with_a_mesh_and_without():
+def test_constrain_rejects_unknown_logical_names():
   x = jnp.ones((8, 4))
   with pytest.raises(ValueError, match=r"act_btch.*act_batch"):
     sharding.constrain(x, "act_btch", None)
@@ -43,8 +43,8 @@ def test_an_unknown_logical_name_is_an_error_with_a_mesh_and_without():
     sharding.constrain(x, "act_batch")
 
 
-def test_constraints_are_really_in_the_program():
-  """Flax's own logical constraints vanish silently under a wrong context; ours may not."""
+def test_constrain_adds_a_constraint_to_the_program():
+  """Flax's logical constraints are dropped silently in a wrong context."""
   mesh = sharding.make_mesh({"data": 4, "tensor": 2})
   with sharding.use(mesh):
     function = jax.jit(lambda x: sharding.constrain(x * 2, "act_batch", "act_len", "act_mlp"))
@@ -52,7 +52,7 @@ def test_constraints_are_really_in_the_program():
     assert function(jnp.ones((8, 2, 4))).sharding.spec == PartitionSpec("data", None, "tensor")
 
 
-def test_a_dimension_that_does_not_divide_is_named_before_anything_compiles():
+def test_param_shardings_name_a_dimension_that_does_not_divide():
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
   shapes = {"embedding": {"table": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}}
   axes = {"embedding": {"table": ("vocab", "embed")}}
@@ -62,11 +62,11 @@ def test_a_dimension_that_does_not_divide_is_named_before_anything_compiles():
   assert where["embedding"]["table"].spec == PartitionSpec(None, "fsdp")
 
 
-def test_the_config_lists_every_rule_with_its_default():
+def test_config_contains_every_rule_with_its_default():
   assert to_dict(load_config(["--config=gpt:debug"]).rules) == sharding.RULES
 
 
-def test_a_rule_for_no_mesh_axis_is_refused():
+def test_use_rejects_a_rule_with_an_unknown_mesh_axis():
   with (
     pytest.raises(ConfigError, match=r"rules\.mlp='tensors'.*tensor"),
     sharding.use(sharding.make_mesh({"data": -1}), {**sharding.RULES, "mlp": "tensors"}),
@@ -74,7 +74,7 @@ def test_a_rule_for_no_mesh_axis_is_refused():
     pass
 
 
-def test_two_dimensions_over_one_mesh_axis_are_told():
+def test_spec_rejects_two_dimensions_on_one_mesh_axis():
   rules = {**sharding.RULES, "embed": "tensor"}
   with pytest.raises(ConfigError, match=r"rules\.embed and rules\.mlp both cut over 'tensor'"):
     sharding.spec(("embed", "mlp"), rules)

@@ -1,4 +1,4 @@
-"""The house stands: imports point strictly down, the command line starts without JAX, scripts stop at an error."""
+"""Architecture: imports point to lower layers, the command line starts without JAX, scripts stop at an error."""
 
 import ast
 import re
@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# From the ground up; a module may import from storeys below its own. A package stands for its modules, which may
-# import each other as long as no circle forms, unless they are named themselves.
-STOREYS = [
+# From the lowest to the highest; a module may import from lower layers. The name of a package stands for those of its
+# modules that have no entry of their own. Modules of one package may import each other without cycles.
+LAYERS = [
   "types config page",
   "trials sharding hosts yardsticks beam_search task_metrics early_stopping",
   "data models flags",
@@ -32,64 +32,65 @@ STOREYS = [
   "cli",
   "__main__",
 ]
-STOREY = {name: height for height, names in enumerate(STOREYS) for name in names.split()}
+LAYER = {name: height for height, names in enumerate(LAYERS) for name in names.split()}
 
 
 def modules():
-  """{name without `llmjax.`: path}."""
+  """{module name without `llmjax.`: path}."""
   files = sorted((ROOT / "llmjax").rglob("*.py"))
   names = {".".join(f.relative_to(ROOT / "llmjax").with_suffix("").parts).removesuffix(".__init__"): f for f in files}
-  names.pop("__init__")  # lazy: names of modules as strings
+  names.pop("__init__")  # imports lazily, with names of modules as strings
   return names
 
 
 def imports(path, known):
-  """The llmjax modules that a file imports, inside functions too, but not for the type checker alone."""
-  found = set()
+  """The llmjax modules that a file imports, also inside functions, but not under TYPE_CHECKING."""
+  imported = set()
 
   def visit(node):
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
       return
     if isinstance(node, ast.Import):
-      found.update(alias.name.removeprefix("llmjax.") for alias in node.names if alias.name.startswith("llmjax."))
+      imported.update(alias.name.removeprefix("llmjax.") for alias in node.names if alias.name.startswith("llmjax."))
     if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llmjax":
       module = node.module.removeprefix("llmjax").removeprefix(".")
       for alias in node.names:
         inside = f"{module}.{alias.name}".removeprefix(".")
-        found.add(inside if inside in known else module)
+        imported.add(inside if inside in known else module)
     for child in ast.iter_child_nodes(node):
       visit(child)
 
   visit(ast.parse(path.read_text(encoding="utf-8")))
-  return found - {""}
+  return imported - {""}
 
 
-def storey(module):
-  while module not in STOREY:
-    assert "." in module, f"llmjax.{module} has no storey yet: give it one in tests/structure_test.py"
+def layer_of(module):
+  """(height, module or package that is listed in LAYERS)."""
+  while module not in LAYER:
+    assert "." in module, f"llmjax.{module} has no layer: add it to LAYERS in tests/structure_test.py"
     module = module.rpartition(".")[0]
-  return STOREY[module], module
+  return LAYER[module], module
 
 
-def test_imports_point_strictly_down():
+def test_imports_point_to_lower_layers():
   known = modules()
   wrong = []
   for module, path in known.items():
     for other in imports(path, known):
-      (here, home), (there, its_home) = storey(module), storey(other)
-      same_package = home == its_home and module.split(".")[0] == other.split(".")[0] and "." in module
-      if there >= here and not same_package:
+      (height, listed), (other_height, other_listed) = layer_of(module), layer_of(other)
+      same_package = listed == other_listed and module.split(".")[0] == other.split(".")[0] and "." in module
+      if other_height >= height and not same_package:
         wrong.append(f"llmjax.{module} imports llmjax.{other}")
-  assert not wrong, "these imports do not point down: " + "; ".join(wrong)
+  assert not wrong, "these imports do not point to a lower layer: " + "; ".join(wrong)
 
 
-def test_imports_form_no_circle():
+def test_imports_have_no_cycles():
   known = modules()
   graph = {module: imports(path, known) for module, path in known.items()}
   done: set[str] = set()
 
   def follow(module, path):
-    assert module not in path, "a circle of imports: " + " -> ".join([*path, module])
+    assert module not in path, "cyclic imports: " + " -> ".join([*path, module])
     if module not in done:
       for other in graph.get(module, ()):
         follow(other, [*path, module])
@@ -99,7 +100,7 @@ def test_imports_form_no_circle():
     follow(module, [])
 
 
-def test_relative_imports_and_configs_are_not_imported():
+def test_modules_import_absolutely_and_no_configs():
   for path in modules().values():
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
       if isinstance(node, ast.ImportFrom):
@@ -117,7 +118,7 @@ def test_relative_imports_and_configs_are_not_imported():
   ],
   ids=["import", "help", "train help", "configs"],
 )
-def test_the_command_line_starts_without_jax(code):
+def test_command_line_starts_without_jax(code):
   heavy = ("jax", "flax", "tensorflow_datasets", "matplotlib", "orbax", "pyarrow")
   code += f"\nimport sys\nloaded = [m for m in {heavy} if m in sys.modules]\nassert not loaded, loaded"
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Tag schemes against regular expressions of whole sentences, and spans against sentences built from them."""
+"""Tag schemes against regular expressions for whole sentences, and spans against sentences made from them."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ LABELS = {
   "iob2": ["O", "B-X", "I-X", "B-Y", "I-Y"],
   "bioes": ["O", "B-X", "I-X", "E-X", "S-X", "B-Y", "I-Y", "E-Y", "S-Y"],
 }
-# A tag is a letter: of X its prefix, of Y the same in lower case.
+# One letter per tag: the prefix, in lower case for the type Y.
 LEGAL = {"iob2": re.compile("(O|BI*|bi*)*"), "bioes": re.compile("(O|S|s|BI*E|bi*e)*")}
 
 
@@ -25,23 +25,23 @@ def legal(tags, scheme):
 
 
 @pytest.mark.parametrize("scheme", LABELS)
-def test_violations_and_constraints_agree_with_whole_sentences(scheme):
+def test_violation_and_allowed_equal_regular_expressions(scheme):
   labels = LABELS[scheme]
   start, matrix, end = tag_scheme.allowed(labels, scheme)
   for length in range(5):
     for path in itertools.product(range(len(labels)), repeat=length):
       tags = [labels[i] for i in path]
-      found = tag_scheme.violation(tags, scheme)
-      assert (found is None) == legal(tags, scheme), tags
+      violation = tag_scheme.violation(tags, scheme)
+      assert (violation is None) == legal(tags, scheme), tags
       if length:
         assert legal(tags, scheme) == (start[path[0]] and matrix[path[:-1], path[1:]].all() and end[path[-1]]), tags
-      if found and found[2] is not None:  # the first: what stands before it can be completed, with it no longer
-        before, so_far = tags[: found[0]], tags[: found[0] + 1]
+      if violation and violation[2] is not None:  # the tags before the first violation can become a legal sentence
+        before, so_far = tags[: violation[0]], tags[: violation[0] + 1]
         assert any(legal([*before, *rest], scheme) for rest in ([], ["E-X"], ["E-Y"])), tags
         assert not any(legal([*so_far, *rest], scheme) for rest in ([], ["E-X"], ["E-Y"])), tags
 
 
-def test_a_violation_says_where():
+def test_violation_returns_position_and_both_tags():
   for tags, scheme, want in (
     (["O", "I-X"], "iob2", (1, "O", "I-X")),
     (["I-X", "I-Y"], "iob2", (0, None, "I-X")),
@@ -56,20 +56,20 @@ def test_a_violation_says_where():
 
 
 @pytest.mark.parametrize("scheme", LABELS)
-def test_constrained_decoding_is_always_legal(scheme):
-  """10^4 rows of two sentences, with learned transitions that would rather break the scheme."""
+def test_constrained_viterbi_paths_are_always_legal(scheme):
+  """10^4 rows of two sentences, with transitions that favour illegal paths."""
   labels, rng = LABELS[scheme], np.random.default_rng(0)
   rows, length = 10_000, 8
   scores = jnp.asarray(rng.normal(size=(rows, length, len(labels))) * 10, jnp.float32)
   mask = rng.random((rows, length)) < 0.8
   segments = np.sort(rng.integers(1, 3, size=(rows, length)), axis=1)
   start, matrix, end = tag_scheme.allowed(labels, scheme)
-  tempting = crf.Transitions(*(jnp.where(jnp.asarray(x), 0.0, 30.0) for x in (start, matrix, end)))
+  favour_illegal = crf.Transitions(*(jnp.where(jnp.asarray(x), 0.0, 30.0) for x in (start, matrix, end)))
   decode = jax.jit(crf.viterbi)
   wrong = {}
   for name, transitions in (
-    ("free", tempting),
-    ("constrained", crf.add(tempting, tag_scheme.constraints(labels, scheme))),
+    ("free", favour_illegal),
+    ("constrained", crf.add(favour_illegal, tag_scheme.constraints(labels, scheme))),
   ):
     tags = np.array(labels)[np.asarray(decode(scores, transitions, jnp.asarray(mask), jnp.asarray(segments))[0])]
     sentences = (tags[row, mask[row] & (segments[row] == s)] for row in range(rows) for s in (1, 2))
@@ -77,10 +77,10 @@ def test_constrained_decoding_is_always_legal(scheme):
   assert wrong["constrained"] == 0 and wrong["free"] > rows
 
 
-def write(found, length, scheme):
+def tags_of(spans, length, scheme):
   """The tags of spans, by the definition of each scheme."""
   tags = ["O"] * length
-  for start, stop, kind in sorted(found):
+  for start, stop, kind in sorted(spans):
     inside = ["I"] * (stop - start)
     if scheme == "iob1":
       inside[0] = "B" if start and tags[start - 1].endswith(kind) else "I"
@@ -92,20 +92,20 @@ def write(found, length, scheme):
   return tags
 
 
-def test_spans_come_back_from_every_scheme():
+def test_spans_are_inverted_for_every_scheme():
   rng = np.random.default_rng(0)
   for _ in range(300):
     length = int(rng.integers(1, 12))
     cuts = np.unique([0, length, *rng.integers(0, length, 4)]).tolist()
-    found = [(a, b, str(rng.choice(["X", "Y-Z"]))) for a, b in itertools.pairwise(cuts) if rng.random() < 0.6]
-    iob1, iob2, bioes = (write(found, length, scheme) for scheme in ("iob1", "iob2", "bioes"))
-    assert tag_scheme.spans(iob2, "iob2") == tag_scheme.spans(bioes, "bioes") == found
-    assert tag_scheme.spans(iob1, "iob2") == found  # as conlleval reads it
+    spans = [(a, b, str(rng.choice(["X", "Y-Z"]))) for a, b in itertools.pairwise(cuts) if rng.random() < 0.6]
+    iob1, iob2, bioes = (tags_of(spans, length, scheme) for scheme in ("iob1", "iob2", "bioes"))
+    assert tag_scheme.spans(iob2, "iob2") == tag_scheme.spans(bioes, "bioes") == spans
+    assert tag_scheme.spans(iob1, "iob2") == spans  # like conlleval
     assert tag_scheme.to_iob2(iob1) == tag_scheme.to_iob2(iob2) == iob2
     assert tag_scheme.violation(iob2, "iob2") is None and tag_scheme.violation(bioes, "bioes") is None
 
 
-def test_what_breaks_a_scheme_is_read_as_conlleval_reads_it():
+def test_spans_of_illegal_tags_equal_conlleval():
   for tags, scheme, want in (
     ("I-X I-X O I-Y", "iob2", [(0, 2, "X"), (3, 4, "Y")]),
     ("B-X I-Y I-Y B-Y", "iob2", [(0, 1, "X"), (1, 3, "Y"), (3, 4, "Y")]),
@@ -119,7 +119,7 @@ def test_what_breaks_a_scheme_is_read_as_conlleval_reads_it():
     assert tag_scheme.spans(tags.split(), scheme) == want, tags
 
 
-def test_schemes_are_guessed_from_the_tags_that_there_are():
+def test_guess_infers_the_scheme_from_labels():
   for labels, want in (
     (["O", "B-X", "I-X", "B-Y"], "iob2"),
     (["O", "I-X"], "iob2"),
@@ -143,12 +143,12 @@ def test_schemes_are_guessed_from_the_tags_that_there_are():
     (["O", "B-"], "iob2", "the label 'B-' must be O"),
   ],
 )
-def test_what_does_not_fit_is_told(labels, scheme, words):
+def test_constraints_reject_labels_outside_the_scheme(labels, scheme, words):
   with pytest.raises(ConfigError, match=re.escape(words)) as error:
     tag_scheme.constraints(labels, scheme)
   assert "\n" not in str(error.value)
 
 
-def test_without_a_scheme_everything_is_allowed():
+def test_allowed_without_scheme_is_all_true():
   start, matrix, end = tag_scheme.allowed(["NN", "I-X", "VB"], "none")
   assert start.all() and matrix.shape == (3, 3) and matrix.all() and end.all()

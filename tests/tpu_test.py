@@ -1,7 +1,7 @@
-"""The real train step compiled ahead of time for TPUs, on a machine without one: no device runs it.
+"""The train step, compiled ahead of time for TPUs on a machine without TPUs.
 
-It needs libtpu, by `pip install --target=FOLDER --no-deps libtpu` and LLMJAX_LIBTPU=FOLDER, where no other start of JAX
-finds it. Each program is compiled by a process of its own, this file run as a script.
+This needs libtpu: `pip install --target=FOLDER --no-deps libtpu` and LLMJAX_LIBTPU=FOLDER. In such a folder, no other
+process with JAX imports it. Each program is compiled in its own process, which runs this file as a script.
 """
 
 import importlib.util
@@ -32,17 +32,17 @@ PROGRAMS = {
 
 
 def libtpu() -> dict[str, str] | None:
-  """What a process needs in its environment to compile for TPUs; None where libtpu is not to be found."""
+  """The environment of a process that compiles for TPUs; None if libtpu is not installed."""
   folder = os.environ.get("LLMJAX_LIBTPU")
   if folder is None and importlib.util.find_spec("libtpu") is None:
     return None
   paths = [str(ROOT), *([folder] if folder else []), *filter(None, [os.environ.get("PYTHONPATH")])]
-  asked = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-  return {**os.environ, **asked, "PYTHONPATH": os.pathsep.join(paths)}
+  settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def compile_step(topology: str, slices: int, mesh: dict[str, int], changes: dict[str, object]) -> dict[str, object]:
-  """The compiled train step as text, and its bytes on each device."""
+  """The compiled train step as text, and its bytes of memory on each device."""
   import jax
   import jax.numpy as jnp
   from jax.experimental import topologies
@@ -76,21 +76,23 @@ def compile_step(topology: str, slices: int, mesh: dict[str, int], changes: dict
   return {"text": compiled.as_text(), "memory": sizes}
 
 
+@pytest.mark.full("tpu")
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_the_train_step_compiles_for_tpus(name):
+def test_train_step_compiles_for_tpus(name):
+  """One splash attention kernel per kind of layer, although layers are rematerialised; or a ring."""
   environment = libtpu()
   if environment is None:
     pytest.skip("libtpu is not installed; LLMJAX_LIBTPU names a folder that has it")
   command = [sys.executable, __file__, json.dumps(PROGRAMS[name])]
   done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-4000:]
-  found = json.loads(done.stdout.splitlines()[-1])
-  print(name, {part: f"{size / 2**20:.1f} MiB" for part, size in found["memory"].items()})
-  text = found["text"]
+  compiled = json.loads(done.stdout.splitlines()[-1])
+  print(name, {part: f"{size / 2**20:.1f} MiB" for part, size in compiled["memory"].items()})
+  text = compiled["text"]
   forward = len(re.findall(r"%splash_mha_fwd\S* = .*tpu_custom_call", text))
   if name == "ring":
     assert not forward and " collective-permute" in text and " all-gather" not in text
-  else:  # once for each kind of layer, though they are rematerialised
+  else:
     assert forward == (2 if name == "two slices" else 1)
 
 
