@@ -92,7 +92,7 @@ LOSSES = (
     "objectives/losses.py",
     "jnp.mean(routing.counts.shape[1] * jnp.sum(shares * probabilities, axis=1))",
     "jnp.mean(jnp.sum(shares * probabilities, axis=1))",
-    (HUGGINGFACE + "test_routing_and_the_balance_loss[mixtral]",),
+    (HUGGINGFACE + "test_routing_and_balance_loss_equal_transformers[mixtral]",),
     "objective.balance means something else for every number of experts",
   ),
   Mutant(
@@ -100,7 +100,7 @@ LOSSES = (
     "models/moe.py",
     "seen = (real.reshape(-1) > 0).astype(jnp.float32)",
     "seen = jnp.ones(real.size, jnp.float32)",
-    (HUGGINGFACE + "test_padding_is_not_counted_in_the_routing",),
+    (HUGGINGFACE + "test_routing_with_padding_counts_real_tokens_only",),
   ),
   Mutant(
     "label-is-the-input-token",
@@ -306,7 +306,7 @@ ATTENTION = (
     "models/transformer.py",
     'if kind == "local" and c.local_rotary_base is not None:',
     'if kind == "global" and c.local_rotary_base is not None:',
-    (HUGGINGFACE + "test_logits_and_all_hidden_states[modernbert]",),
+    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[modernbert]",),
   ),
 )
 
@@ -454,7 +454,7 @@ MODELS = (
     "models/layers.py",
     'y = y * (1 + vector("scale", nn.initializers.zeros))',
     'y = y * vector("scale", nn.initializers.zeros)',
-    (HUGGINGFACE + "test_logits_and_all_hidden_states[gemma]",),
+    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[gemma]",),
     "Gemma checkpoints give other logits",
   ),
   Mutant(
@@ -479,7 +479,7 @@ MODELS = (
     "models/transformer.py",
     "return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)",
     "return logits",
-    (HUGGINGFACE + "test_logits_and_all_hidden_states[gemma2]",),
+    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[gemma2]",),
   ),
   Mutant(
     "dropout-not-rescaled",
@@ -508,7 +508,7 @@ MODELS = (
     "models/moe.py",
     "  if normalize:",
     "  if not normalize:",
-    (HUGGINGFACE + "test_logits_and_all_hidden_states[mixtral]",),
+    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[mixtral]",),
     "the weights of a token's experts do not sum to one: Mixtral checkpoints give other logits",
   ),
   Mutant(
@@ -516,7 +516,7 @@ MODELS = (
     "models/moe.py",
     "rows = jnp.take(x.reshape(B * L, -1), order // k, axis=0)",
     "rows = jnp.take(x.reshape(B * L, -1), order % (B * L), axis=0)",
-    (HUGGINGFACE + "test_logits_and_all_hidden_states[mixtral]",),
+    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[mixtral]",),
   ),
   Mutant(
     "expert-width-not-summed-over-devices",
@@ -583,7 +583,7 @@ MODELS = (
     "interop/family.py",
     'QUERY, KEY, OUT = "(H A) D -> D H A"',
     'QUERY, KEY, OUT = "(A H) D -> D H A"',
-    (HUGGINGFACE + "test_logits_and_all_hidden_states[llama]",),
+    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[llama]",),
     "the rows of q_proj go to other heads: imported models write nonsense",
   ),
   Mutant(
@@ -591,7 +591,7 @@ MODELS = (
     "interop/tensors.py",
     "tensor = tensor[(slice(None),) * axis + (slice(dimension.skip, None),)]",
     "tensor = tensor[(slice(None),) * axis + (slice(None, -dimension.skip),)]",
-    (HUGGINGFACE + "test_logits_and_all_hidden_states[opt]",),
+    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[opt]",),
     "positions of OPT begin two rows early",
   ),
 )

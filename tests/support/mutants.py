@@ -169,7 +169,9 @@ def run_pytest(copy: Path, arguments: Sequence[str], *, timeout: float, write_by
   found.seconds = time.monotonic() - start
   for line in report.read_text(encoding="utf-8").splitlines():
     for outcome, value in json.loads(line).items():
-      getattr(found, "errors" if outcome == "error" else outcome).append(value)
+      reported = getattr(found, "errors" if outcome == "error" else outcome)
+      if value not in reported:  # with xdist, by the worker and by its controller
+        reported.append(value)
   if code not in (0, 1) and not found.errors:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     lines = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
@@ -276,7 +278,9 @@ def all_tests(mutant: Mutant) -> int:
     copy = make_copy(Path(folder).resolve())
     path = copy / "llmjax" / mutant.file
     path.write_text(mutant.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
-    found = run_pytest(copy, ["tests", "-m", "not full", "-n", str(WORKERS), "--dist", "loadfile"], timeout=7200)
+    side_by_side = ("-n", str(WORKERS), "--dist", "loadfile")
+    # The list of mutants does not fit a file that is mutated already.
+    found = run_pytest(copy, ["tests", "-m", "not full", "--ignore=tests/mutants_test.py", *side_by_side], timeout=7200)
   for line in (*found.errors, *sorted(found.failed)):
     print(line)
   print(f"{mutant.name}: {len(found.failed)} of {len(found.failed) + len(found.passed)} tests fail")
