@@ -16,9 +16,10 @@ from llmjax.config import ConfigError
 from llmjax.generation import beam_search, generate
 from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
-from llmjax.types import Batch, Outputs, probe
+from llmjax.types import Batch, Outputs
 from tests.generation_test import prompts
 from tests.support import make_beam_search
+from tests.support.cases import parameters
 from tests.support.make_beam_search import log_softmax, logits_of, reference
 
 STORED = np.load(make_beam_search.PATH)
@@ -52,7 +53,7 @@ class Table(nn.Module):
 
 
 @pytest.mark.parametrize("case", range(make_beam_search.STORED))
-def test_it_finds_what_transformers_finds(case):
+def test_beam_search_equals_transformers(case):
   names = ("prompts", "mask", "new", "scores")
   prompts, mask, new, scores = (STORED[f"{case}/{name}"] for name in names)
   settings = json.loads(str(STORED[f"{case}/settings"]))
@@ -91,8 +92,7 @@ HOW = [
 
 @functools.cache
 def model_and_params(name):
-  model = Transformer(CONFIGS[name])
-  return model, nn.unbox(model.init(jax.random.key(0), probe()))["params"]
+  return Transformer(CONFIGS[name]), parameters(CONFIGS[name])[0]
 
 
 @functools.cache
@@ -114,9 +114,16 @@ def uncached(name):
   return next_logits
 
 
-@pytest.mark.parametrize("how", HOW, ids=range(len(HOW)))
-@pytest.mark.parametrize("name", CONFIGS)
-def test_over_the_cache_it_finds_what_the_uncached_forward_says(name, how):
+@pytest.mark.parametrize(
+  "name, how",
+  [
+    pytest.param("scanned", HOW[0], id="scanned-0"),
+    pytest.param("encoder–decoder", HOW[1], id="encoder–decoder-1"),
+    pytest.param("unrolled", HOW[0], id="unrolled-0", marks=pytest.mark.slow),
+    pytest.param("periods", HOW[1], id="periods-1", marks=pytest.mark.slow),
+  ],
+)
+def test_beam_search_over_a_cache_equals_the_uncached_reference(name, how):
   model, params = model_and_params(name)
   ids, mask = prompts()
   start, separate = 5, name == "encoder–decoder"
@@ -136,7 +143,7 @@ def test_over_the_cache_it_finds_what_the_uncached_forward_says(name, how):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.5])
-def test_with_beams_for_all_sequences_it_finds_the_best_of_all(length_penalty):
+def test_beam_search_with_all_beams_finds_the_global_optimum(length_penalty):
   vocabulary, limit, ends = 5, 4, (2, 4)
   model = Table(vocabulary)
   table = np.random.default_rng(1).normal(size=(vocabulary,) * 3).astype(np.float32)
@@ -161,7 +168,7 @@ def test_with_beams_for_all_sequences_it_finds_the_best_of_all(length_penalty):
   assert scores[0, -1] == -np.inf  # there are no more
 
 
-def test_a_row_that_stops_stays_as_it_is_while_others_go_on():
+def test_beam_search_finished_row_stays_while_others_continue():
   ids = np.random.default_rng(2).integers(0, make_beam_search.PAD, (16, 2))
   params = {"table": jnp.asarray(logits_of(STORED["tables"][0], 1.0, (2, 5)))}
   how = {"num_beams": 3, "max_new_tokens": 12, "eos_id": (2, 5), "early_stopping": True, "length_penalty": 2.0}
@@ -170,7 +177,7 @@ def test_a_row_that_stops_stays_as_it_is_while_others_go_on():
   np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
-def test_numbers_are_traced():
+def test_beam_search_with_other_penalties_does_not_recompile():
   model, ids = Table(), np.array([[0, 1]])
   params = {"table": jnp.asarray(STORED["tables"][0])}
   sizes = []
@@ -191,11 +198,11 @@ def test_numbers_are_traced():
     ({"max_new_tokens": 100}, "context of 64"),
   ],
 )
-def test_bad_requests_are_refused_in_one_line(how, words):
+def test_bad_beam_search_settings_are_one_line(how, words):
   with pytest.raises(ConfigError, match=words):
     generate(Table(), {}, np.ones((1, 4), np.int32), **{"num_beams": 2, **how})
 
 
-def test_no_more_is_returned_than_searched():
+def test_beam_search_returning_more_than_beams_is_refused():
   with pytest.raises(ConfigError, match=r"num_return_sequences=3.*num_beams=2"):
     beam_search(Table(), {}, np.ones((1, 4), np.int32), num_beams=2, num_return_sequences=3)

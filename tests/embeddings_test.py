@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import llmjax
 from llmjax import cli, embeddings, sharding
@@ -14,7 +13,8 @@ from llmjax.data import tokenizer as tokenizers
 from llmjax.data.records import fields
 from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
-from llmjax.types import Batch, probe
+from llmjax.types import Batch
+from tests.support.cases import parameters
 
 TOKENIZER = tokenizers.make({"name": "bytes"})
 DECODER = TransformerConfig(264, 32, 2, 4, 64, init_stddev=0.15)
@@ -27,8 +27,8 @@ TEXTS = [f"{i} " + "some words " * (i * 7 % 11) for i in range(21)]
 
 
 def make(kind):
-  model = Transformer(TransformerConfig(**{**vars(DECODER), **MODELS[kind]}))
-  return model, nn.unbox(jax.jit(model.init)(jax.random.key(0), probe())["params"])
+  cfg = TransformerConfig(**{**vars(DECODER), **MODELS[kind]})
+  return Transformer(cfg), parameters(cfg)[0]
 
 
 def by_hand(model, params, text, pooling):
@@ -44,7 +44,7 @@ def by_hand(model, params, text, pooling):
   "kind, pooling",
   [("encoder", "cls"), ("encoder", "pooler"), ("decoder", "last"), ("decoder", "mean"), ("both", "mean")],
 )
-def test_a_vector_is_that_of_its_text_alone(kind, pooling):
+def test_embed_equals_the_forward_of_each_text_alone(kind, pooling):
   model, params = make(kind)
   vectors = llmjax.embed(model, params, TOKENIZER, TEXTS, pooling=pooling, batch_tokens=256)
   assert vectors.dtype == np.float32 and vectors.shape == (21, 32)
@@ -58,7 +58,7 @@ def test_a_vector_is_that_of_its_text_alone(kind, pooling):
 @pytest.mark.parametrize(
   "kind, sizes", [("encoder", "data=2,fsdp=2,tensor=2"), ("decoder", "fsdp=-1"), ("both", "tensor=4")]
 )
-def test_a_mesh_gives_the_same_vectors(kind, sizes):
+def test_embed_on_a_mesh_equals_one_device(kind, sizes):
   model, params = make(kind)
   mesh = sharding.make_mesh(sharding.parse_mesh(sizes))
   vectors = llmjax.embed(model, params, TOKENIZER, TEXTS, batch_tokens=300)
@@ -67,7 +67,7 @@ def test_a_mesh_gives_the_same_vectors(kind, sizes):
   )
 
 
-def test_batches_hold_every_text_once_and_few_shapes_compile():
+def test_embedding_batches_hold_each_text_once_in_few_shapes():
   rng = np.random.default_rng(0)
   for parts, tokens in ((1, 512), (8, 4096), (8, 1), (3, 1000)):
     lengths = rng.integers(1, 101, 500)
@@ -82,14 +82,14 @@ def test_batches_hold_every_text_once_and_few_shapes_compile():
   assert len(which) == 3 and rows == 4  # few texts make a small batch
 
 
-def test_a_long_text_keeps_its_eos():
+def test_embed_of_a_long_text_keeps_its_eos():
   tokenizer = tokenizers.make({"name": "bytes"})
   [row] = embeddings.tokenize(tokenizer, ["a" * 100], 8)
   assert len(row) == 8 and row[-1] == tokenizer.eos_id
   np.testing.assert_array_equal(tokenizer.unframe(row), tokenizer.encode("aaaaaa"))
 
 
-def test_no_texts_give_no_vectors():
+def test_embed_without_texts_returns_an_empty_array():
   assert llmjax.embed(*make("encoder"), TOKENIZER, []).shape == (0, 32)
 
 
@@ -104,7 +104,7 @@ def test_no_texts_give_no_vectors():
     ({"texts": ["a", ""]}, ["text 1", "no tokens"]),
   ],
 )
-def test_what_cannot_work_is_one_line(settings, words):
+def test_bad_embed_settings_are_one_line(settings, words):
   texts = settings.pop("texts", ["a"])
   with pytest.raises(ConfigError) as error:
     llmjax.embed(*make("decoder"), TOKENIZER, texts, **settings)
@@ -123,7 +123,7 @@ CONTENT = {
 
 
 @pytest.mark.parametrize("name", CONTENT)
-def test_texts_of_a_file_come_in_order_with_their_ids(home, name):
+def test_embed_file_returns_texts_in_order_with_ids(home, name):
   (home / name).write_text(CONTENT[name])
   texts, ids = embeddings.read_texts(str(home / name))
   assert texts == ["one", "two words", "three"]
@@ -149,7 +149,7 @@ def test_texts_of_a_file_come_in_order_with_their_ids(home, name):
     ("a.csv", b"", None, ["a.csv", "csv"]),
   ],
 )
-def test_a_file_that_cannot_be_embedded_is_one_line(home, name, content, column, words):
+def test_embed_of_a_bad_file_is_one_line(home, name, content, column, words):
   if content is not None:
     (home / name).write_bytes(content)
   with pytest.raises(ConfigError) as error:
@@ -179,7 +179,7 @@ def get_config(arg=None):
 """
 
 
-def test_an_output_is_whole_or_as_it_was_and_never_the_input(tmp_path):
+def test_embed_output_is_atomic_and_never_the_input(tmp_path):
   target = tmp_path / "out.npy"
   target.write_text("old")
   assert embeddings.check_output(target, tmp_path / "in.txt") == target.resolve()
@@ -196,7 +196,7 @@ def test_an_output_is_whole_or_as_it_was_and_never_the_input(tmp_path):
     embeddings.check_output(tmp_path, target)
 
 
-def test_the_command_embeds_a_file_with_what_was_trained(home, monkeypatch, capsys):
+def test_embed_command_uses_the_trained_model(home, monkeypatch, capsys):
   monkeypatch.chdir(home)
   (home / "tiny.py").write_text(CONFIG)
   pairs = [{"title": f"how to get {i}", "text": f"def get_{i}(): return {i}", "id": f"f{i}"} for i in range(40)]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from llmjax.config import ConfigError
 from llmjax.generation import generate, stream, until
@@ -15,7 +14,8 @@ from llmjax.interop.generation_config import read_settings, write_settings
 from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.sampling import draw, filter_logits, make_sampling
-from llmjax.types import Batch, probe
+from llmjax.types import Batch
+from tests.support.cases import parameters
 
 V = 31
 PLAIN = {"qkv_bias": False, "mlp_bias": False, "norm": "rmsnorm", "norm_bias": False, "init_stddev": 0.3}
@@ -36,8 +36,7 @@ CONFIGS["encoder–decoder"] = TransformerConfig(
 
 @functools.cache
 def model_and_params(name):
-  model = Transformer(CONFIGS[name])
-  return model, nn.unbox(model.init(jax.random.key(0), probe()))["params"]
+  return Transformer(CONFIGS[name]), parameters(CONFIGS[name])[0]
 
 
 def prompts():
@@ -53,7 +52,7 @@ DECODERS = ["learned", "rotary", "windowed", "prefix"]
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_greedy_equals_the_uncached_forward_for_prompts_of_any_length(name):
+def test_generate_greedy_equals_the_uncached_forward(name):
   model, params = model_and_params(name)
   ids, mask = prompts()
   got = np.asarray(generate(model, params, ids, mask, max_new_tokens=10))
@@ -72,7 +71,7 @@ def test_greedy_equals_the_uncached_forward_for_prompts_of_any_length(name):
     assert tokens[-10:] == got[row, 9:].tolist()
 
 
-def test_a_prefix_is_read_both_ways():
+def test_generate_with_bidirectional_prompt_sees_all_of_it():
   """The same parameters continue the same prompt otherwise where it is a prefix."""
   ids, mask = prompts()
   outputs = [
@@ -81,7 +80,7 @@ def test_a_prefix_is_read_both_ways():
   assert (outputs[0] != outputs[1]).any()
 
 
-def test_an_encoder_decoder_writes_what_its_uncached_decoder_says():
+def test_generate_of_encoder_decoder_equals_the_uncached_forward():
   model, params = model_and_params("encoder–decoder")
   ids, mask = prompts()
   got = np.asarray(generate(model, params, ids, mask, max_new_tokens=10, start_id=3))
@@ -96,13 +95,13 @@ def test_an_encoder_decoder_writes_what_its_uncached_decoder_says():
   np.testing.assert_array_equal(streamed, got[:, 1:])
 
 
-def test_an_encoder_writes_nothing():
+def test_generate_with_an_encoder_is_refused():
   cfg = TransformerConfig(V, 32, 0, 4, 64, 2)
   with pytest.raises(ConfigError, match=r"encoder.*llmjax embed"):
     generate(Transformer(cfg), {}, *prompts())
 
 
-def test_streaming_gives_the_same_tokens_and_rows_do_not_depend_on_each_other():
+def test_stream_equals_generate_and_rows_are_independent():
   model, params = model_and_params("rotary")
   ids, mask = prompts()
   how = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5}
@@ -112,7 +111,7 @@ def test_streaming_gives_the_same_tokens_and_rows_do_not_depend_on_each_other():
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_row_ends_at_any_eos_and_the_others_go_on(several):
+def test_generate_row_stops_at_eos_while_others_continue(several):
   model, params = model_and_params("learned")
   ids, mask = prompts()
   free = np.asarray(generate(model, params, ids, mask, max_new_tokens=10))[:, 9:]
@@ -125,7 +124,7 @@ def test_a_row_ends_at_any_eos_and_the_others_go_on(several):
     assert not got[row, end:].any()
 
 
-def test_filters_keep_what_they_say():
+def test_filter_logits_keeps_top_k_top_p_and_min_p():
   logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
   kept = lambda **how: np.isfinite(np.asarray(filter_logits(logits, make_sampling(**how), None)))[0].tolist()  # noqa: E731
   assert kept(temperature=1.0) == [True] * 4
@@ -143,7 +142,7 @@ def test_filters_keep_what_they_say():
   np.testing.assert_allclose(penalised, logits * jnp.array([[2.0, 1, 1, 1]]))
 
 
-def test_draws_follow_the_tempered_distribution():
+def test_draw_follows_the_tempered_distribution():
   probabilities = np.array([0.5, 0.3, 0.15, 0.05])
   logits = jnp.tile(jnp.log(jnp.asarray(probabilities, jnp.float32)), (20_000, 1))
   tokens = draw(logits, make_sampling(temperature=0.5), jax.random.split(jax.random.key(0), 20_000), None)
@@ -151,7 +150,7 @@ def test_draws_follow_the_tempered_distribution():
   np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 20_000, want, atol=0.015)
 
 
-def test_stop_strings_are_found_across_pieces_and_never_shown():
+def test_stop_strings_across_pieces_are_never_printed():
   assert "".join(until(iter(["ab", "cS", "TO", "x", "ST", "OP", "zz"]), ("STOP",))) == "abcSTOx"
   assert "".join(until(iter(["a\n", "\n", "b"]), ("\n\n", "b"))) == "a"
   assert "".join(until(iter(["no", "ne"]), ())) == "none"
@@ -170,7 +169,7 @@ def test_stop_strings_are_found_across_pieces_and_never_shown():
     ({"min_p": 1.1, "temperature": 1.0}, "min_p"),
   ],
 )
-def test_bad_requests_are_refused_in_one_line(how, words):
+def test_bad_generation_settings_are_one_line(how, words):
   model, params = model_and_params("learned")
   with pytest.raises(ConfigError, match=words):
     generate(model, params, **{"ids": np.ones((1, 4), np.int32), **how})
@@ -204,19 +203,19 @@ T5 = {"is_encoder_decoder": True, "decoder_start_token_id": 0, "eos_token_id": 1
     ({}, {"text_config": {"eos_token_id": 3, "pad_token_id": 4}}, {"temperature": 0.0, "eos_id": 3, "pad_id": 4}),
   ],
 )
-def test_settings_are_read_as_transformers_reads_them_and_written_back(generation_config, config, settings):
+def test_generation_config_is_read_and_written_as_transformers(generation_config, config, settings):
   assert read_settings(generation_config, config) == settings
   separate = {"is_encoder_decoder": "start_id" in settings}
   assert read_settings(write_settings({**settings, "seed": 3}), separate) == settings
 
 
-def test_the_longest_text_of_a_decoder_counts_its_prompt():
+def test_max_length_of_a_decoder_includes_its_prompt():
   assert read_settings({"max_length": 50}, {}, prompt_length=30)["max_new_tokens"] == 20
   both = {"max_length": 50, "max_new_tokens": 7}
   assert read_settings(both, {}, prompt_length=30)["max_new_tokens"] == 7
 
 
-def test_what_a_checkpoint_asks_for_in_vain_is_named():
+def test_unsupported_generation_settings_are_named():
   neutral = {"no_repeat_ngram_size": 0, "suppress_tokens": [], "typical_p": 1.0, "forced_bos_token_id": None}
   assert read_settings(neutral, {}) == {"temperature": 0.0}
   with pytest.raises(ConfigError, match="forced_bos_token_id=0, no_repeat_ngram_size=3"):

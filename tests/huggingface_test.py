@@ -30,10 +30,20 @@ from llmjax.objectives.span_corruption import SpanCorruption
 from llmjax.pretrained import abstract_params
 from llmjax.types import Batch
 from tests.support import cases
+from tests.support.tiers import by_tier
 
 DATA = Path(__file__).parent / "testdata" / "huggingface"
 NAMES = sorted(path.name for path in DATA.iterdir() if path.is_dir())
 TOLERANCE = 1e-4
+
+# One folder per family and head is in the tier default; the others have a further option of their family.
+OPTIONS = (
+  *("gpt_neox_sequential", "llama3", "llama_dynamic", "llama_linear", "llama_yarn", "modernbert_sequence_mean"),
+  *("opt_350m_like", "phi3_partial"),
+)
+DEFAULT = [name for name in NAMES if name not in OPTIONS]
+FAST = ("bert", "gpt2", "llama", "mixtral", "t5")
+SLOW = ("gemma3", "modernbert")  # with FAST: every kind of layer
 
 
 @functools.cache
@@ -84,8 +94,8 @@ def close(got, want, mask=None):
   np.testing.assert_allclose(got[where], want[where], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_and_all_hidden_states(name):
+@pytest.mark.parametrize("name", by_tier(NAMES, fast=(*FAST, *SLOW), slow=[n for n in DEFAULT if n not in SLOW]))
+def test_forward_of_each_family_equals_transformers(name):
   e, out = expected(name), outputs(name)
   mask = e.get("attention_mask")
   want = e["logits"] if "logits" in e else np.stack([e["start_logits"], e["end_logits"]], axis=-1)
@@ -105,7 +115,8 @@ def test_logits_and_all_hidden_states(name):
     close(out.pooled, e["pooler_output"])
   if "nsp_logits" in e:
     model, params = loaded(name)
-    close(model.apply({"params": params}, out.hidden, method="sentence_logits")[:, 0], e["nsp_logits"])
+    sentence = jax.jit(functools.partial(model.apply, method="sentence_logits"))({"params": params}, out.hidden)
+    close(np.asarray(sentence)[:, 0], e["nsp_logits"])
 
 
 def learned(name):
@@ -136,8 +147,13 @@ def learned(name):
 TRAINED = [name for name in NAMES if folder(name).cfg.head == "lm"]
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if n not in ("llama_linear", "llama_dynamic", "llama_yarn")])
-def test_loss_gradients_and_five_steps_of_adamw(name):
+LINEAR = ("llama_linear", "llama_dynamic", "llama_yarn")
+
+
+@pytest.mark.parametrize(
+  "name", by_tier([n for n in TRAINED if n not in LINEAR], fast=("bert", "llama", "t5"), slow=SLOW)
+)
+def test_loss_gradients_and_adamw_steps_equal_transformers(name):
   e = expected(name)
   # Hugging Face's numbers are without dropout; a gradient of ours has a key for it.
   model, params = loaded(name, dropout=0.0, attention_dropout=0.0, mlp_dropout=0.0)
@@ -187,8 +203,11 @@ def norms(name, cfg, grads):
   }
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if "gen_sequences" in expected(n)])
-def test_greedy_tokens_of_left_padded_prompts(name):
+GENERATED = [n for n in TRAINED if "gen_sequences" in expected(n)]
+
+
+@pytest.mark.parametrize("name", by_tier(GENERATED, fast=("gpt2", "t5"), slow=("gemma3", "llama", "mixtral", "opt")))
+def test_greedy_tokens_of_left_padded_prompts_equal_transformers(name):
   e = expected(name)
   model, params = loaded(name)
   if "gen_mask" in e:
@@ -205,8 +224,8 @@ def test_greedy_tokens_of_left_padded_prompts(name):
   np.testing.assert_array_equal(new[-1], e["gen_sequences"][0, e["gen_prompt"].shape[1] :][:count])
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if "beam_settings" in expected(n)])
-def test_beam_search(name):
+@pytest.mark.parametrize("name", by_tier([n for n in TRAINED if "beam_settings" in expected(n)], slow=("llama", "t5")))
+def test_beam_search_over_a_cache_equals_transformers(name):
   """Behind a row's end they write eos where padding is token 0, we padding; so rows are compared up to their end."""
   e = expected(name)
   model, params = loaded(name)
@@ -230,16 +249,22 @@ def test_beam_search(name):
       np.testing.assert_array_equal(got[:stop], want[:stop])
 
 
-@pytest.mark.parametrize("name", [n for n in TRAINED if "padded_ids" in expected(n)])
-def test_padding_on_the_right_changes_nothing(name):
+PADDED = [n for n in TRAINED if "padded_ids" in expected(n)]
+
+
+@pytest.mark.parametrize("name", by_tier(PADDED, fast=("mixtral",), slow=("gemma3",)))
+def test_forward_with_right_padding_equals_transformers(name):
   e = expected(name)
   model, params = loaded(name)
   out = jax.jit(model.apply)({"params": params}, Batch.from_tokens(e["padded_ids"], e["padded_mask"]))
   close(out.logits, e["padded_logits"], e["padded_mask"])
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "input_ids_long" in expected(n)])
-def test_scalings_that_depend_on_the_length_take_the_declared_one(name):
+LONG = [n for n in NAMES if "input_ids_long" in expected(n)]
+
+
+@pytest.mark.parametrize("name", by_tier(LONG, slow=("llama_dynamic", "phi3")))
+def test_rotary_scaling_by_length_takes_the_declared_length(name):
   """Hugging Face reads a text beyond the original context otherwise than a part of it within; we read both as declared
   by max_len, so that a token's keys do not depend on what follows it."""
   e, cfg = expected(name), folder(name).cfg
@@ -253,10 +278,13 @@ def test_scalings_that_depend_on_the_length_take_the_declared_one(name):
     assert np.abs(np.asarray(apply(params, e[f"input_ids{other}"])) - e[f"logits{other}"]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if folder(n).cfg.num_experts])
-def test_routing_and_the_balance_loss(name):
+EXPERTS = [n for n in NAMES if folder(n).cfg.num_experts]
+
+
+@pytest.mark.parametrize("name", by_tier(EXPERTS, fast=("mixtral",), slow=...))
+def test_routing_and_balance_loss_equal_transformers(name):
   """Hugging Face takes the shares and probabilities over all layers at once, we layer by layer."""
-  e, [routing] = expected(name), outputs(name).routing
+  e, [routing] = expected(name), jax.device_get(outputs(name).routing)
   tokens = float(routing.tokens.sum())
   whole = routing.counts.sum(axis=0) / tokens * routing.probabilities.sum(axis=0) / tokens
   assert routing.counts.shape[1] * float(whole.sum()) == pytest.approx(float(e["aux_loss"]), abs=TOLERANCE)
@@ -265,13 +293,14 @@ def test_routing_and_the_balance_loss(name):
   chosen = np.argsort(-probabilities, axis=-1)[..., :k]
   shares = np.stack([np.bincount(c.reshape(-1), minlength=experts) / len(c) for c in chosen])
   want = experts * (shares * probabilities.mean(axis=1)).sum(axis=-1).mean()
-  assert float(balance_loss(routing)) == pytest.approx(float(want), abs=TOLERANCE)
+  assert float(jax.jit(balance_loss)(routing)) == pytest.approx(float(want), abs=TOLERANCE)
 
 
-def test_padding_is_not_counted_in_the_routing():
+def test_routing_with_padding_counts_real_tokens_only():
   e = expected("mixtral")
   model, params = loaded("mixtral")
-  [routing] = model.apply({"params": params}, Batch.from_tokens(e["padded_ids"], e["padded_mask"])).routing
+  batch = Batch.from_tokens(e["padded_ids"], e["padded_mask"])
+  [routing] = jax.jit(model.apply)({"params": params}, batch).routing
   assert (np.asarray(routing.tokens) == e["padded_mask"].sum()).all()
   np.testing.assert_allclose(np.asarray(routing.counts).sum(axis=1), 2 * e["padded_mask"].sum())
 
@@ -280,7 +309,7 @@ def test_padding_is_not_counted_in_the_routing():
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if (DATA / n / "config_hub.json").is_file()])
-def test_configs_of_either_generation_of_transformers_say_the_same(name, tmp_path):
+def test_config_of_either_generation_of_transformers_is_read_alike(name, tmp_path):
   for file in ("model.safetensors",):
     shutil.copy(DATA / name / file, tmp_path / file)
   shutil.copy(DATA / name / "config_hub.json", tmp_path / "config.json")
@@ -289,8 +318,8 @@ def test_configs_of_either_generation_of_transformers_say_the_same(name, tmp_pat
   assert again.architecture == folder(name).architecture
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_written_is_what_was_read_to_the_bit(name, tmp_path):
+@pytest.mark.parametrize("name", by_tier(NAMES, fast=(*FAST, *SLOW), slow=...))
+def test_folder_read_and_written_again_is_bitwise_equal(name, tmp_path):
   f = folder(name)
   scanned = huggingface.read_params(f, f.cfg, abstract_params(Transformer(f.cfg)))
   labels = family.labels(f.config) if f.cfg.head in ("sequence", "token") else None
@@ -313,8 +342,8 @@ def test_what_is_written_is_what_was_read_to_the_bit(name, tmp_path):
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "t5_v1_1", "modernbert"])
-def test_parameters_land_sharded_and_give_the_same_file(name, tmp_path):
+@pytest.mark.parametrize("name", by_tier(["llama", "mixtral", "t5_v1_1", "modernbert"], fast=("mixtral",), slow=...))
+def test_folder_read_onto_a_mesh_is_sharded_and_written_alike(name, tmp_path):
   f = folder(name)
   model = Transformer(f.cfg)
   mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "data": 2})
@@ -329,7 +358,7 @@ def test_parameters_land_sharded_and_give_the_same_file(name, tmp_path):
   assert same[0] == same[1]
 
 
-def test_shards_with_an_index_and_other_types(tmp_path):
+def test_folder_of_several_files_in_bfloat16_is_read_again(tmp_path):
   f = folder("llama")
   _, params = loaded("llama")
   huggingface.write_folder(tmp_path / "a", f.cfg, params, max_shard_bytes=5_000, dtype="bfloat16")
@@ -342,7 +371,7 @@ def test_shards_with_an_index_and_other_types(tmp_path):
   assert jax.tree.leaves(wide)[0].dtype == jnp.float32
 
 
-def test_the_host_holds_one_shard_at_a_time(monkeypatch):
+def test_read_params_on_a_mesh_places_one_shard_at_a_time(monkeypatch):
   f = folder("llama")
   mesh = sharding.make_mesh({"fsdp": 8, "tensor": 1, "data": 1})
   placed, put = [], jax.device_put
@@ -352,7 +381,7 @@ def test_the_host_holds_one_shard_at_a_time(monkeypatch):
   assert max(placed) <= max(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(abstract))
 
 
-def test_a_family_that_is_asked_for_is_the_only_one_tried():
+def test_choose_with_a_named_family_tries_no_other():
   cfg = folder("llama").cfg
   assert huggingface.choose(cfg, only="mistral")[1] == "MistralForCausalLM"
   for only, words in (("qwen3_moe", "no architecture of the family qwen3_moe"), ("lama", "`llama`")):
@@ -360,7 +389,7 @@ def test_a_family_that_is_asked_for_is_the_only_one_tried():
       huggingface.choose(cfg, only=only)
 
 
-def test_a_copy_of_the_embedding_table_must_be_one(tmp_path):
+def test_read_params_with_unequal_tied_tables_is_refused(tmp_path):
   path = copied("llama", tmp_path, {"tie_word_embeddings": True})
   with pytest.raises(ConfigError, match=r"lm_head\.weight is model\.embed_tokens\.weight, and it is another"):
     read(path)
@@ -373,19 +402,18 @@ def test_a_copy_of_the_embedding_table_must_be_one(tmp_path):
     read(copied(name, tmp_path, None, lambda t, n=count: t | dict.fromkeys(copies[:n], t["shared.weight"])))
 
 
-def test_a_model_that_no_architecture_has_is_told_what_it_lacks():
+def test_choose_without_a_fitting_family_names_the_difference():
   cfg = dataclasses.replace(folder("llama").cfg, norm="layernorm", norm_bias=True)
   with pytest.raises(ConfigError, match=r"the nearest is \w+, but for model\.norm"):
     huggingface.choose(cfg)
 
 
-def test_every_family_writes_configs_that_it_reads_again():
-  """Whatever the family: a config that came from it can be said by it."""
+def test_references_cover_every_family():
   assert {folder(name).family.model_type for name in NAMES} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_the_text_part_of_a_model_of_text_and_images(prefix, tmp_path):
+def test_read_params_of_a_multimodal_folder_takes_its_text_part(prefix, tmp_path):
   said = json.loads((DATA / "gemma3" / "config.json").read_text())
   wrapped = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": said}
   (tmp_path / "config.json").write_text(json.dumps(wrapped))
@@ -396,8 +424,9 @@ def test_the_text_part_of_a_model_of_text_and_images(prefix, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, read(tmp_path), loaded("gemma3")[1])
 
 
-def test_configs_of_the_hub_give_the_published_numbers_of_parameters():
-  """Numbers of parameters are those that the hub shows for their files."""
+@pytest.mark.slow
+def test_hub_configs_have_the_published_parameter_counts():
+  """The expected counts are those that the hub shows for the files."""
   for name, entry in json.loads((DATA.parent / "hub_configs.json").read_text()).items():
     cfg = family.read_config(*find(entry["config"], name), entry["config"], name)
     shapes, _ = sharding.parameters(Transformer(cfg))
@@ -446,7 +475,7 @@ def read(path):
     ("t5", {"feed_forward_proj": "gated-mish"}, ["feed_forward_proj='gated-mish'"]),
   ],
 )
-def test_a_config_that_asks_for_what_we_lack_is_refused_by_the_field(name, change, words, tmp_path):
+def test_unsupported_config_field_is_refused_by_name(name, change, words, tmp_path):
   with pytest.raises(ConfigError) as error:
     read(copied(name, tmp_path, change))
   assert all(word in str(error.value) for word in words), error.value
@@ -464,13 +493,13 @@ def test_a_config_that_asks_for_what_we_lack_is_refused_by_the_field(name, chang
   ],
   ids=["missing", "extra", "misshapen"],
 )
-def test_tensors_that_do_not_fit_are_named(change, words, tmp_path):
+def test_tensor_that_does_not_fit_is_refused_by_name(change, words, tmp_path):
   with pytest.raises(ConfigError) as error:
     read(copied("gpt2", tmp_path, change=change))
   assert all(word in str(error.value) for word in words), error.value
 
 
-def test_what_pretraining_had_behind_the_last_layer_may_be_left_over(tmp_path):
+def test_unused_pretraining_heads_may_remain_in_a_folder(tmp_path):
   """As in bert-base-uncased, which calls itself a BertForMaskedLM and names norms as TensorFlow does."""
 
   def old(name):
@@ -486,7 +515,7 @@ def test_what_pretraining_had_behind_the_last_layer_may_be_left_over(tmp_path):
   assert set(whole) - set(read(path)) == {"pooler", "sentence_head", "head_transform", "head_norm", "head_bias"}
 
 
-def test_damaged_and_foreign_files_are_told(tmp_path):
+def test_damaged_or_foreign_file_is_refused_by_name(tmp_path):
   path = copied("gpt2", tmp_path)
   whole = (path / "model.safetensors").read_bytes()
   for content, words in (

@@ -108,7 +108,7 @@ def check_loss(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_are_their_formulas(variant):
+def test_preference_losses_equal_their_formulas(variant):
   check_loss(variant)
 
 
@@ -119,7 +119,7 @@ def test_a_loss_of_the_prompt_would_be_seen(monkeypatch):
     check_loss("sigmoid")
 
 
-def test_a_policy_that_is_its_reference_has_a_loss_of_log_2():
+def test_dpo_loss_of_the_reference_policy_is_log_2():
   objective = Preference(TOKENIZER, LENGTH)
   same = parameters(GPT)[0]
   grads, metrics = gradients(objective, batch_of(objective), same, same)
@@ -149,14 +149,14 @@ def check_reference(objective):
     assert not np.asarray(gradient).any()
 
 
-def test_the_reference_gets_no_gradient(monkeypatch):
+def test_reference_model_gets_no_gradient(monkeypatch):
   check_reference(Preference(TOKENIZER, LENGTH))
   monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
   with pytest.raises(AssertionError):
     check_reference(Preference(TOKENIZER, LENGTH))
 
 
-def test_microbatches_are_the_whole_with_dropout_and_padding():
+def test_gradients_accumulated_equal_the_whole_batch():
   objective = Preference(TOKENIZER, LENGTH, sft_weight=0.3)
   batch = batch_of(objective)
   want, metrics = gradients(objective, batch, cfg=DROPOUT)
@@ -167,7 +167,7 @@ def test_microbatches_are_the_whole_with_dropout_and_padding():
     assert_close(gradients(objective, batch, cfg=DROPOUT, key=1)[0], want)
 
 
-def test_each_answer_has_dropout_of_its_own_and_the_reference_none():
+def test_dropout_differs_per_answer_and_is_off_in_the_reference():
   objective = Preference(TOKENIZER, LENGTH)
   batch = batch_of(objective, [{"prompt": "a", "chosen": "b", "rejected": "b"}])
   params = parameters(GPT)[0]
@@ -190,7 +190,7 @@ def ids_of(features, view):
   return ids[:start].tolist(), ids[start:].tolist()
 
 
-def test_answers_share_a_prompt_that_loses_its_beginning():
+def test_long_shared_prompt_drops_its_beginning():
   features = Preference(TOKENIZER, 12).encode({"prompt": "0123456789", "chosen": "abc", "rejected": "abcde"})
   assert ids_of(features, "chosen") == ([BOS, *encoded("456789")], [*encoded("abc"), EOS])
   assert ids_of(features, "rejected") == ([BOS, *encoded("456789")], [*encoded("abcde"), EOS])
@@ -202,7 +202,7 @@ def test_answers_share_a_prompt_that_loses_its_beginning():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_chats_are_read_in_the_forms_that_people_have(name):
+def test_preferences_are_read_in_the_formats_of_datasets(name):
   made = from_folder(FOLDERS / name)
   objective = Preference(made, 200, template=made.chat_templates and "default")
   ask, good, bad = (
@@ -226,7 +226,7 @@ def test_chats_are_read_in_the_forms_that_people_have(name):
       assert prompt == made.chat([ask], add_generation_prompt=True).tolist()
 
 
-def test_mistakes_are_told():
+def test_bad_preference_settings_and_records_are_one_line():
   say = {"role": "assistant", "content": "a"}
   ask = {"role": "user", "content": "b"}
   for record, message in (
@@ -253,7 +253,7 @@ def test_mistakes_are_told():
       Preference(TOKENIZER, LENGTH, **settings)
 
 
-def test_pair_losses_are_finite_far_away():
+def test_pair_losses_with_large_margins_are_finite():
   far = np.array([-1e4, 1e4], np.float32)
   for variant in VARIANTS:
     assert np.isfinite(pair_loss(jnp.asarray(far), variant, 0.1)).all()

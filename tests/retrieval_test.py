@@ -43,7 +43,7 @@ def evaluator(built, **spec):
 # numbers
 
 
-def test_a_rank_counts_ties_against_the_query(monkeypatch):
+def test_rank_with_ties_counts_them_against_the_query(monkeypatch):
   monkeypatch.setattr(retrieval, "BLOCK", 3)
   rng = np.random.default_rng(0)
   queries, documents = rng.integers(-1, 2, (2, 20, 3)).astype(np.float32)  # small integers: many ties
@@ -59,7 +59,7 @@ def test_a_rank_counts_ties_against_the_query(monkeypatch):
   }
 
 
-def test_alignment_and_uniformity_are_means_over_pairs(monkeypatch):
+def test_alignment_and_uniformity_equal_means_over_pairs(monkeypatch):
   monkeypatch.setattr(retrieval, "BLOCK", 4)
   vectors = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
   vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -70,12 +70,12 @@ def test_alignment_and_uniformity_are_means_over_pairs(monkeypatch):
   assert retrieval.alignment(vectors, vectors[::-1]) == pytest.approx(distance, abs=1e-6)
 
 
-def test_identifiers_are_taken_apart():
+def test_bm25_tokens_split_identifiers():
   text = "def readHTTPLines(self, max_len=10): utf8 Straße"
   assert retrieval.words(text) == ["def", "read", "http", "lines", "self", "max", "len", "10", "utf8", "straße"]
 
 
-def test_bm25_is_that_of_the_formula():
+def test_bm25_equals_its_formula():
   documents = ["def readLines(path)", "write lines to a path, lines and lines", "close", "", "Path path"]
   queries = ["read the lines", "lines lines path", "unheard", "", "close"]
   split = [retrieval.words(d) for d in documents]
@@ -98,7 +98,7 @@ def test_bm25_is_that_of_the_formula():
 # evaluators
 
 
-def test_retrieval_looks_through_the_whole_split_on_any_mesh(folder):
+def test_retrieval_on_a_mesh_equals_one_device(folder):
   one, all_ = make(devices=jax.devices()[:1]), make()
   params = one.init().params
   found = evaluator(one, name="retrieval", batch_tokens=64, bm25=True)(params)
@@ -128,7 +128,7 @@ def test_retrieval_looks_through_the_whole_split_on_any_mesh(folder):
     (None, {"name": "similarity", "files": "odd.jsonl", "batch_tokens": 64}, ["record 2", "'score'"]),
   ],
 )
-def test_what_an_evaluator_cannot_measure_is_one_line(folder, monkeypatch, objective, spec, words):
+def test_evaluator_of_an_unfit_objective_is_one_line(folder, monkeypatch, objective, spec, words):
   monkeypatch.setitem(sys.modules, "bm25s", None)
   pair = {"text_a": "a", "text_b": "b", "score": 1}
   (folder / "same.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps(pair))
@@ -138,7 +138,7 @@ def test_what_an_evaluator_cannot_measure_is_one_line(folder, monkeypatch, objec
   assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
-def test_similarity_is_the_correlation_of_cosines_with_scores(folder):
+def test_similarity_equals_the_correlation_of_cosines(folder):
   built = make()
   params = built.init().params
   texts = [pair["text"] for pair in PAIRS]
@@ -169,7 +169,7 @@ SUM = {
   ],
   ids=["masked", "causal", "spans", "sum"],
 )
-def test_unigram_is_a_constant_guess_on_the_held_out_labels(folder, objective, model, term):
+def test_unigram_baseline_equals_a_constant_guess(folder, objective, model, term):
   built = make(objective, model)
 
   def labels(split):
@@ -186,7 +186,7 @@ def test_unigram_is_a_constant_guess_on_the_held_out_labels(folder, objective, m
   }
 
 
-def test_the_shared_evals_build_and_unigram_follows_heldout(folder):
+def test_shared_evals_build_with_a_unigram_baseline(folder):
   for add, objective, model, names in (
     (base.retrieval_evals, None, {}, {"heldout", "retrieval"}),
     (base.token_evals, {"name": "masked_lm"}, {}, {"heldout", "unigram"}),
@@ -204,7 +204,7 @@ def test_the_shared_evals_build_and_unigram_follows_heldout(folder):
 # the command
 
 
-def test_a_checkpoint_is_evaluated_on_what_a_file_holds(folder, capsys):
+def test_evaluate_command_with_data_measures_the_file(folder, capsys):
   def run(*arguments):
     code = cli.main(list(arguments))
     said = capsys.readouterr()

@@ -48,7 +48,7 @@ def assert_close(got, want):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, want)
 
 
-def test_an_encoder_reads_the_source_and_the_decoder_writes_the_target():
+def test_features_of_encoder_decoder_split_source_and_target():
   objective = Seq2Seq(TOKENIZER, 12, "both", prefix="do: ", target_len=4)
   [features] = objective.encode({"source": "abc", "target": "xy"}, labelled=True)
   assert features["inputs"]["ids"].tolist() == [*encoded("do: abc"), EOS]
@@ -61,7 +61,7 @@ def test_an_encoder_reads_the_source_and_the_decoder_writes_the_target():
 
 
 @pytest.mark.parametrize("folder", [None, "gpt2", "llama", "gemma"])
-def test_a_decoder_learns_the_target_behind_the_prompt_that_it_will_be_given(folder):
+def test_features_of_decoder_start_with_the_inference_prompt(folder):
   """The room for the prompt does not depend on the target."""
   made = TOKENIZER if folder is None else from_folder(FOLDERS / folder)
   objective = Seq2Seq(made, 40, "decoder", prefix="sum: ", separator="\n= ", target_len=12)
@@ -80,7 +80,7 @@ def test_a_decoder_learns_the_target_behind_the_prompt_that_it_will_be_given(fol
     assert features["weights"]["nll"][: start - 1].sum() == 0
 
 
-def test_a_bidirectional_prompt_ends_where_the_target_begins():
+def test_prefix_of_a_bidirectional_prompt_ends_at_the_target():
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder", bidirectional=True)
   [features] = objective.encode({"source": "ab", "target": "xy"}, labelled=True)
   assert features["inputs"]["prefix"].tolist() == [1, 1, 1, 1, 0, 0]  # bos, a, b, newline; x, y
@@ -95,7 +95,7 @@ def test_a_bidirectional_prompt_ends_where_the_target_begins():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_packed_is_separate_and_microbatches_are_the_whole(name):
+def test_gradients_packed_or_accumulated_equal_the_whole_batch(name):
   case = CASES[name]
   params, _ = parameters(case.cfg)
   want, metrics = gradients(case, params, batch_of(case.objective))
@@ -131,7 +131,7 @@ def check_only_targets_bear_loss(objective):
   assert metrics["loss"][1] == count
 
 
-def test_only_targets_bear_loss():
+def test_loss_weights_cover_targets_only():
   check_only_targets_bear_loss(Seq2Seq(TOKENIZER, LENGTH, "decoder"))
 
 
@@ -142,7 +142,7 @@ def test_loss_on_prompts_would_be_seen(monkeypatch):
     check_only_targets_bear_loss(Seq2Seq(TOKENIZER, LENGTH, "decoder"))
 
 
-def test_answers_end_at_eos_and_are_measured():
+def test_predictions_stop_at_eos_and_are_scored():
   pytest.importorskip("rouge_score")
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder")
   tokens = np.array([*encoded("xy"), EOS, *encoded("zz")])
@@ -153,13 +153,13 @@ def test_answers_end_at_eos_and_are_measured():
   assert Seq2Seq(TOKENIZER, LENGTH, metric="none").measure([], []) == {}
 
 
-def test_bleu_is_of_the_corpus():
+def test_bleu_is_computed_over_the_corpus():
   pytest.importorskip("sacrebleu")
   texts = [{"target": "the cat sat on the mat"}]
   assert Seq2Seq(TOKENIZER, LENGTH, metric="bleu").measure(texts, texts) == pytest.approx({"bleu": 100, "chrf": 100})
 
 
-def test_pairs_without_an_answer_are_left_out_and_mistakes_told():
+def test_pairs_without_target_are_skipped_and_bad_ones_named():
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder")
   assert list(objective.examples({"source": "a", "target": None}, TOKENIZER, LENGTH, False)) == []
   for record, message in (

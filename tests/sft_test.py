@@ -67,7 +67,7 @@ def check_answers(name):
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_each_answer_is_learned_behind_its_prompt(name):
+def test_loss_weights_cover_each_answer_and_its_end(name):
   check_answers(name)
 
 
@@ -78,7 +78,7 @@ def test_an_answer_without_its_end_would_be_seen(monkeypatch):
     check_answers(None)
 
 
-def test_a_token_across_the_beginning_of_an_answer_is_learned():
+def test_token_across_the_start_of_an_answer_is_trained():
   """The template's newline and the answer's are one token of this vocabulary; the prompt has the former alone."""
   made = open_tokenizer("gpt2")
   messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\nb"}]
@@ -89,13 +89,13 @@ def test_a_token_across_the_beginning_of_an_answer_is_learned():
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_ends_are_what_the_template_writes_behind_an_answer(name):
+def test_answer_ends_follow_the_chat_template(name):
   made = open_tokenizer(name)
   ends = [made.names[i] for i in InstructionTuning(made, LENGTH).ends]
   assert made.names[made.eos_id] in ends and set(ends) - {ENDS[name].strip()} <= {made.names[made.eos_id]}
 
 
-def test_two_fields_are_a_chat_of_one_turn():
+def test_prompt_and_completion_fields_form_one_turn():
   objective = InstructionTuning(TOKENIZER, LENGTH, prompt="ask", response="say", system="S")
   record = {"ask": "a", "say": "b"}
   [features] = objective.encode(record, labelled=True)
@@ -108,7 +108,7 @@ def test_two_fields_are_a_chat_of_one_turn():
   assert TOKENIZER.decode(messages).count("<|system|>") == 1  # a chat's own goes before it
 
 
-def test_long_chats_lose_their_first_turns_then_their_end():
+def test_long_chat_drops_first_turns_then_its_end():
   made = TOKENIZER
   whole = len(made.chat(CHAT, template=sft.chat.DEFAULT))
   kept = encoded(InstructionTuning(made, whole - 2))
@@ -127,7 +127,7 @@ def test_long_chats_lose_their_first_turns_then_their_end():
   assert len(prompt) == 30 and prompt[0] == BOS and made.decode(prompt).endswith("Hi there!\n<|assistant|>\n")
 
 
-def test_packed_is_separate_and_microbatches_are_the_whole_and_prompts_bear_no_loss():
+def test_gradients_packed_or_accumulated_equal_the_whole_batch():
   case = Case(GPT, InstructionTuning(TOKENIZER, LENGTH, template="{% for m in messages %}{{ m.content }}{% endfor %}"))
   params, _ = parameters(GPT)
   records = [
@@ -161,7 +161,7 @@ def test_packed_is_separate_and_microbatches_are_the_whole_and_prompts_bear_no_l
   same(gradients(dropped, params, packed, accum=4)[0], gradients(dropped, params, packed)[0])
 
 
-def test_answers_end_where_the_template_ends_them_and_are_measured():
+def test_predictions_stop_at_the_template_end_and_are_scored():
   pytest.importorskip("rouge_score")
   objective = InstructionTuning(open_tokenizer("gpt2"), LENGTH)
   [end] = set(objective.ends) - {objective.tokenizer.eos_id}
@@ -188,13 +188,13 @@ def test_answers_end_where_the_template_ends_them_and_are_measured():
     (CHAT[2:3], "there is no answer"),
   ],
 )
-def test_mistakes_in_chats_are_told_in_one_line(messages, message):
+def test_bad_chat_is_one_line(messages, message):
   with pytest.raises(ConfigError, match=message) as caught:
     InstructionTuning(TOKENIZER, LENGTH).check({"messages": messages}, labelled=True)
   assert "\n" not in str(caught.value)
 
 
-def test_templates_that_do_not_write_answers_behind_their_prompt_are_refused():
+def test_template_with_answer_not_after_prompt_is_refused():
   for source, message in (
     (
       "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}",
@@ -217,7 +217,7 @@ def test_templates_that_do_not_write_answers_behind_their_prompt_are_refused():
       InstructionTuning(TOKENIZER, LENGTH, **settings)
 
 
-def test_a_tokenizer_without_eos_learns_chats_as_plain_text():
+def test_chat_without_an_eos_token_is_plain_text():
   made = tokenizer.make({"name": "bytes", "special": False})
   objective = InstructionTuning(made, 300)
   assert [made.decode(run) for run in learned(encoded(objective))] == ["\n\nit's 日本 🙂\n", "4, or five\n"]

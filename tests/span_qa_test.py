@@ -54,7 +54,7 @@ def make_batch(features, length):
   return packing.make_batch(rows, range(len(rows)))
 
 
-def test_windows_hold_every_token_and_share_exactly_the_stride(made):
+def test_windows_cover_every_token_and_overlap_by_the_stride(made):
   several = 0
   for seed, (length, stride) in enumerate([(32, 5), (24, 0), (64, 20)]):
     objective = SpanQA(made, length, **(SMALL | {"stride": stride}))
@@ -75,7 +75,7 @@ def test_windows_hold_every_token_and_share_exactly_the_stride(made):
   assert several > 50
 
 
-def test_labels_are_the_fewest_tokens_that_hold_the_answer(made):
+def test_labels_are_the_shortest_span_with_the_answer(made):
   objective = SpanQA(made, 32, **SMALL)
   held, missed = 0, 0
   for record in records(1, count=80):
@@ -104,7 +104,7 @@ def test_labels_are_the_fewest_tokens_that_hold_the_answer(made):
 
 
 @pytest.mark.parametrize("no_answer", [False, True])
-def test_a_model_that_knows_the_labels_gives_all_answers(made, no_answer):
+def test_decode_of_perfect_logits_returns_all_answers(made, no_answer):
   """Its logits are noise, but for the labels, and padding, which has the highest."""
   objective = SpanQA(made, 40, **SMALL | {"stride": 25, "max_question": 3}, no_answer=no_answer)
   known = list(records(2, answerable=0.6 if no_answer else 1.0))
@@ -144,7 +144,7 @@ def answer(logits, **settings):
   return objective.result(record, features, [{"begin": np.array(b), "end": np.array(e)} for b, e in logits])
 
 
-def test_answers_are_as_computed_by_hand():
+def test_answers_and_confidences_equal_hand_computation():
   """Spans of "ab ": a 1 + 0, ab 1 + 2, b 0 + 2; of "b c": b 1 + 1, c 3 - 2 ("b c" is longer than 2)."""
   x = 50.0  # neither question, special tokens nor spaces may be a part of the answer
   first = ([2.0, x, x, 1, 0, x, x], [1.0, x, x, 0, 2, x, x])
@@ -173,7 +173,7 @@ def test_answers_are_as_computed_by_hand():
   assert answer(higher)["answer"] == "ab"
 
 
-def test_the_best_spans_are_those_of_all():
+def test_best_spans_equal_brute_force():
   rng = np.random.default_rng(0)
   for length, longest in ((1, 3), (7, 1), (9, 4), (5, 5)):
     begin, end = rng.normal(size=(2, length))
@@ -183,7 +183,7 @@ def test_the_best_spans_are_those_of_all():
     assert best_spans(begin, end, longest, BEST) == expected
 
 
-def test_a_context_without_any_token_has_no_answer(made):
+def test_empty_context_has_no_answer(made):
   objective = SpanQA(made, 32, **SMALL)
   record = {"question": "q?", "context": "\u200b" if made.name == "hf" else " x"}
   features = objective.encode(record, labelled=False)
@@ -192,7 +192,7 @@ def test_a_context_without_any_token_has_no_answer(made):
   assert result["answer"] == record["context"][result["start"] : result["end"]] and 0 <= result["confidence"] <= 1
 
 
-def test_the_loss_is_the_mean_of_two_cross_entropies_whatever_the_padding():
+def test_loss_with_padding_is_the_mean_of_two_cross_entropies():
   objective = build({"name": "span_qa", **SMALL}, OBJECTIVES, "objective", tokenizer=TOKENIZER, seq_len=32)
   cfg = dataclasses.replace(BERT, **objective.head, sentence_classes=0)
   params, _ = parameters(cfg)
@@ -231,7 +231,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies_whatever_the_padding():
   assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_answers_come_in_the_forms_of_data_sets():
+def test_answers_are_read_in_the_formats_of_datasets():
   want = [("b", 1), ("a", 0)]
   for value in (
     [{"text": "b", "start": 1}, {"text": "a", "answer_start": np.int32(0)}],
@@ -257,7 +257,7 @@ def test_answers_come_in_the_forms_of_data_sets():
     ({"no_answer_threshold": 1.0}, r"no_answer_threshold=1.0 must be a finite number, and 0 unless"),
   ],
 )
-def test_settings_that_do_not_fit_are_told(settings, message):
+def test_bad_span_qa_settings_are_one_line(settings, message):
   SpanQA(TOKENIZER, 32, **SMALL | {"stride": 20})
   with pytest.raises(ConfigError, match=message):
     SpanQA(TOKENIZER, 32, **SMALL | settings)
@@ -282,7 +282,7 @@ def test_settings_that_do_not_fit_are_told(settings, message):
     ({"answers": [{"text": "was", "start": 5}]}, r"'was' at start 5, .* it stands nowhere in it: mend"),
   ],
 )
-def test_records_that_do_not_fit_are_told_in_one_line(fields, message):
+def test_bad_span_qa_record_is_one_line(fields, message):
   objective = SpanQA(TOKENIZER, 32, **SMALL)
   record = {"question": "What?", "context": "This is a cat", "answers": [{"text": "is", "start": 5}]}
   objective.check(record, labelled=True)

@@ -55,7 +55,7 @@ def classifier(records, **settings):
 REVIEWS = [{"text": text, "label": stars} for text, stars in (("good film", 5), ("bad", 1), ("so so", 3), ("fine", 5))]
 
 
-def test_labels_are_found_and_sorted_as_numbers_or_words():
+def test_labels_are_inferred_and_sorted():
   assert classifier([{"text": "x", "label": n} for n in (10, 9, "10", 2.0)]).labels == ("2", "9", "10")
   assert classifier([{"text": "x", "label": n} for n in ("b", "a", None)]).labels == ("a", "b")
   many = classifier([{"text": "x", "label": n} for n in ("b, a", ["c"])], kind="multi")
@@ -65,7 +65,7 @@ def test_labels_are_found_and_sorted_as_numbers_or_words():
   assert found.labels == ("yes", "no") and found.decided == {"labels": ("yes", "no")}
 
 
-def test_a_head_that_is_gone_on_with_keeps_its_labels_or_is_refused():
+def test_continued_head_keeps_its_labels_or_is_refused():
   head = {"path": "runs/a", "labels": ["zz", "1", "3", "5"], "scheme": None}
   found = classifier(REVIEWS[:2], learned=head)
   assert found.labels == ("zz", "1", "3", "5") and found.target({"label": 5}) == 3
@@ -84,7 +84,7 @@ def test_a_head_that_is_gone_on_with_keeps_its_labels_or_is_refused():
     tagger(SENTENCES, learned={**tags, "labels": ["O", "B-PER"]})
 
 
-def test_a_resumed_run_has_the_labels_that_it_began_with():
+def test_resumed_run_keeps_its_labels():
   earlier = {"config": {"objective": {"name": "tagging", "labels": ["a", "b"], "scheme": "none"}}}
   ours = {"name": "tagging", "labels": None, "scheme": "iob2"}
   assert kept_labels({"init_from": "runs/a", "objective": ours}, earlier) == {"labels": ["a", "b"]}
@@ -102,7 +102,7 @@ def log_softmax(x):
 
 
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])
-def test_the_loss_of_a_class_is_the_textbooks(kind):
+def test_classification_loss_equals_its_formula(kind):
   records = [{**r, "label": float(r["label"])} for r in REVIEWS] if kind == "regression" else REVIEWS
   records = [{**r, "label": [str(r["label"])]} for r in records] if kind == "multi" else records
   task = classifier(records, kind=kind)
@@ -122,7 +122,7 @@ def test_the_loss_of_a_class_is_the_textbooks(kind):
   np.testing.assert_allclose(metrics["loss"][1], {"single": 4, "multi": 12, "regression": 4}[kind])
 
 
-def test_answers_do_not_depend_on_the_batch_or_the_mesh():
+def test_predictions_do_not_depend_on_batch_or_mesh():
   task = classifier(REVIEWS, pair="other")
   records = [{**REVIEWS[i % 4], "other": "x" * (1 + i % 7), "id": i} for i in range(11)]
   model, params = make(task)
@@ -146,7 +146,7 @@ def tagger(records=SENTENCES, seq_len=48, **settings):
   return tagging(tokenizer=TOKENIZER, seq_len=seq_len, records=lambda: source(records), **settings)
 
 
-def test_tags_stand_at_the_first_token_of_their_word():
+def test_tag_labels_are_at_the_first_token_of_each_word():
   task = tagger()
   assert task.labels == ("B-LOC", "B-PER", "I-PER", "O") and task.scheme == "iob2"
   for record in SENTENCES:
@@ -160,7 +160,7 @@ def test_tags_stand_at_the_first_token_of_their_word():
 
 
 @pytest.mark.parametrize("last", ["I-PER", "E-PER"])
-def test_a_long_sentence_is_read_in_rows_that_keep_its_scheme(last):
+def test_long_sentence_is_split_without_cutting_spans(last):
   tags = ["B-PER", last, "O", "O", "B-LOC" if last == "I-PER" else "S-LOC"] * 3
   record = {"tokens": SENTENCES[0]["tokens"] * 3, "tags": tags}
   task = tagger([record], seq_len=22)
@@ -178,7 +178,7 @@ def test_a_long_sentence_is_read_in_rows_that_keep_its_scheme(last):
   assert task.result(record, windows, decoded)["tags"] == ["O"] * len(tags)
 
 
-def test_tags_that_are_no_spans_are_measured_by_words_and_text_is_tagged_as_it_stands():
+def test_plain_tags_are_scored_by_word_and_text_is_tagged():
   pos = [{"tokens": ["a", "dog"], "tags": ["DT", "NN"]}, {"tokens": ["the"], "tags": ["DT"]}]
   task = tagger(pos)
   assert task.scheme == "none"
@@ -193,7 +193,7 @@ def test_tags_that_are_no_spans_are_measured_by_words_and_text_is_tagged_as_it_s
 
 
 @pytest.mark.parametrize("use_crf", [False, True])
-def test_packed_sentences_are_tagged_as_alone(use_crf):
+def test_tagging_of_packed_sentences_equals_each_alone(use_crf):
   task = tagger(use_crf=use_crf)
   model, params = make(task)
   params = plain(params)
@@ -222,7 +222,7 @@ def test_packed_sentences_are_tagged_as_alone(use_crf):
 
 
 @pytest.mark.parametrize("use_crf", [False, True])
-def test_tags_never_break_their_scheme_and_spans_say_where_they_stand(use_crf):
+def test_predicted_tags_follow_their_scheme_and_spans_have_offsets(use_crf):
   task = tagger(use_crf=use_crf)
   model, params = make(task)
   words = [{"tokens": ["".join(w) for w in np.random.default_rng(i).choice(list("abc"), (4, 3))]} for i in range(50)]
@@ -235,7 +235,7 @@ def test_tags_never_break_their_scheme_and_spans_say_where_they_stand(use_crf):
     assert 0 <= result["confidence"] <= 1
 
 
-def test_a_row_of_its_own_carries_labels_of_any_shape():
+def test_unpacked_rows_carry_labels_of_any_shape():
   features = {"inputs": [1, 2], "row": {"labels": {"a": 3, "b": [0.5, 1.5]}, "weights": {"a": 1.0}}}
   piece = packing.flatten(features)
   rows = [packing.make_row([piece], piece, {"inputs": 4}), packing.make_row([], piece, {"inputs": 4})]
@@ -261,7 +261,7 @@ def test_a_row_of_its_own_carries_labels_of_any_shape():
     (tagger, {"tokens": [], "tags": []}, r"'tokens' is empty"),
   ],
 )
-def test_a_record_that_cannot_be_learned_is_told_in_one_line(make_task, record, message):
+def test_bad_task_record_is_one_line(make_task, record, message):
   task = classifier(REVIEWS) if make_task is classifier else tagger()
   with pytest.raises(ConfigError, match=message):
     task.check(record, labelled=True)
@@ -269,7 +269,7 @@ def test_a_record_that_cannot_be_learned_is_told_in_one_line(make_task, record, 
     batch_of(task, [record])
 
 
-def test_from_a_table_to_answers_and_back_to_training(home, capsys):
+def test_classifier_trained_on_csv_predicts_and_is_trained_again(home, capsys):
   """The command line: labels inferred, a part held out, answers with bad lines, pseudo-labels read back."""
   rows = "".join(f"{'good' if i % 2 else 'bad'} number {i},{i % 2 * 4 + 1}\n" for i in range(40))
   (home / "my.csv").write_text("review,stars\n" + rows)
@@ -312,7 +312,7 @@ def test_from_a_table_to_answers_and_back_to_training(home, capsys):
   assert len(kept) == 16 and {r["stars"] for r in kept} <= {"1", "5"} and all("scores" not in r for r in kept)
 
 
-def test_pseudo_labels_of_plain_text_train_the_tagger_again(home, capsys):
+def test_tagger_is_trained_again_on_its_pseudo_labels(home, capsys):
   """All from a run: its labels where the new data lack some, a resumed run alike, others refused, a place for each."""
 
   def write(name, records):
