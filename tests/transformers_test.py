@@ -1,7 +1,4 @@
-"""What we write, opened by Transformers. Needs what the rest of the suite does without:
-
-pip install -e '.[references]' && pytest tests/transformers_test.py
-"""
+"""Exported folders opened by Transformers: `bash launch/test.sh full transformers` installs it and torch."""
 
 import json
 import shutil
@@ -9,17 +6,24 @@ import shutil
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="needs torch and transformers, see the top of the file")
-pytest.importorskip("transformers", reason="needs torch and transformers, see the top of the file")
+pytest.importorskip("torch", reason="needs the extra `references`")
+pytest.importorskip("transformers", reason="needs the extra `references`")
 
+import jax
 import torch
 import transformers
 
 from llmjax import convert
 from llmjax.data import tokenizer as tokenizers
 from llmjax.data.hf_export import to_huggingface
+from llmjax.interop import huggingface
 from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
+from llmjax.types import Batch
 from tests.huggingface_test import DATA, NAMES, TOLERANCE, expected
+from tests.support.cases import parameters
+
+pytestmark = pytest.mark.full("transformers")
 
 
 def logits(path, e):
@@ -34,8 +38,7 @@ def logits(path, e):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_exported_folder_gives_the_same_logits(name, tmp_path):
-  """Also by way of a checkpoint of ours."""
+def test_exported_folder_has_the_logits_of_the_original(name, tmp_path):
   convert.import_folder(str(DATA / name), str(tmp_path / "run"))
   convert.export_folder(str(tmp_path / "run"), str(tmp_path / "back"), max_shard_size="20KB")
   e = expected(name)
@@ -44,7 +47,7 @@ def test_an_exported_folder_gives_the_same_logits(name, tmp_path):
   np.testing.assert_allclose(logits(tmp_path / "back", e)[real], want[real], atol=TOLERANCE)
 
 
-def test_settings_of_generation_are_given_back(tmp_path):
+def test_exported_generation_config_equals_the_original(tmp_path):
   shutil.copytree(DATA / "gpt2", tmp_path / "m")
   said = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": [3, 4], "pad_token_id": 0}
   (tmp_path / "m" / "generation_config.json").write_text(json.dumps(said))
@@ -54,15 +57,8 @@ def test_settings_of_generation_are_given_back(tmp_path):
   assert {key: getattr(found, key) for key in said} == said
 
 
-def test_a_model_of_ours_with_its_tokenizer(tmp_path):
-  """A small model as configs/gpt.py makes them is a Qwen3; a vocabulary that we trained goes with it."""
-  import jax
-  from flax import linen as nn
-
-  from llmjax.interop import huggingface
-  from llmjax.models.transformer import Transformer
-  from llmjax.types import Batch, probe
-
+def test_exported_qwen3_and_tokenizer_equal_ours(tmp_path):
+  """The architecture is the one that configs/gpt.py makes."""
   own = tokenizers.make({"name": "bytes"})
   cfg = TransformerConfig(
     *(own.vocab_size, 32, 2, 4, 64),
@@ -74,8 +70,7 @@ def test_a_model_of_ours_with_its_tokenizer(tmp_path):
     gated=True,
     qk_norm=True,
   )
-  model = Transformer(cfg)
-  params = nn.unbox(model.init(jax.random.key(0), probe()))["params"]
+  model, (params, _) = Transformer(cfg), parameters(cfg)
   assert huggingface.write_folder(tmp_path, cfg, params) == "Qwen3ForCausalLM"
   for name, content in to_huggingface(own).items():
     (tmp_path / name).write_bytes(content)
@@ -85,4 +80,6 @@ def test_a_model_of_ours_with_its_tokenizer(tmp_path):
   found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
   with torch.no_grad():
     got = found(torch.tensor(ids)[None].long()).logits.numpy()
-  np.testing.assert_allclose(got, model.apply({"params": params}, Batch.from_tokens(ids[None])).logits, atol=TOLERANCE)
+  np.testing.assert_allclose(
+    got, jax.jit(model.apply)({"params": params}, Batch.from_tokens(ids[None])).logits, atol=TOLERANCE
+  )
