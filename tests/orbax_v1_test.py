@@ -15,6 +15,7 @@ def test_checkpoint_read_through_orbax_v1_equals_what_was_saved(tmp_path):
   checkpoints.wait()
   folder = checkpoints.folder / "7"
   checkpoints.close()
-  restored = v1.load_pytree(folder, checkpointable_name="state")
+  load = getattr(v1, "load", None) or v1.load_pytree  # the name has changed
+  restored = load(folder, checkpointable_name="state")
   np.testing.assert_array_equal(restored["params"]["kernel"], state["params"]["kernel"])
   assert restored["step"] == 7
