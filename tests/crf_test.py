@@ -57,7 +57,7 @@ def score(case, row, places, tags):
 def brute_force(case):
   """(log Z, score of the tags, best score, best tags, marginals) over all taggings of each chain, in float64."""
   rows, length, classes = case["scores"].shape
-  log_z, own, best, tags = np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows, length), int)
+  log_z, tag_scores, best, tags = np.zeros(rows), np.zeros(rows), np.zeros(rows), np.zeros((rows, length), int)
   marginals = np.zeros((rows, length, classes))
   for row in range(rows):
     for places in chains(case, row):
@@ -65,21 +65,21 @@ def brute_force(case):
       scores = np.array([score(case, row, places, path) for path in paths])
       chain_log_z = scores.max() + np.log(np.exp(scores - scores.max()).sum())
       log_z[row] += chain_log_z
-      own[row] += score(case, row, places, case["tags"][row, places])
+      tag_scores[row] += score(case, row, places, case["tags"][row, places])
       best[row] += scores.max()
       tags[row, places] = paths[int(scores.argmax())]
       for path, share in zip(paths, np.exp(scores - chain_log_z)):
         marginals[row, places, path] += share
-  return log_z, own, best, tags, marginals
+  return log_z, tag_scores, best, tags, marginals
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_crf_equals_sums_over_all_taggings(seed):
   example = case(seed)
-  log_z, own, best, tags, marginals = brute_force(example)
+  log_z, tag_scores, best, tags, marginals = brute_force(example)
   np.testing.assert_allclose(call(crf.log_partition, example), log_z, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(call(crf.path_score, example), own, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(call(crf.negative_log_likelihood, example), log_z - own, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(call(crf.path_score, example), tag_scores, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(call(crf.negative_log_likelihood, example), log_z - tag_scores, rtol=1e-5, atol=1e-5)
   got_tags, got_best = call(crf.viterbi, example)
   np.testing.assert_allclose(got_best, best, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(got_tags, tags)
@@ -106,8 +106,8 @@ def test_crf_gradients_equal_finite_differences():
       for step in (1e-5, -1e-5):
         moved = {**example, name: example[name].copy()}
         moved[name][index] += step
-        log_z, own, *_ = brute_force(moved)
-        sides.append(np.sum((log_z - own) * weights))
+        log_z, tag_scores, *_ = brute_force(moved)
+        sides.append(np.sum((log_z - tag_scores) * weights))
       assert float(gradient[index]) == pytest.approx((sides[0] - sides[1]) / 2e-5, abs=2e-5), f"{name}{index}"
 
 

@@ -234,8 +234,8 @@ def test_ring_devices_compute_equal_numbers_of_blocks():
 
   def counts(order):
     parts = order.reshape(devices, -1, block)
-    seen = [[(a.max() >= b.min()) for a in part for b in order.reshape(-1, block)] for part in parts]
-    return np.sum(seen, axis=1)
+    computed = [[(a.max() >= b.min()) for a in part for b in order.reshape(-1, block)] for part in parts]
+    return np.sum(computed, axis=1)
 
   with use_mesh(MESHES["c8"]):
     layout = blockwise.Layout((None, "act_len", None), ("context",), True, block)

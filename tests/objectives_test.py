@@ -84,14 +84,14 @@ def test_masked_lm_whole_words_are_masked_up_to_the_rate():
   words = np.cumsum(begins)
   shown = [TOKENIZER.decode(ids[words == w]) for w in range(1, words[-1] // 3 + 1)]
   assert shown == ["an", " ", "étude", ":", " ", "fo_o", " ", "bars", ",", " ", "(", "b4z", ")", " ", "qux", ".", "\n"]
-  seen = set()
+  masked_words = set()
   for seed in range(200):
     chosen = np.asarray(features_of(objective, ids, seed)["weights"]["mlm"], bool)[1:-1]
     assert 0 < chosen.sum() <= round(0.3 * len(ids))
     for word in range(1, words[-1] + 1):
       assert chosen[words == word].all() or not chosen[words == word].any()
-    seen |= set(words[chosen].tolist())
-  assert len(seen) == words[-1]
+    masked_words |= set(words[chosen].tolist())
+  assert len(masked_words) == words[-1]
   long = features_of(MaskedLM(TOKENIZER, whole_words=True), TOKENIZER.encode("one_very_long_word"), 0)
   assert np.sum(long["weights"]["mlm"]) == 18
 
@@ -284,10 +284,10 @@ def test_contrastive_loss_equals_its_formula(symmetric, negative):
   total = right = 0.0
   for i in rows:
     candidates = [6 + k for k in rows] + ([] if negative is None else [12 + k for k in rows])
-    own = np.exp(z[i] @ z[6 + i] / 0.3)
-    forward = -np.log(own / sum(np.exp(z[i] @ z[k] / 0.3) for k in candidates))
-    back = -np.log(own / sum(np.exp(z[6 + i] @ z[k] / 0.3) for k in rows))
-    total += (forward + back) / 2 if symmetric else forward
+    positive = np.exp(z[i] @ z[6 + i] / 0.3)
+    forward = -np.log(positive / sum(np.exp(z[i] @ z[k] / 0.3) for k in candidates))
+    backward = -np.log(positive / sum(np.exp(z[6 + i] @ z[k] / 0.3) for k in rows))
+    total += (forward + backward) / 2 if symmetric else forward
     right += all(z[i] @ z[6 + i] >= z[i] @ z[k] for k in candidates)
   np.testing.assert_allclose(sums["contrastive"], total, rtol=1e-5)
   assert float(objective.weights(whole)["contrastive"]) == len(rows) == float(metrics["loss"][1])

@@ -135,7 +135,7 @@ def test_sgd_equals_its_formula(momentum):
 
 
 def test_adafactor_equals_its_formula():
-  # Algorithm 4 of the paper, with row and column sums and without its own step size.
+  # Algorithm 4 of the paper, with row and column sums and without the paper's step size.
   rows = columns = 0.0
   keys = {"min_dim_size_to_factor": 4, "momentum": None, "parameter_scale": False}
   for t, (g, direction) in enumerate(zip(MATRICES, single("adafactor", MATRICES, **keys)), start=1):
@@ -262,7 +262,7 @@ def test_adafactor_factors_are_sharded_like_the_remaining_dimension(mesh):
   norm = states["layers"]["norm"]["scale"][0]
   assert norm.v == where["layers"]["norm"]["scale"] and norm.v_row.spec == PartitionSpec()
 
-  # Both factors of a square kernel have one shape. An update with an uneven gradient tells which one is which.
+  # Both factors of a square kernel have one shape. An update with an uneven gradient shows which one is which.
   square = factors(states["layers"]["square"]["kernel"])
   tx = make_tx("adafactor", params, momentum=None)
   grad = jax.tree.map(np.zeros_like, params)

@@ -185,7 +185,7 @@ def test_causal_lm_metrics_equal_their_formula():
 ONE_LOCAL = {"attention_pattern": ("local",), "window": 4, "first_attention_norm": True}
 VISIBLE = {  # name: (config, whether position p of a document attends at distance d = key - query)
   "decoder": (CASES["llama causal_lm"].cfg, lambda p, d: d <= 0),
-  "learned decoder": (CASES["gpt causal_lm"].cfg, lambda p, d: d <= 0),
+  "decoder with learned positions": (CASES["gpt causal_lm"].cfg, lambda p, d: d <= 0),
   "windowed decoder": (
     dataclasses.replace(CASES["mistral causal_lm"].cfg, decoder_layers=1, **ONE_LOCAL),
     lambda p, d: (d <= 0) & (d > -4),
@@ -235,7 +235,7 @@ def row(*lengths, prefix=None):
   return tokens if prefix is None else dataclasses.replace(tokens, prefix=(tokens.positions < prefix).astype(np.int32))
 
 
-@pytest.mark.parametrize("name", by_tier(VISIBLE, set(VISIBLE) - {"learned decoder"}))
+@pytest.mark.parametrize("name", by_tier(VISIBLE, set(VISIBLE) - {"decoder with learned positions"}))
 def test_token_attends_to_exactly_the_tokens_of_its_mask(name):
   cfg, rule = VISIBLE[name]
   tokens = row(7, 11, prefix=5 if cfg.bidirectional_prompt else None)
@@ -262,7 +262,7 @@ REMAT = dict(zip(CASES, itertools.cycle(["dots", "full", "weight_dots"])))
 
 @EACH_CASE
 def test_gradient_unrolled_remat_accumulated_on_mesh_equals_scanned(name):
-  """Everything that must not change the gradient at once; the tests of the tier `full` tell which one does."""
+  """All changes at once that must not change the gradient. Tests in the tier `full` make one at a time."""
   case, batch = CASES[name], make_batch(CASES[name])
   params, _ = parameters(case.cfg)
   want, metrics = gradients(case, params, batch)

@@ -154,12 +154,12 @@ def texts(seed=0):
 def pieces(case, count, seed=0):
   """Features of `count` examples."""
   source = texts(seed)
-  found = []
+  examples = []
   for i, record in enumerate(itertools.islice(source, count)):
     [ids] = case.objective.window(TOKENIZER.document(record["text"]), LENGTH)[:1]
     features = case.objective.features({**record, "ids": ids}, generator(seed, EVAL, i), source)
-    found.append(packing.flatten(features))
-  return found
+    examples.append(packing.flatten(features))
+  return examples
 
 
 @functools.cache
