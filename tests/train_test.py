@@ -162,7 +162,7 @@ def test_interrupted_run_saves_and_exits_with_130(folder, capsys, monkeypatch, n
       os.kill(os.getpid(), number)
 
   monkeypatch.setattr(train.Meter, "add", add_and_interrupt)
-  more = ["--config.total_steps=100000", "--config.checkpoint.every=none", "--config.log.every=1", "--config.evals={}"]
+  more = ["--config.total_steps=20", "--config.checkpoint.every=none", "--config.log.every=1", "--config.evals={}"]
   assert cli.main(["train", *flags(*more), f"--workdir={folder / 'x'}"]) == 130
   assert "the same command resumes" in capsys.readouterr().err
   _, step, _ = saved(folder, "x")
