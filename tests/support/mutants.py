@@ -138,6 +138,13 @@ def make_copy(folder: Path) -> Path:
   return folder
 
 
+def commit_copy(folder: Path) -> None:
+  """Make a copy a git checkout, since launchers ship commits."""
+  git = ["git", "-C", str(folder), "-c", "user.name=mutants", "-c", "user.email=mutants@localhost"]
+  for command in (["init", "-q"], ["add", "--all"], ["commit", "-q", "--no-gpg-sign", "-m", "Mutant"]):
+    subprocess.run([*git, *command], check=True)
+
+
 def run_pytest(copy: Path, arguments: Sequence[str], *, timeout: float, write_bytecode: bool = False) -> TestRun:
   """Run pytest in a copy of the repository."""
   report, log = copy / ".mutant_report", copy / ".mutant_log"
@@ -145,6 +152,7 @@ def run_pytest(copy: Path, arguments: Sequence[str], *, timeout: float, write_by
   environment = {
     "LLMJAX_TEST_CACHE": str(ROOT / ".cache" / "jax"),
     **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": str(copy),
     REPORT: str(report),
     COPY: str(copy),
@@ -278,6 +286,7 @@ def all_tests(mutant: Mutant) -> int:
     copy = make_copy(Path(folder).resolve())
     path = copy / "llmjax" / mutant.file
     path.write_text(mutant.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
+    commit_copy(copy)
     side_by_side = ("-n", str(WORKERS), "--dist", "loadfile")
     # The list of mutants does not fit a file that is mutated already.
     found = run_pytest(copy, ["tests", "-m", "not full", "--ignore=tests/mutants_test.py", *side_by_side], timeout=7200)
