@@ -57,6 +57,7 @@ LONGEST = (
   "train_test.py",
   "step_test.py",
   "verify_test.py",
+  "finetune_run_test.py",
   "finetune_test.py",
   "huggingface_test.py",
   "hosts_test.py",

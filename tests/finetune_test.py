@@ -14,7 +14,8 @@ from llmjax.config import ConfigError
 from llmjax.finetune import flatten, is_adapter, join, layer_scales, merge_lora, split, unflatten
 from llmjax.models.layout import stack, unstack
 from llmjax.models.transformer import Transformer
-from tests.support.cases import CASES, GPT, MODERNBERT, T5, by_tier, gradients, make_batch, mesh_shardings, parameters
+from tests.support.cases import CASES, GPT, MODERNBERT, T5, gradients, make_batch, mesh_shardings, parameters
+from tests.support.tiers import by_tier
 
 LORA = ((r".*lora_[ab]", True), (r".*", False))
 ATTENTION, ALL = r".*attention/(query|value)", r"(en|de)coder/.*"

@@ -281,7 +281,7 @@ def test_rotary_scaling_by_length_takes_the_declared_length(name):
 EXPERTS = [n for n in NAMES if folder(n).cfg.num_experts]
 
 
-@pytest.mark.parametrize("name", by_tier(EXPERTS, fast=("mixtral",), slow=...))
+@pytest.mark.parametrize("name", by_tier(EXPERTS, fast=("mixtral",)))
 def test_routing_and_balance_loss_equal_transformers(name):
   """Hugging Face takes the shares and probabilities over all layers at once, we layer by layer."""
   e, [routing] = expected(name), jax.device_get(outputs(name).routing)
@@ -318,7 +318,7 @@ def test_config_of_either_generation_of_transformers_is_read_alike(name, tmp_pat
   assert again.architecture == folder(name).architecture
 
 
-@pytest.mark.parametrize("name", by_tier(NAMES, fast=(*FAST, *SLOW), slow=...))
+@pytest.mark.parametrize("name", by_tier(NAMES, fast=(*FAST, *SLOW)))
 def test_folder_read_and_written_again_is_bitwise_equal(name, tmp_path):
   f = folder(name)
   scanned = huggingface.read_params(f, f.cfg, abstract_params(Transformer(f.cfg)))
@@ -342,7 +342,7 @@ def test_folder_read_and_written_again_is_bitwise_equal(name, tmp_path):
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", by_tier(["llama", "mixtral", "t5_v1_1", "modernbert"], fast=("mixtral",), slow=...))
+@pytest.mark.parametrize("name", by_tier(["llama", "mixtral", "t5_v1_1", "modernbert"], fast=("mixtral",)))
 def test_folder_read_onto_a_mesh_is_sharded_and_written_alike(name, tmp_path):
   f = folder(name)
   model = Transformer(f.cfg)

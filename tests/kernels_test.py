@@ -17,9 +17,10 @@ from llmjax.models.scores import Settings
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, Tokens
 from tests.support.cases import CASES as MODELS
-from tests.support.cases import GPT, by_tier, gradient_function, make_batch, parameters, with_dropout
+from tests.support.cases import GPT, gradient_function, make_batch, parameters, with_dropout
 from tests.support.cases import Case as ModelCase
 from tests.support.compare import assert_trees_close
+from tests.support.tiers import by_tier
 
 SCALE = 0.4
 ROWS, LENGTH, HEADS, WIDTH, BUCKETS = 4, 64, 4, 8, 8

@@ -20,7 +20,7 @@ from llmjax.interop import huggingface, peft
 from llmjax.models.transformer import Transformer
 from llmjax.pretrained import abstract_params, load_params
 from llmjax.types import Batch
-from tests.support.cases import by_tier
+from tests.support.tiers import by_tier
 
 DATA = Path(__file__).parent / "testdata"
 NAMES = sorted(path.name for path in (DATA / "peft").iterdir())

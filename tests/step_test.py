@@ -23,7 +23,6 @@ from tests.support.cases import (
   GPT,
   LENGTH,
   ROWS,
-  by_tier,
   gradient_function,
   gradients,
   gradients_on_mesh,
@@ -34,6 +33,7 @@ from tests.support.cases import (
   with_dropout,
 )
 from tests.support.compare import assert_trees_close, assert_trees_identical
+from tests.support.tiers import by_tier
 
 # A decoder, an encoder, an encoder-decoder and the objective that needs the whole batch at once.
 FAST = ("gpt causal_lm", "bert masked_lm", "t5 span_corruption", "bert contrastive")

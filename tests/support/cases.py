@@ -13,7 +13,6 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
 
 from llmjax import sharding, step
@@ -231,11 +230,6 @@ def with_dropout(case):
   return dataclasses.replace(
     case, cfg=dataclasses.replace(case.cfg, dropout=0.2, attention_dropout=0.1, mlp_dropout=0.1)
   )
-
-
-def by_tier(names, fast):
-  """Parameters for `pytest.mark.parametrize`: names that are not in `fast` are marked slow."""
-  return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @contextlib.contextmanager

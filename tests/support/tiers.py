@@ -3,13 +3,13 @@
 import pytest
 
 
-def by_tier(values, fast=(), slow=(), part="families"):
+def by_tier(values, fast=(), slow=..., part="families"):
   """Return `values` for `pytest.mark.parametrize`: `fast` unmarked, `slow` slow, the others full.
 
   Args:
     values: All values, in the order of the tests.
     fast: Values of the tier fast.
-    slow: Further values of the tier default; `...` for all that are not in `fast`.
+    slow: Further values of the tier default; by default all that are not in `fast`.
     part: Part of the tier full that the others belong to.
   """
   values = list(values)
