@@ -28,6 +28,7 @@ if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
 os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
 
 CACHE = Path(os.environ.get("LLMJAX_TEST_CACHE", Path(__file__).parent.parent / ".cache" / "jax"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # else commands compile into the user's cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -60,7 +61,7 @@ LONGEST = (
   "finetune_run_test.py",
   "finetune_test.py",
   "huggingface_test.py",
-  "hosts_test.py",
+  "multi_process_test.py",
   "pretrained_test.py",
   "task_test.py",
   "kernels_test.py",
