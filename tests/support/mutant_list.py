@@ -137,7 +137,10 @@ LOSSES = (
     "objectives/seq2seq.py",
     '"weights": {"nll": learned[1:].astype(np.float32)},',
     '"weights": {"nll": learned[:-1].astype(np.float32)},',
-    (SEQ2SEQ + "test_only_targets_bear_loss", PREFERENCE + "test_losses_are_their_formulas[sigmoid]"),
+    (
+      SEQ2SEQ + "test_loss_of_a_decoder_covers_targets_only",
+      PREFERENCE + "test_preference_losses_equal_their_formulas[sigmoid]",
+    ),
     "the weights are one token late: the first token of an answer is not learned, a token after it is",
   ),
   Mutant(
@@ -145,7 +148,7 @@ LOSSES = (
     "objectives/sft.py",
     "spans.append((common_length(prompt, ids), common_length(answered, ids)))",
     "spans.append((common_length(prompt, ids), common_length(answered, ids) - 1))",
-    (SFT + "test_each_answer_is_learned_behind_its_prompt[None]",),
+    (SFT + "test_loss_weights_cover_each_answer_and_its_end[None]",),
     "a tuned model never ends its answer",
   ),
   Mutant(
@@ -153,7 +156,7 @@ LOSSES = (
     "objectives/preference.py",
     'jax.lax.stop_gradient(answer_log_probs(forward.auxiliary["reference"], batch, {}))',
     'answer_log_probs(forward.auxiliary["reference"], batch, {})',
-    (PREFERENCE + "test_the_reference_gets_no_gradient",),
+    (PREFERENCE + "test_reference_model_gets_no_gradient",),
   ),
   Mutant(
     "contrastive-padding-is-a-negative",
@@ -910,7 +913,7 @@ GENERATING = (
     "types.py",
     "positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)",
     "positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)",
-    (GENERATION + "test_greedy_equals_the_uncached_forward_for_prompts_of_any_length[learned]",),
+    (GENERATION + "test_generate_greedy_equals_the_uncached_forward[learned]",),
     "what a prompt is continued with depends on the longest prompt of the batch",
   ),
   Mutant(
@@ -918,14 +921,14 @@ GENERATING = (
     "models/attention.py",
     "jax.lax.dynamic_update_slice(cached.value, new, (0, ctx.cache_index, 0, 0))",
     "jax.lax.dynamic_update_slice(cached.value, new, (0, ctx.cache_index + 1, 0, 0))",
-    (GENERATION + "test_greedy_equals_the_uncached_forward_for_prompts_of_any_length[learned]",),
+    (GENERATION + "test_generate_greedy_equals_the_uncached_forward[learned]",),
   ),
   Mutant(
     "decoded-positions-one-behind",
     "generation.py",
     "token=token, position=state.position + 1, seen=seen",
     "token=token, position=state.position + (state.count > 0), seen=seen",
-    (GENERATION + "test_greedy_equals_the_uncached_forward_for_prompts_of_any_length[learned]",),
+    (GENERATION + "test_generate_greedy_equals_the_uncached_forward[learned]",),
     "the first new token has the position of the last one of the prompt",
   ),
   Mutant(
@@ -933,14 +936,14 @@ GENERATING = (
     "sampling.py",
     "before = jnp.cumsum(probabilities, axis=-1) - probabilities",
     "before = jnp.cumsum(probabilities, axis=-1)",
-    (GENERATION + "test_filters_keep_what_they_say",),
+    (GENERATION + "test_filter_logits_keeps_top_k_top_p_and_min_p",),
   ),
   Mutant(
     "beam-search-drops-finished-beams",
     "beam_search.py",
     "pool = jnp.concatenate([state.finished.scores,",
     "pool = jnp.concatenate([jnp.full_like(state.finished.scores, -jnp.inf),",
-    (BEAMS + "test_with_beams_for_all_sequences_it_finds_the_best_of_all[1.0]",),
+    (BEAMS + "test_beam_search_with_all_beams_finds_the_global_optimum[1.0]",),
     "a continuation that ended is lost at the next token",
   ),
   Mutant(
@@ -948,14 +951,14 @@ GENERATING = (
     "beam_search.py",
     "power = length.astype(jnp.float32) ** settings.length_penalty",
     "power = jnp.maximum(length - 1, 1).astype(jnp.float32) ** settings.length_penalty",
-    (BEAMS + "test_with_beams_for_all_sequences_it_finds_the_best_of_all[1.0]",),
+    (BEAMS + "test_beam_search_with_all_beams_finds_the_global_optimum[1.0]",),
   ),
   Mutant(
     "cache-does-not-follow-its-beam",
     "generation.py",
     "_read_token(model, params, take(cache, parents), tokens, position, cache_length)",
     "_read_token(model, params, cache, tokens, position, cache_length)",
-    (BEAMS + "test_over_the_cache_it_finds_what_the_uncached_forward_says[scanned-0]",),
+    (BEAMS + "test_beam_search_over_a_cache_equals_the_uncached_reference[scanned-0]",),
     "a beam goes on from the keys and values of another",
   ),
 )
