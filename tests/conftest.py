@@ -8,6 +8,7 @@ Tiers are chosen with `--tier`; `bash launch/test.sh` documents them:
 """
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -41,6 +42,9 @@ install_import_hook([f"llmjax.{name}" for name in CHECKED], "beartype.beartype")
 
 if not flags.FLAGS.is_parsed():  # grain reads absl flags
   flags.FLAGS.mark_as_parsed()
+
+# A shell that starts the tests in the background ignores SIGINT, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIERS = ("fast", "default", "full")
 PARTS = {

@@ -16,6 +16,7 @@ from llmjax.models import width
 from llmjax.models.transformer import Transformer
 from llmjax.types import probe as dummy_batch
 from tests.support import cases
+from tests.support.tiers import by_tier
 
 COMMON = {
   **{"lr": 1.0, "ema_decay": None, "weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": None},
@@ -37,7 +38,7 @@ def lowered_programs(case, **changes):
   return jax.jit(model.init).lower(key, batch).as_text(), jax.jit(train).lower(state, batch, key, 1e-2).as_text()
 
 
-@pytest.mark.parametrize("name", cases.by_tier(["gemma causal_lm", "t5 span_corruption"], ["gemma causal_lm"]))
+@pytest.mark.parametrize("name", by_tier(["gemma causal_lm", "t5 span_corruption"], ["gemma causal_lm"]))
 def test_programs_at_base_width_equal_programs_without_mup(name):
   """Equal programs give identical results; above the base width they differ."""
   case = cases.CASES[name]

@@ -40,7 +40,7 @@ FAST = ("gpt causal_lm", "bert masked_lm", "t5 span_corruption", "bert contrasti
 WEIGHTED = [name for name in CASES if name not in ("bert contrastive", "bert weighted_sum")]
 PACKED = [name for name, case in CASES.items() if case.shared]
 EACH_CASE = pytest.mark.parametrize("name", by_tier(CASES, FAST))
-EACH_PACKED_CASE = pytest.mark.parametrize("name", by_tier(PACKED, FAST))
+EACH_PACKED_CASE = pytest.mark.parametrize("name", by_tier(PACKED, [name for name in FAST if name in PACKED]))
 
 
 # Packing and padding. All of these call one compiled program per case: gradients at one batch shape.
@@ -120,7 +120,7 @@ def scale_weights(batch, factor):
   return dataclasses.replace(batch, weights={term: w * np.float32(factor) for term, w in batch.weights.items()})
 
 
-@pytest.mark.parametrize("name", by_tier(WEIGHTED, FAST))
+@pytest.mark.parametrize("name", by_tier(WEIGHTED, [name for name in FAST if name in WEIGHTED]))
 def test_gradient_unchanged_if_all_weights_are_scaled(name):
   """Denominators are sums of weights, not numbers of tokens."""
   case, batch = CASES[name], make_batch(CASES[name])
@@ -144,7 +144,7 @@ def with_term_alone(batch, term):
   return dataclasses.replace(batch, extras=extras)
 
 
-@pytest.mark.parametrize("name", by_tier(["bert masked_lm", "bert weighted_sum"], FAST))
+@pytest.mark.parametrize("name", by_tier(["bert masked_lm", "bert weighted_sum"], ["bert masked_lm"]))
 def test_gradient_is_the_sum_of_gradients_of_single_terms(name):
   """Each term has its own denominator."""
   case, batch = CASES[name], make_batch(CASES[name])
