@@ -56,7 +56,7 @@ python_of() {
 make_venv() {
   if [ ! -e "$PYTHON" ]; then
     local base
-    base="$(find_python)"
+    base="$(find_python)" || exit 1
     note "making $VENV with $base"
     "$base" -m venv "$VENV" ||
       die "$base cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)"
@@ -114,12 +114,14 @@ install() {
   if [ -z "${LLMJAX_NEWEST:-}" ]; then
     files+=("$(constraints)")
     requirements+=(--constraint "${files[1]}")
+  else
+    requirements+=(--upgrade --upgrade-strategy eager)
   fi
   stamp="$VENV/.installed-$(printf '%s' "$extra" | tr -c 'a-z0-9' '-')"
   now="$("$PYTHON" -c 'import hashlib, sys
 digests = [hashlib.sha256(open(path, "rb").read()).hexdigest() for path in sys.argv[3:]]
 print(sys.version, *sys.argv[1:3], *digests)' "$ROOT" "$extra" "${files[@]}")"
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
+  if [ -z "${LLMJAX_NEWEST:-}" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ]; then
     return
   fi
   note "installing llmjax${extra:+ with $extra} into $VENV (some minutes the first time)"

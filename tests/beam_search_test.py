@@ -121,6 +121,10 @@ def uncached(name):
     pytest.param("encoder–decoder", HOW[1], id="encoder–decoder-1"),
     pytest.param("unrolled", HOW[0], id="unrolled-0", marks=pytest.mark.slow),
     pytest.param("periods", HOW[1], id="periods-1", marks=pytest.mark.slow),
+    *(
+      pytest.param(name, HOW[i], id=f"{name}-{i}", marks=pytest.mark.full("families"))
+      for name, i in (("scanned", 1), ("encoder–decoder", 0), ("unrolled", 1), ("periods", 0))
+    ),
   ],
 )
 def test_beam_search_over_a_cache_equals_the_uncached_reference(name, how):

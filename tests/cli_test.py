@@ -294,7 +294,6 @@ def test_help_does_not_import_jax():
   assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-@pytest.mark.slow
 def test_user_module_of_a_checkpoint_needs_trust(text, monkeypatch, capsys):
   Path("mine.py").write_text(
     "from llmjax.models.transformer import make_transformer\n"

@@ -77,14 +77,17 @@ def pytest_addoption(parser):
   parser.addoption("--part", choices=sorted(PARTS), action="append", help="only this part of the tier full")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m serial` selects
 def pytest_collection_modifyitems(config, items):
-  """Keep the tests of the tier, those of the longest files first."""
+  """Keep the tests of the tier, those of the longest files first; mark those of several processes as serial."""
   tier, parts = config.getoption("tier"), config.getoption("part")
 
   def is_selected(item):
     marker = item.get_closest_marker("full")
     if marker and (len(marker.args) != 1 or marker.args[0] not in PARTS):
       raise pytest.UsageError(f"{item.nodeid}: the marker `full` takes one of {', '.join(PARTS)}, got {marker.args}")
+    if marker and marker.args[0] in ("processes", "clusters"):
+      item.add_marker(pytest.mark.serial)
     if parts:
       return marker is not None and marker.args[0] in parts
     if tier == "full" or is_named(item):

@@ -263,7 +263,7 @@ def test_forward_with_right_padding_equals_transformers(name):
 LONG = [n for n in NAMES if "input_ids_long" in expected(n)]
 
 
-@pytest.mark.parametrize("name", by_tier(LONG, slow=("llama_dynamic", "phi3")))
+@pytest.mark.parametrize("name", by_tier(LONG, fast=("phi3",), slow=("llama_dynamic",)))
 def test_rotary_scaling_by_length_takes_the_declared_length(name):
   """Hugging Face reads a text beyond the original context otherwise than a part of it within; we read both as declared
   by max_len, so that a token's keys do not depend on what follows it."""

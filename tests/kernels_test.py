@@ -246,7 +246,6 @@ def test_ring_devices_compute_equal_numbers_of_blocks():
   assert max(counts(np.arange(length))) > 1.7 * max(counts(order))
 
 
-@pytest.mark.slow
 def test_chunked_and_ring_arrays_are_linear_in_length():
   case = dataclasses.replace(CASES["all"], length=256)
   arguments = example(case)[:-1]

@@ -43,6 +43,12 @@ EACH_CASE = pytest.mark.parametrize("name", by_tier(CASES, FAST))
 EACH_PACKED_CASE = pytest.mark.parametrize("name", by_tier(PACKED, [name for name in FAST if name in PACKED]))
 
 
+def assert_same_results(got, want):
+  """Compare (gradients, metrics): each tree by itself, because sums of losses are much larger than gradients."""
+  for got_tree, want_tree in zip(got, want, strict=True):
+    assert_trees_close(got_tree, want_tree)
+
+
 # Packing and padding. All of these call one compiled program per case: gradients at one batch shape.
 
 
@@ -63,14 +69,14 @@ def replace_ids(batch, where):
 def test_gradient_of_a_document_ignores_other_documents_in_the_row(name):
   """Bit by bit, except with experts: they sort tokens, and the position in a matrix product changes its rounding."""
   case = CASES[name]
-  assert_same = assert_trees_close if case.cfg.num_experts else assert_trees_identical
+  assert_same = assert_same_results if case.cfg.num_experts else assert_trees_identical
   params, _ = parameters(case.cfg)
   batch = make_batch(case)
   segments = predicted(batch).segments
   assert (segments.max(axis=1) >= 2).sum() > 4
   changed = replace_ids(batch, lambda tokens: tokens.segments == 1)
   with pytest.raises(AssertionError):
-    assert_trees_close(gradients(case, params, changed), gradients(case, params, batch))
+    assert_trees_close(gradients(case, params, changed)[0], gradients(case, params, batch)[0])
 
   def weigh_second(batch):
     return dataclasses.replace(batch, weights={term: w * (segments == 2) for term, w in batch.weights.items()})
@@ -83,7 +89,7 @@ def test_gradient_ignores_ids_at_padding(name):
   case, batch = CASES[name], make_batch(CASES[name])
   params, _ = parameters(case.cfg)
   changed = replace_ids(batch, lambda tokens: tokens.segments == 0)
-  assert_trees_close(gradients(case, params, changed), gradients(case, params, batch))
+  assert_same_results(gradients(case, params, changed), gradients(case, params, batch))
 
 
 def check_packed_equals_separate(case, extra_padding=0):
@@ -99,7 +105,7 @@ def check_packed_equals_separate(case, extra_padding=0):
   separate = [packing.make_row([piece], each[0], wide) for piece in each]
   want = gradients(case, params, packing.make_batch(packed, range(ROWS)))
   got = gradients(case, params, packing.make_batch(separate, range(ROWS)))
-  assert_trees_close(got, want)
+  assert_same_results(got, want)
 
 
 @EACH_PACKED_CASE
@@ -107,7 +113,7 @@ def test_gradient_of_packed_rows_equals_separate_rows(name):
   check_packed_equals_separate(CASES[name])
 
 
-@pytest.mark.full("meshes")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_of_packed_rows_equals_longer_separate_rows(name):
   check_packed_equals_separate(CASES[name], extra_padding=8)
@@ -298,9 +304,7 @@ def test_gradient_with_dropout_accumulated_on_mesh_equals_one_device(name):
 def test_gradient_with_dropout_on_three_axes_equals_one_device(name):
   case, batch = with_dropout(CASES[name]), make_batch(CASES[name])
   params, _ = parameters(case.cfg)
-  assert_trees_close(
-    gradients_on_mesh(case, params, batch, CUBE, accum=2), jax.device_get(gradients(case, params, batch))
-  )
+  assert_same_results(gradients_on_mesh(case, params, batch, CUBE, accum=2), gradients(case, params, batch))
 
 
 @pytest.mark.full("meshes")
@@ -308,10 +312,10 @@ def test_gradient_with_dropout_on_three_axes_equals_one_device(name):
 def test_gradient_accumulated_with_dropout_equals_whole_batch(name, accum):
   case, batch = with_dropout(CASES[name]), make_batch(CASES[name])
   params, _ = parameters(case.cfg)
-  assert_trees_close(gradients(case, params, batch, accum), gradients(case, params, batch))
+  assert_same_results(gradients(case, params, batch, accum), gradients(case, params, batch))
 
 
-@pytest.mark.full("meshes")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_unrolled_with_dropout_equals_scanned(name):
   case, batch = with_dropout(CASES[name]), make_batch(CASES[name])
@@ -323,13 +327,13 @@ def test_gradient_unrolled_with_dropout_equals_scanned(name):
   assert_trees_close(unrolled_metrics, metrics)
 
 
-@pytest.mark.full("meshes")
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots", "weight_dots"])
 def test_gradient_scanned_with_remat_and_dropout_equals_no_remat(remat):
   case, batch = with_dropout(CASES["gpt causal_lm"]), make_batch(CASES["gpt causal_lm"])
   params, _ = parameters(case.cfg)
   other = dataclasses.replace(case, cfg=dataclasses.replace(case.cfg, remat=remat))
-  assert_trees_close(gradients(other, params, batch), gradients(case, params, batch))
+  assert_same_results(gradients(other, params, batch), gradients(case, params, batch))
 
 
 @pytest.mark.parametrize("name", by_tier(CASES, ["modernbert masked_lm", "t5 span_corruption"]))
@@ -378,10 +382,10 @@ FULL_MESHES = pytest.mark.full("meshes")
 @pytest.mark.parametrize(
   "name, sizes, accum",
   [
-    pytest.param("llama causal_lm", CUBE, 2, marks=pytest.mark.slow),
+    ("llama causal_lm", CUBE, 2),
     pytest.param("llama causal_lm", {"data": 8}, 1, marks=FULL_MESHES),
     pytest.param("llama causal_lm", {"fsdp": 4, "tensor": 2}, 1, marks=FULL_MESHES),
-    pytest.param("t5 span_corruption", CUBE, 2, marks=FULL_MESHES),
+    pytest.param("t5 span_corruption", CUBE, 2, marks=pytest.mark.slow),
   ],
 )
 def test_two_train_steps_on_mesh_equal_one_device(name, sizes, accum):

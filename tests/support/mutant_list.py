@@ -500,6 +500,14 @@ MODELS = (
     "accum changes what is dropped, and the loss",
   ),
   Mutant(
+    "dropout-keyed-by-row-of-the-device",
+    "models/layers.py",
+    "return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)",
+    'return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows % (rows.shape[0] // parts("act_batch")))',
+    (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
+    "the mesh changes what is dropped, and the loss",
+  ),
+  Mutant(
     "dropout-the-same-in-every-step",
     "step.py",
     "key = jax.random.fold_in(key, state.step)",
