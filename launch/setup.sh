@@ -2,7 +2,7 @@
 # Sourced by the scripts beside it: makes .venv and installs llmjax into it, when something has changed since last time.
 # Works with bash 3.2 (macOS), from any folder, in a path with spaces.
 #
-# Versions of dependencies are those of launch/constraints-*.txt, so that a release of one of them cannot break a first
+# Dependencies are installed in the versions of launch/constraints-*.txt, so that a release of one of them cannot break a first
 # run. Environment variables change that:
 #   LLMJAX_NEWEST=1       installs the newest releases that setup.py allows
 #   LLMJAX_PYTHON=PATH    the Python to make the environment with
@@ -41,7 +41,7 @@ find_python() {
     "install one from your package manager or https://www.python.org/downloads/"
 }
 
-# python_of VERSION: the path of that Python, from PATH or pyenv; fails where there is none.
+# python_of VERSION: the path of that Python, from PATH or pyenv; fails if neither has it.
 python_of() {
   local candidate
   for candidate in "$(command -v "python$1")" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/"python$1"; do

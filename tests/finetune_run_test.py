@@ -160,7 +160,7 @@ def test_program_state_has_moments_of_trainable_parameters_only(folder):
 
 @pytest.mark.slow
 def test_checkpoint_without_newer_config_keys_resumes_identically(folder, encoder_run):
-  """As written by versions before adapters, frozen parameters and learning rates by layer."""
+  """Such checkpoints were written before adapters, frozen parameters and learning rates by layer."""
   keys = ("trainable", "init_map", "auxiliary", "optim/lr_scale", "optim/layer_decay", "model/crf", "model/num_classes")
   keys += tuple(f"model/lora_{key}" for key in ("rank", "alpha", "dropout", "targets"))
   for name in ("older", "newer"):
@@ -212,7 +212,7 @@ def test_run_with_adapters_on_eight_devices_equals_one_device(folder):
 
 @pytest.mark.slow
 def test_exported_adapters_load_as_the_run_and_start_another(folder, decoder_run):
-  """In PEFT's format, next to the run from which the adapters were trained."""
+  """The format is PEFT's, next to the run from which the adapters were trained."""
   changes = {**DECODER, "model.lora_rank": 2, "model.lora_alpha": 3.0, "init_from": str(decoder_run), "total_steps": 2}
   changes["trainable"] = ((r".*lora_[ab]|.*/mlp_norm/.*", True), (r".*", False))
   run(folder, "lora", changes, CAUSAL)

@@ -1,4 +1,4 @@
-"""How processes find each other: flags, environment variables, and contradictions between processes.
+"""Rendezvous of processes: flags, environment variables, and contradictions between processes.
 
 multi_process_test.py runs real processes.
 """

@@ -58,7 +58,7 @@ def test_causal_labels_are_the_next_tokens():
 
 
 def test_tied_table_gets_the_sum_of_the_gradients_of_both_its_uses():
-  """Of a model of the same values whose embedding table and head are separate."""
+  """Compare with a model of the same values whose embedding table and head are separate."""
   params, _ = parameters(GPT)
   tied, _ = gradients(CASE, params, make_batch(CASE))
   untied = dataclasses.replace(CASE, cfg=dataclasses.replace(GPT, tie_embeddings=False))
@@ -126,7 +126,7 @@ def test_step_reports_norms_of_the_whole_gradient_and_update():
 
 
 def test_dropout_differs_between_steps():
-  """At the same parameters and batch, by the state's step alone."""
+  """The parameters and the batch are the same; only the step number differs."""
   advance, first = sgd()
   each = [advance(dataclasses.replace(first, step=np.int32(number)))[2]["loss"][0] for number in (0, 0, 1)]
   assert each[0] == each[1] != each[2]
@@ -144,7 +144,7 @@ def test_clipping_scales_gradients_and_not_directions():
 
 
 def test_checkpoint_restores_every_leaf_of_equal_shape_by_name(tmp_path):
-  """Into the path that it was saved from, whatever the order of the tree."""
+  """All leaves have one shape, so that an exchange of two would load."""
   tree = {"query": {"kernel": 0, "bias": 0}, "key": {"kernel": 0, "bias": 0}, "a": {"kernel": 0}}
   numbers = iter(range(1, 1000))
   draw = lambda _: np.full((2, 3), next(numbers), np.float32)  # noqa: E731
@@ -180,7 +180,7 @@ def test_evaluation_weighs_batches_by_their_weights(monkeypatch):
 
 
 def test_evaluated_parameters_are_the_average():
-  """Where one is kept; frozen ones have none."""
+  """Frozen parameters have no average."""
   state = step.TrainState(0, {"a": 1}, None, {"a": 2}, {"b": 3})
   for decay, learned in ((None, 1), (0.9, 2)):
     program = types.SimpleNamespace(config={"optim": {"ema_decay": decay}})
@@ -194,7 +194,7 @@ def losses(workdir):
 
 
 def test_interrupted_run_has_the_loss_curve_of_a_whole_run(home):
-  """Bit by bit, with warm-up, Adam, an average, dropout and batches made ahead, from a checkpoint in mid-epoch."""
+  """Equality is bitwise, with warm-up, Adam, an EMA, dropout and prefetched batches, from a checkpoint in mid-epoch."""
   (home / "t.txt").write_text("".join(f"{i}: a quick fox jumps over {i * 37 % 101} dogs.\n" for i in range(200)))
   flags = [f"--config=char:text={home / 't.txt'},debug", "--config.batch_size=8", "--config.log.tensorboard=false"]
   flags += ["--config.model.dropout=0.1", "--config.optim.ema_decay=0.9", "--config.data.prefetch=3"]
@@ -217,7 +217,7 @@ def test_interrupted_run_has_the_loss_curve_of_a_whole_run(home):
 
 
 def test_cudnn_kernel_gets_scale_mask_and_bias(monkeypatch):
-  """On CPU, by the library's own implementation in place of cuDNN's."""
+  """On CPU, JAX's own implementation stands in for cuDNN's."""
   attention = jax.nn.dot_product_attention
   monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: attention(*a, **k | {"implementation": "xla"}))
   rng = np.random.default_rng(0)

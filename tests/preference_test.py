@@ -83,7 +83,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_preference_losses_equal_their_formulas(variant):
-  """Of log-probabilities of each text in a row of its own."""
+  """The formulas use log-probabilities of each text in its own row."""
   settings, formula = VARIANTS[variant]
   beta = 0.3
   objective = Preference(TOKENIZER, LENGTH, beta=beta, variant=variant, sft_weight=0.5, **settings)

@@ -1,4 +1,4 @@
-"""What a PATH may be, and commands on it: Hugging Face folders and hub names beside own checkpoints."""
+"""The kinds of PATH and commands on them: Hugging Face folders, hub names and checkpoints."""
 
 import dataclasses
 import hashlib

@@ -46,7 +46,7 @@ def learned(features):
 
 @pytest.mark.parametrize("name", ENDS)
 def test_loss_weights_cover_each_answer_and_its_end(name):
-  """After the prompt that inference gives, in the tokens of the whole chat."""
+  """Answers follow the prompt that inference gives, in the tokens of the whole chat."""
   made = open_tokenizer(name)
   objective = InstructionTuning(made, 300)
   features = encoded(objective)

@@ -54,9 +54,9 @@ class Mutant:
     name: short, in kebab case.
     file: below llmjax/.
     before: source text that occurs once in the file.
-    after: what the mistake makes of it.
+    after: text that replaces it.
     tests: node ids of pytest that are expected to fail, cheapest first.
-    effect: what a user would see, where the name does not say it.
+    effect: visible consequence for a user, if the name does not imply it.
   """
 
   name: str
