@@ -52,7 +52,6 @@ PARTS = {
   "meshes": "further meshes, microbatches, kernels and kinds of models",
   "processes": "several real processes",
   "clusters": "SLURM, TPU VMs, GKE, sweeps that are killed",
-  "commands": "long runs of commands",
   "transformers": "exports opened by Transformers and PEFT; needs the extra `references`",
   "tpu": "compilation for absent TPUs; needs libtpu",
 }
