@@ -2,8 +2,8 @@
 # Sourced by the scripts beside it: makes .venv and installs llmjax into it, when something has changed since last time.
 # Works with bash 3.2 (macOS), from any folder, in a path with spaces.
 #
-# Dependencies are installed in the versions of launch/constraints-*.txt, so that a release of one of them cannot break a first
-# run. Environment variables change that:
+# Dependencies have the versions of launch/constraints-*.txt, so that a release of one cannot break a first run.
+# Environment variables change that:
 #   LLMJAX_NEWEST=1       installs the newest releases that setup.py allows
 #   LLMJAX_PYTHON=PATH    the Python to make the environment with
 #   LLMJAX_VENV=DIR       the environment, in place of .venv

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The test suite. Every part runs; the exit code is 0 if all parts passed. The times of the parts are printed at the end.
 #
-#   bash launch/test.sh                    format, lint, types and the tests of the tier `default`; what CI runs
+#   bash launch/test.sh                    format, lint, types and the tests of the tier `default`
 #   bash launch/test.sh fast               format, lint, types and every invariant once
 #   bash launch/test.sh smoke              every shipped config: train, save, resume, evaluate
 #   bash launch/test.sh full               all tests: families, meshes, processes, SLURM, TPU compilation, Transformers;

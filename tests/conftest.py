@@ -55,6 +55,7 @@ PARTS = {
   "transformers": "exports opened by Transformers and PEFT; needs the extra `references`",
   "tpu": "compilation for absent TPUs; needs libtpu",
 }
+SERIAL_PARTS = ("processes", "clusters")  # they run into time limits beside other tests
 # Files go to the workers whole (`--dist loadfile`). The longest start first, so that the workers end at the same time.
 LONGEST = (
   "smoke_test.py",
@@ -76,29 +77,36 @@ def pytest_addoption(parser):
   parser.addoption("--part", choices=sorted(PARTS), action="append", help="only this part of the tier full")
 
 
+def part_of(item):
+  """Return the part of the tier full that a test belongs to, or None if it is also in the tier default."""
+  marker = item.get_closest_marker("full")
+  if marker is None:
+    return None
+  if len(marker.args) != 1 or marker.args[0] not in PARTS:
+    raise pytest.UsageError(f"{item.nodeid}: the marker `full` takes one of {', '.join(PARTS)}, got {marker.args}")
+  return marker.args[0]
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m serial` selects
 def pytest_collection_modifyitems(config, items):
-  """Keep the tests of the tier, those of the longest files first; mark those of several processes as serial."""
+  """Keep the tests of the tier, those of the longest files first; mark tests of several processes as serial."""
   tier, parts = config.getoption("tier"), config.getoption("part")
+  named = tuple(argument for argument in config.args if "::" in argument)
 
   def is_selected(item):
-    marker = item.get_closest_marker("full")
-    if marker and (len(marker.args) != 1 or marker.args[0] not in PARTS):
-      raise pytest.UsageError(f"{item.nodeid}: the marker `full` takes one of {', '.join(PARTS)}, got {marker.args}")
-    if marker and marker.args[0] in ("processes", "clusters"):
-      item.add_marker(pytest.mark.serial)
     if parts:
-      return marker is not None and marker.args[0] in parts
-    if tier == "full" or is_named(item):
+      return part_of(item) in parts
+    if tier == "full" or item.nodeid.startswith(named):
       return True
-    return marker is None and (tier == "default" or item.get_closest_marker("slow") is None)
+    return part_of(item) is None and (tier == "default" or item.get_closest_marker("slow") is None)
 
-  def is_named(item):
-    return any("::" in argument and item.nodeid.startswith(argument) for argument in config.args)
-
+  selected, deselected = [], []
+  for item in items:
+    if part_of(item) in SERIAL_PARTS:
+      item.add_marker(pytest.mark.serial)
+    (selected if is_selected(item) else deselected).append(item)
+  config.hook.pytest_deselected(items=deselected)
   order = {name: index for index, name in enumerate(LONGEST)}
-  selected = [item for item in items if is_selected(item)]
-  config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
   items[:] = sorted(selected, key=lambda item: order.get(item.path.name, len(order)))
 
 

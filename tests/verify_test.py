@@ -77,7 +77,6 @@ def test_train_step_on_mesh_has_the_recorded_collectives(kind, mesh):
   assert got.collectives == golden[jax.__version__][kind][mesh]
 
 
-@pytest.mark.serial
 @pytest.mark.full("processes")
 def test_verify_command_on_two_processes_equals_one_device(capsys):
   meshes = "--meshes=context=4,tensor=2;expert=4,data=2"
