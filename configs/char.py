@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from ml_collections import ConfigDict
 
 from configs import base
-from llmjax.config import ConfigError, nearest, optional, parse_arg
+from llmjax.config import ConfigError, optional, parse_arg, suggest_name
 
 NANOGPT = {
   "norm": "layernorm",
@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.decay_mask = ((r".*norm.*", False), (r".*", True))
     config.schedule = ConfigDict({"name": "linear", "warmup": optional("2.5%"), "final": 0.0})
   else:
-    raise ConfigError(f"config argument recipe={arg.recipe!r}; {nearest(arg.recipe, ('modern', 'nanogpt'))}")
+    raise ConfigError(f"config argument recipe={arg.recipe!r}; {suggest_name(arg.recipe, ('modern', 'nanogpt'))}")
 
   base.language_model_evals(config, prompt=None)  # no character is in every text
   config.evals.heldout.batch_size = 128

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from configs import base, corpora
 from configs.sizes import SIZES, Size
-from llmjax.config import ConfigError, nearest, optional, parse_arg
+from llmjax.config import ConfigError, optional, parse_arg, suggest_name
 
 # What each optimizer is given where a size has no settings of its own for it.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def parse(arg: str | None, corpus: str = "python_stdlib", **more: Any) -> Config
 def choose(what: str, name: str, table: Any) -> Any:
   """An entry of a table; `what` is the config argument that names it."""
   if name not in table:
-    raise ConfigError(f"config argument {what}={name!r} is unknown; {nearest(name, table)}")
+    raise ConfigError(f"config argument {what}={name!r} is unknown; {suggest_name(name, table)}")
   return table[name]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
 
 
 def tfds(dataset: str, held_out: str, train: str = "train", text: str = "text", **entry: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def choose(config: ConfigDict, name: str, files: str | None = None, column: str 
   config.seq_len, which must be the model's by then, becomes the entry's where that is shorter.
   """
   if files is None and name not in CORPORA:
-    raise ConfigError(f"config argument corpus={name!r} is unknown; {nearest(name, CORPORA)}")
+    raise ConfigError(f"config argument corpus={name!r} is unknown; {suggest_name(name, CORPORA)}")
   entry = CORPORA[name] if files is None else text(files, column)
   config.data.corpus = ConfigDict(entry["corpus"])
   config.data.train, config.data.eval = entry["train"], entry["eval"]

@@ -32,5 +32,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.objective.name = arg.objective
   base.language_model_evals(config, prompt="def read_lines(path):\n")
   if not arg.debug and (arg.text or arg.corpus == "python_stdlib"):  # compressors read all of the text
-    config.evals.yardsticks = ConfigDict({"name": "yardsticks", "every": optional(None), "at": ()})
+    config.evals.baselines = ConfigDict({"name": "baselines", "every": optional(None), "at": ()})
   return common.finish(config, arg)

@@ -16,7 +16,7 @@ from importlib import import_module
 
 from ml_collections import ConfigDict
 
-from llmjax.config import ConfigError, nearest, split_arg
+from llmjax.config import ConfigError, split_arg, suggest_name
 
 TASKS = ("gpt", "bert", "t5", "classify", "tag", "qa", "seq2seq", "sft", "dpo")
 LEARNED = (  # the adapters, and what a task has behind the last layer of its own
@@ -29,7 +29,7 @@ ADAPTERS = ((r".*/lora_[ab]", True), (r".*", False))
 def get_config(arg: str | None = None) -> ConfigDict:
   own, rest = split_arg(arg, task="gpt", rank=8, alpha=16.0, targets=r".*attention/(query|value)")
   if own.task not in TASKS:
-    raise ConfigError(f"config argument task={own.task!r} is unknown; {nearest(own.task, TASKS)}")
+    raise ConfigError(f"config argument task={own.task!r} is unknown; {suggest_name(own.task, TASKS)}")
   config = import_module(f"configs.{own.task}").get_config(rest)
   config.model.update(lora_rank=own.rank, lora_alpha=own.alpha, lora_dropout=0.05, lora_targets=own.targets)
   config.trainable = LEARNED if own.task in ("classify", "tag", "qa") else ADAPTERS

@@ -8,10 +8,10 @@ import importlib
 __version__ = "0.1.0"
 
 _LAZY = {
-  "load": "llmjax.pretrained",
-  "run": "llmjax.train",
-  "generate": "llmjax.generation",
-  "embed": "llmjax.embeddings",
+  "load": "llmjax.checkpoints.sources",
+  "run": "llmjax.training.loop",
+  "generate": "llmjax.inference.generation",
+  "embed": "llmjax.inference.embeddings",
 }
 _MODULES = ("types",)
 

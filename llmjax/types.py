@@ -93,7 +93,7 @@ class Batch:
     return cls(inputs=inputs, targets=targets, rows=jnp.arange(inputs.ids.shape[0], dtype=jnp.int32))
 
 
-def probe() -> Batch:
+def dummy_batch() -> Batch:
   """The smallest batch that any model reads, to make its parameters."""
   zero = jnp.zeros((1, 1), jnp.int32)
   return Batch.from_tokens(zero, target_ids=zero)
@@ -140,12 +140,12 @@ class Forward(abc.ABC):
     return function(out.logits, *aligned)
 
   @abc.abstractmethod
-  def in_chunks(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
+  def map_microbatches(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
     """`function` of strided chunks of a batch, one after the other, whose activations are not kept but made again for
     the gradient. Leaves are [chunks ...]; `merge_chunks` puts rows back in their order."""
 
 
-def merge_chunks(x: Array) -> Array:
+def merge_microbatches(x: Array) -> Array:
   """[chunks B/chunks ...] -> [B ...], the inverse of strided chunks."""
   return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
@@ -161,12 +161,12 @@ class Objective(abc.ABC):
       each has a row of its own.
     whole_batch: the loss must see the whole global batch at once (contrastive): `accum` becomes chunks inside it.
     stacks: which models can learn it: an "encoder", a "decoder", or "both" behind each other.
-    needs: {model key: value} that it needs besides.
+    required_model_config: {model key: value} that it needs besides.
     head: {model key: value} of what stands behind the last layer for it; no config says these.
-    decided: {key of its config: value} of what it found out where the config says None.
+    resolved_config: {key of its config: value} of what it found out where the config says None.
     auxiliary: names of the frozen models that it needs in config.auxiliary.
     fields: of a record that it reads.
-    nothing: why a record may give no features, for messages.
+    skip_reason: why a record may give no features, for messages.
   """
 
   packing: str = "whole"
@@ -179,7 +179,7 @@ class Objective(abc.ABC):
     return ("text",)
 
   @property
-  def nothing(self) -> str:
+  def skip_reason(self) -> str:
     return "the texts are empty or too short for the objective"
 
   @property
@@ -187,11 +187,11 @@ class Objective(abc.ABC):
     return {"head": "lm", "num_classes": 0, "crf": False}
 
   @property
-  def decided(self) -> Mapping[str, Any]:
+  def resolved_config(self) -> Mapping[str, Any]:
     return {}
 
   @property
-  def needs(self) -> Mapping[str, Any]:
+  def required_model_config(self) -> Mapping[str, Any]:
     return {}
 
   def check_model(self, cfg: Any) -> None:

@@ -37,7 +37,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-CHECKED = ("models", "objectives", "generation", "sampling", "beam_search", "optim")
+CHECKED = (
+  "models",
+  "objectives",
+  "inference.generation",
+  "inference.sampling",
+  "inference.beam_search",
+  "training.optimizers",
+  "training.schedules",
+)
 install_import_hook([f"llmjax.{name}" for name in CHECKED], "beartype.beartype")
 
 if not flags.FLAGS.is_parsed():  # grain reads absl flags
@@ -59,16 +67,16 @@ SERIAL_PARTS = ("processes", "clusters")  # they run into time limits beside oth
 # Files go to the workers whole (`--dist loadfile`). The longest start first, so that the workers end at the same time.
 LONGEST = (
   "smoke_test.py",
-  "train_test.py",
+  "loop_test.py",
   "step_test.py",
   "verify_test.py",
   "finetune_run_test.py",
-  "finetune_test.py",
+  "trainable_test.py",
   "huggingface_test.py",
   "multi_process_test.py",
-  "pretrained_test.py",
+  "sources_test.py",
   "task_test.py",
-  "kernels_test.py",
+  "attention_test.py",
 )
 
 

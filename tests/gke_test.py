@@ -14,8 +14,8 @@ import tarfile
 
 import pytest
 
-from llmjax import hosts
-from llmjax.flags import parser as cli_parser
+from llmjax.cli.arguments import make_parser as cli_parser
+from llmjax.distributed import processes
 from tests.support.launchers import (
   EXIT_UNKNOWN,
   FAKE_CLOUD,
@@ -188,7 +188,7 @@ def test_several_machines_wait_a_day_for_each_other(cluster):
     job = cluster.manifest(*words)["spec"]["replicatedJobs"][0]["template"]["spec"]
     arguments = job["template"]["spec"]["containers"][0]["args"]
     assert arguments == ["train", *(["--start_timeout=86400"] if several else []), *TRAIN[2:]]
-    assert cli_parser().parse_known_args(arguments)[0].start_timeout == (86400 if several else hosts.TIMEOUT)
+    assert cli_parser().parse_known_args(arguments)[0].start_timeout == (86400 if several else processes.START_TIMEOUT)
 
 
 def test_failed_run_has_the_exit_code_of_worker_0(cluster):

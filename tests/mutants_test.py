@@ -10,7 +10,7 @@ from tests.support import mutants
 from tests.support.mutant_list import MUTANTS
 from tests.support.mutants import ROOT, Mutant
 
-SPLIT = "tests/packing_test.py::test_split_has_every_token_once_for_any_room"
+SPLIT = "tests/data/packing_test.py::test_split_has_every_token_once_for_any_room"
 
 
 @functools.cache
@@ -71,5 +71,5 @@ def test_harness_reports_mutants_that_survive_or_cannot_be_imported(tmp_path, ca
   assert mutants.run(planted, tmp_path / "table") == 1
   printed = capsys.readouterr().out
   assert "1 of 3 mutants caught" in printed and "\ncomment: survived\n" in printed
-  assert "\nimport: collection of tests/packing_test.py" in printed and "numpy_of_nobody" in printed
-  assert "| split | data/packing.py |  | `tests/packing_test.py::" in (tmp_path / "table.md").read_text()
+  assert "\nimport: collection of tests/data/packing_test.py" in printed and "numpy_of_nobody" in printed
+  assert "| split | data/packing.py |  | `tests/data/packing_test.py::" in (tmp_path / "table.md").read_text()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from llmjax import metrics
+from llmjax.telemetry.curves import CURVES
 from tests.support.launchers import LAUNCH, run_script
 
 # Print the index and environment of the process, then act as its argument for this process says.
@@ -175,7 +175,7 @@ def test_ctrl_c_saves_the_run_of_two_real_processes(tmp_path, monkeypatch):
   ]
   venv = Path(sys.executable).parent.parent
   process = launch("--processes=2", "--devices=2", f"--venv={venv}", "--", *command)
-  curves, deadline = tmp_path / "run" / metrics.CURVES, time.monotonic() + 120
+  curves, deadline = tmp_path / "run" / CURVES, time.monotonic() + 120
   while not (curves.exists() and curves.read_text().count("train/loss") >= 2):
     assert process.poll() is None and time.monotonic() < deadline, finish(process)
     time.sleep(0.1)

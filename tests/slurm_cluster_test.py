@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax import metrics
+from llmjax.telemetry import curves
 from tests.slurm_test import queued, slurm
 from tests.support.launchers import ROOT
 
@@ -212,7 +212,7 @@ def start_numbers(workdir):
 
 
 def has_logged(workdir):
-  return (workdir / metrics.CURVES).exists() and "train/loss" in (workdir / metrics.CURVES).read_text()
+  return (workdir / curves.CURVES).exists() and "train/loss" in (workdir / curves.CURVES).read_text()
 
 
 def resumed_step(workdir, total):
@@ -223,7 +223,7 @@ def resumed_step(workdir, total):
 
 
 def loss_curve(workdir):
-  return metrics.read(workdir)["train/loss"]
+  return curves.read_curves(workdir)["train/loss"]
 
 
 def test_real_slurm_requeues_and_runs_resume(cluster, settings, tmp_path):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llmjax import cli, config
+from llmjax.cli.main import main
+from llmjax.config import files
 from tests.support.datasets import small_datasets
 
 pytestmark = pytest.mark.slow
@@ -16,13 +17,13 @@ def datasets(tmp_path_factory):
     yield
 
 
-@pytest.mark.parametrize("name", sorted(config.shipped()))
+@pytest.mark.parametrize("name", sorted(files.shipped_configs()))
 def test_config_trains_saves_resumes_and_evaluates(datasets, tmp_path, capsys, name):
   flags = [f"--config={name}:debug", "--config.batch_size=8", f"--workdir={tmp_path / 'run'}"]
-  assert cli.main(["train", *flags]) == 0
-  assert cli.main(["train", *flags, "--config.total_steps=4"]) == 0
+  assert main(["train", *flags]) == 0
+  assert main(["train", *flags, "--config.total_steps=4"]) == 0
   assert "resuming" in capsys.readouterr().out
-  assert cli.main(["evaluate", *flags]) == 0
+  assert main(["evaluate", *flags]) == 0
   assert "heldout/loss" in capsys.readouterr().out
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert max(line["step"] for line in lines) == 4

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import llmjax
-from llmjax.cli import start_jax
+from llmjax.cli.main import start_jax
 from llmjax.config import load_config
 
 
@@ -37,10 +37,10 @@ def main() -> None:
 
 def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> dict[str, float]:
   """{measure: number}: agreement with the true labels on the held-out functions, after every stage."""
-  from llmjax import task_metrics
-  from llmjax.data.tfds_source import python_stdlib
-  from llmjax.predict import check_task, predict
-  from llmjax.pretrained import open_path
+  from llmjax.checkpoints.sources import open_path
+  from llmjax.data.sources.tfds import python_stdlib
+  from llmjax.inference.predict import check_task, predict
+  from llmjax.metrics import tasks
 
   train, held_out = (list(python_stdlib(split, config="package")) for split in ("train", "test"))
   truths = {"train": [r["package"] for r in train], "held_out": [r["package"] for r in held_out]}
@@ -71,7 +71,7 @@ def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> 
   results = predict(tuned.model, tuned.params, task, held_out)
 
   def nmi(truth: list[str], found: list) -> float:
-    return task_metrics.clustering(truth, list(map(str, found)))["nmi"]
+    return tasks.clustering(truth, list(map(str, found)))["nmi"]
 
   return {
     "pseudo-labelled share of the training functions": float(np.mean(sure)),

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from llmjax.metrics import read
+from llmjax.telemetry.curves import read_curves
 
 COLOURS = {"nanogpt": "#8a8f98", "modern": "#2563c9"}
 NAMES = {"nanogpt": "nanoGPT's recipe", "modern": "this config's recipe"}
@@ -19,7 +19,7 @@ def main(workdir: Path) -> None:
   for recipe, colour in COLOURS.items():
     finals = []
     for run in sorted(workdir.glob(f"{recipe}-*")):
-      steps, losses = read(run)["eval/heldout/loss"]
+      steps, losses = read_curves(run)["eval/heldout/loss"]
       axes.plot(steps, losses, color=colour, linewidth=1.6, alpha=0.9)
       finals.append(losses[-1])
       print(f"{run.name:<12} {losses[-1]:.4f}")

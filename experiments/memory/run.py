@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
-from llmjax import sharding
-from llmjax.cli import start_jax
+from llmjax.cli.main import start_jax
 from llmjax.config import load_config
-from llmjax.program import Program, make_program, open_source
-from llmjax.train import make_stream
+from llmjax.distributed import sharding
+from llmjax.training.loop import make_stream
+from llmjax.training.program import Program, make_program, open_source
 
 LENGTHS = (1024, 2048, 4096, 8192)
 BATCHES = (32, 64, 128, 256)
@@ -90,7 +90,7 @@ def compiled(program: Program) -> Any:
   batch = next(stream)
   stream.close()
   rate = jax.ShapeDtypeStruct((), "float32")
-  with sharding.use(program.mesh, program.rules):
+  with sharding.use_mesh(program.mesh, program.rules):
     step = program.train_step.lower(program.abstract_state, batch, jax.eval_shape(lambda: jax.random.key(0)), rate, {})
     return step.compile()
 

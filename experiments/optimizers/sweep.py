@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import char
 from llmjax.config import parse_arg
-from llmjax.trials import Sweep, product, seeds, vary
+from llmjax.sweeps.trials import Sweep, product, seeds, vary
 
 # {optimizer: its settings, and the lowest of six rates, each twice the one before}
 OPTIMIZERS = {

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import gpt
 from llmjax.config import parse_arg
-from llmjax.trials import Sweep, chain, product, vary
+from llmjax.sweeps.trials import Sweep, chain, product, vary
 
 LAYERS, BYTES = 4, 256
 # {FLOPs of a run: widths that it is spent on}
@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.total_steps = round(arg.flops / (6 * parameters(width) * config.batch_size * config.seq_len))
   config.schedule = ConfigDict({"name": "linear", "warmup": "5%", "final": 0.0})
   config.evals.heldout.update(every=None, batch_size=64, max_batches=20)  # the first 164 kB, the same for all
-  del config.evals.sample, config.evals.yardsticks
+  del config.evals.sample, config.evals.baselines
   config.checkpoint.every = None
   config.log.tensorboard = False
   return config

@@ -6,7 +6,7 @@ llmjax sweep --config=experiments/temperature/sweep.py --workdir=runs/temperatur
 from ml_collections import ConfigDict
 
 from configs import contrastive
-from llmjax.trials import Sweep, product, seeds, vary
+from llmjax.sweeps.trials import Sweep, product, seeds, vary
 
 PAIRS = 8_000  # seen in training, whatever the batch
 

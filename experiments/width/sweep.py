@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import gpt
 from llmjax.config import parse_arg
-from llmjax.trials import Sweep, chain, product, vary
+from llmjax.sweeps.trials import Sweep, chain, product, vary
 
 BASE = 64  # where both parametrisations are the same
 WIDTHS = (32, 64, 128, 256)
@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optim.weight_decay = 0.0
   config.schedule = ConfigDict({"name": "linear", "warmup": "10%", "final": 0.0})
   config.evals.heldout.update(every=None, batch_size=64, max_batches=20)
-  del config.evals.sample, config.evals.yardsticks
+  del config.evals.sample, config.evals.baselines
   config.checkpoint.every = None
   config.log.tensorboard = False
   return config

@@ -1,1 +1,1 @@
-"""Text to batches: sources of records, tokenizers, packing, and the row streams that join them."""
+"""From sources of records to batches."""

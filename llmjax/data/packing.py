@@ -21,11 +21,11 @@ Piece = dict[str, np.ndarray]
 Sizes = Mapping[str, int]  # {stream: its length in a row}
 
 STREAMS = ("inputs", "targets")
-OPEN = 64  # rows that are looked at for room: the search stays linear
+MAX_OPEN_BINS = 64  # rows that are looked at for room: the search stays linear
 PARTS = ("ids", "token_types", "prefix")  # of a stream; positions and segments are the packer's
 
 
-def flatten(features: Features, prefix: str = "") -> Piece:
+def flatten_features(features: Features, prefix: str = "") -> Piece:
   """What `Objective.features` gives -> a piece.
 
   Raises ValueError for an unknown entry or arrays of different length: the objective is wrong.
@@ -34,7 +34,7 @@ def flatten(features: Features, prefix: str = "") -> Piece:
   for group, value in features.items():
     if group == "extras":
       for name, inner in value.items():
-        piece |= flatten(inner, f"{prefix}extras/{name}/")
+        piece |= flatten_features(inner, f"{prefix}extras/{name}/")
     elif group in STREAMS:
       parts = value if isinstance(value, Mapping) else {"ids": value}
       if "ids" not in parts or not set(parts) <= set(PARTS):
@@ -80,7 +80,7 @@ def lengths(piece: Piece) -> dict[str, int]:
   return found
 
 
-def split(piece: Piece, offset: int, room: int) -> tuple[Piece, int]:
+def split_pieces(piece: Piece, offset: int, room: int) -> tuple[Piece, int]:
   """What of a piece of one stream fits in `room` from `offset` on, and the offset after it."""
   [length] = lengths(piece).values()
   stop = min(offset + room, length)
@@ -100,7 +100,7 @@ def best_fit(pieces: Iterable[Piece], sizes: Sizes) -> list[list[Piece]]:
     for stream, length in needed.items():
       if length > sizes[stream]:
         raise ValueError(f"the objective gave {length} tokens of {stream} for rows of {sizes[stream]}")
-    recent = range(max(0, len(rooms) - OPEN), len(rooms))
+    recent = range(max(0, len(rooms) - MAX_OPEN_BINS), len(rooms))
     fitting = [i for i in recent if all(rooms[i][s] >= n for s, n in needed.items())]
     best = min(fitting, key=lambda i: sum(rooms[i].values()), default=len(rows))
     if best == len(rows):
@@ -120,7 +120,7 @@ def fill_of(pieces: Iterable[Piece], sizes: Sizes) -> float:
   return max(total[stream] / size for stream, size in sizes.items())
 
 
-def make_row(pieces: Sequence[Piece], example: Piece, sizes: Sizes) -> Piece:
+def pack_row(pieces: Sequence[Piece], example: Piece, sizes: Sizes) -> Piece:
   """Pieces one after the other, padded; `example` is any piece, and tells a row without any what it lacks."""
   row: Piece = {}
   for name in sorted(example):
@@ -141,7 +141,7 @@ def make_row(pieces: Sequence[Piece], example: Piece, sizes: Sizes) -> Piece:
   return row
 
 
-def make_batch(rows: Sequence[Piece], numbers: Sequence[int]) -> Batch:
+def stack_rows(rows: Sequence[Piece], numbers: Sequence[int]) -> Batch:
   """Rows [L] to a batch [B L]; `numbers` are their places in the global batch."""
   stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
   return _nest(stacked, np.array(numbers, np.int32))

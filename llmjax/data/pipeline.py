@@ -28,8 +28,8 @@ import numpy as np
 from llmjax.config import ConfigError
 from llmjax.data import packing
 from llmjax.data.packing import Piece, Sizes
-from llmjax.data.source import Source
-from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.sources.base import Source
+from llmjax.data.tokenizers.base import Tokenizer
 from llmjax.types import Batch, Objective
 
 Cursor = dict[str, Any]  # JSON
@@ -118,12 +118,12 @@ class Plan:
       yield from self.objective.examples(record, self.tokenizer, self.seq_len, whole)
     except ConfigError as error:
       which = f" of part {part} of the mixture" if len(self.parts) > 1 else ""
-      raise ConfigError(f"{self.parts[part].place(index)}{which}: {error}") from error
+      raise ConfigError(f"{self.parts[part].location(index)}{which}: {error}") from error
 
   def pieces(self, example: dict[str, Any], rng: np.random.Generator, part: int) -> list[Piece]:
     """The example's features, if they have tokens in every stream."""
     features = self.objective.features(example, rng, self.parts[part])
-    piece = {} if features is None else packing.flatten(features)
+    piece = {} if features is None else packing.flatten_features(features)
     return [piece] if piece and all(packing.lengths(piece).values()) else []
 
   def advance(self, row: Row) -> int:
@@ -139,9 +139,9 @@ class Plan:
       if row.pieces:
         return part
       self.finish(row, part)
-    raise ConfigError(f"data.corpus: {patience} records in a row gave no features; {self.objective.nothing}")
+    raise ConfigError(f"data.corpus: {patience} records in a row gave no features; {self.objective.skip_reason}")
 
-  def left_out(self, most: int = 64) -> tuple[int, int]:
+  def count_skipped(self, most: int = 64) -> tuple[int, int]:
     """(how many records give no features, of how many), of a few that are evenly spaced over every part.
 
     Raises:
@@ -155,7 +155,7 @@ class Plan:
         for i in which
       ]
       if not any(found) and len(found) == len(records):
-        raise ConfigError(f"data.train: none of {len(records)} records gives features; {self.objective.nothing}")
+        raise ConfigError(f"data.train: none of {len(records)} records gives features; {self.objective.skip_reason}")
       empty, seen = empty + found.count(False), seen + len(found)
     return empty, seen
 
@@ -166,7 +166,7 @@ class Plan:
   def fill(self, row: Row) -> Piece:
     """The row's part of the next batch."""
     taken = {"split": self.fill_split, "whole": self.fill_whole, "never": self.fill_one}[self.packing](row)
-    return packing.make_row(taken, taken[0], self.sizes)
+    return packing.pack_row(taken, taken[0], self.sizes)
 
   def fill_split(self, row: Row) -> list[Piece]:
     """Pieces cut anywhere and carried over, so that nothing is left empty."""
@@ -175,7 +175,7 @@ class Plan:
     while room:
       part = self.advance(row)
       assert row.pieces
-      piece, stop = packing.split(row.pieces[0], row.offset, room)
+      piece, stop = packing.split_pieces(row.pieces[0], row.offset, room)
       taken.append(piece)
       room -= stop - row.offset
       row.offset = stop
@@ -306,7 +306,7 @@ class TrainStream:
     make = map if self.workers is None else self.workers.map
     filled = list(make(self.plan.fill, self.lanes[self.turn]))
     self.turn = (self.turn + 1) % len(self.lanes)
-    return packing.make_batch(filled, self.numbers), self._state()
+    return packing.stack_rows(filled, self.numbers), self._state()
 
   def _state(self) -> Cursor:
     return {"turn": self.turn, "rows": {str(row.number): [row.offset, *row.counts] for row in self.rows}}
@@ -413,7 +413,7 @@ def eval_batches(
       example = example or next(iter(pieces), None)
       dealt.get(number, []).extend(pieces)
   if example is None:
-    raise ConfigError(f"data.eval: no record of the split gives features; {objective.nothing}")
+    raise ConfigError(f"data.eval: no record of the split gives features; {objective.skip_reason}")
   alone = objective.packing == "never"
   filled = {
     number: [[piece] for piece in pieces] if alone else packing.best_fit(pieces, plan.sizes)
@@ -424,8 +424,8 @@ def eval_batches(
   if num_batches < needed:
     raise ValueError(f"num_batches={num_batches}, but the rows need {needed}")
   return [
-    packing.make_batch(
-      [packing.make_row(row[i] if i < len(row) else (), example, plan.sizes) for row in filled.values()], list(filled)
+    packing.stack_rows(
+      [packing.pack_row(row[i] if i < len(row) else (), example, plan.sizes) for row in filled.values()], list(filled)
     )
     for i in range(num_batches)
   ]

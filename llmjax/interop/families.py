@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
 from llmjax.interop import bert, gemma, gpt2, gpt_neox, llama, mixtral, modernbert, opt, phi3, t5
 from llmjax.interop.family import Config, Family
 
@@ -35,11 +35,11 @@ def find(config: Config, where: str) -> tuple[Family, str]:
   """
   name = str(config.get("model_type"))
   if name not in FAMILIES:
-    raise ConfigError(f"{where}: model_type={name!r} is not supported; {nearest(name, FAMILIES)}")
+    raise ConfigError(f"{where}: model_type={name!r} is not supported; {suggest_name(name, FAMILIES)}")
   family, said = FAMILIES[name], config.get("architectures") or [next(iter(FAMILIES[name].heads))]
   architecture = said[0] if isinstance(said, list) else said
   if architecture not in family.heads:
     raise ConfigError(
-      f"{where}: architecture {architecture!r} is not supported; {nearest(str(architecture), family.heads)}"
+      f"{where}: architecture {architecture!r} is not supported; {suggest_name(str(architecture), family.heads)}"
     )
   return family, architecture

@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax.config import ConfigError, nearest
-from llmjax.finetune import flatten, unflatten
+from llmjax.config import ConfigError, suggest_name
 from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES, find
 from llmjax.interop.family import Family, Names, differences, read_config, write_config
 from llmjax.interop.generation_config import FIELDS, TOKENS
 from llmjax.models.config import CHOICES, TransformerConfig
-from llmjax.models.layout import HEADS, locations
+from llmjax.models.layer_stacks import HEADS, layer_locations
+from llmjax.trees import flatten_tree, unflatten_tree
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DEPTH = {"encoder": "encoder_layers", "decoder": "decoder_layers"}
@@ -162,7 +162,7 @@ def parameters(cfg: TransformerConfig, tree: Any) -> dict[str, Parameter]:
     return {path: Parameter(path, None, tuple(leaf.shape)) for path, leaf in leaves.items()}
   found, layered = {}, set()
   for stack, depth in DEPTH.items():
-    for i, (location, layer) in enumerate(locations(cfg, getattr(cfg, depth))):
+    for i, (location, layer) in enumerate(layer_locations(cfg, getattr(cfg, depth))):
       prefix = "/".join((stack, *location)) + "/"
       for path, leaf in leaves.items():
         if path.startswith(prefix):
@@ -242,8 +242,8 @@ def read_params(
       sources.setdefault(ours[path].leaf, {}).setdefault(ours[path].layer, []).append(one)
   unfilled = {p.leaf for p in ours.values()} - set(sources)
   _check_all(folder, cfg, used, {name for name in unfilled if not (skip(name) or optional(name))})
-  leaves = flatten(abstract)
-  return unflatten({path: _place(sources[path], leaf) for path, leaf in leaves.items() if path not in unfilled})
+  leaves = flatten_tree(abstract)
+  return unflatten_tree({path: _place(sources[path], leaf) for path, leaf in leaves.items() if path not in unfilled})
 
 
 def _look_up(folder: Folder, name: str) -> tuple[str, np.ndarray | None]:
@@ -340,7 +340,7 @@ def choose(cfg: TransformerConfig, prefer: str | None = None, only: str | None =
     ConfigError: there is none; the nearest is named, with what it lacks.
   """
   if only is not None and only not in FAMILIES:
-    raise ConfigError(f"family={only!r} is unknown; {nearest(only, FAMILIES)}")
+    raise ConfigError(f"family={only!r} is unknown; {suggest_name(only, FAMILIES)}")
   order = sorted(FAMILIES.values(), key=lambda family: family.model_type != prefer)
   order = [family for family in order if only in (None, family.model_type)]
   best: tuple[int, str] | None = None

@@ -20,17 +20,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax import sharding
 from llmjax.config import ConfigError
-from llmjax.finetune import Flat, flatten, is_adapter, merge_lora, unflatten
+from llmjax.distributed import sharding
 from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES
 from llmjax.interop.family import Family
 from llmjax.interop.huggingface import Entry, choose, entries, parameters, read_json
 from llmjax.interop.tensors import Dimension, Layout
 from llmjax.models.config import TransformerConfig
-from llmjax.models.layout import HEADS
+from llmjax.models.layer_stacks import HEADS
+from llmjax.models.lora import is_adapter, merge_lora
 from llmjax.models.transformer import Transformer
+from llmjax.trees import FlatTree, flatten_tree, unflatten_tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -141,7 +142,7 @@ def read_head(adapter: Adapter, family: Family, cfg: TransformerConfig) -> dict[
   return {}
 
 
-def read_adapter(adapter: Adapter, family: Family, cfg: TransformerConfig) -> tuple[dict[str, Any], Flat]:
+def read_adapter(adapter: Adapter, family: Family, cfg: TransformerConfig) -> tuple[dict[str, Any], FlatTree]:
   """What an adapter says for our config, and its parameters.
 
   Ranks and scales that differ between matrices become one: the smaller ones get rows of zeros, and B the scale.
@@ -154,9 +155,9 @@ def read_adapter(adapter: Adapter, family: Family, cfg: TransformerConfig) -> tu
     ConfigError: a tensor that has no place or another shape, or none at all.
   """
   can = dataclasses.replace(cfg, lora_rank=1, lora_targets=".*")
-  ours = parameters(can, sharding.parameters(Transformer(can))[0])
+  ours = parameters(can, sharding.abstract_parameters(Transformer(can))[0])
   tensors = {_bare(name, family): tensor for name, tensor in adapter.tensors.items()}
-  found: Flat = {}
+  found: FlatTree = {}
   pairs: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
   used = set()
   for entry in _all_entries(family, cfg, ours):
@@ -196,11 +197,11 @@ def read_adapter(adapter: Adapter, family: Family, cfg: TransformerConfig) -> tu
 
 def place(
   adapter: Adapter,
-  found: Flat,
+  found: FlatTree,
   cfg: TransformerConfig,
   abstract: Any,
   skip: Callable[[str], bool] = lambda name: False,
-) -> Flat:
+) -> FlatTree:
   """The parameters of `read_adapter`, laid out as `abstract` says (ShapeDtypeStructs with shardings).
 
   Args:
@@ -211,12 +212,12 @@ def place(
   Raises:
     ConfigError: a parameter that the model does not have, or has in another shape.
   """
-  ours, leaves = parameters(cfg, abstract), flatten(abstract)
+  ours, leaves = parameters(cfg, abstract), flatten_tree(abstract)
   found = {path: x for path, x in found.items() if not skip(ours[path].leaf if path in ours else path)}
   lost = sorted(set(found) - set(ours))
   if lost:
     raise ConfigError(f"{adapter.path}: its {lost[0]} has no place in this model; set model.lora_* as they are there")
-  out: Flat = {}
+  out: FlatTree = {}
   for leaf in sorted({ours[path].leaf for path in found}):
     parts = {path: parameter for path, parameter in ours.items() if parameter.leaf == leaf}
     array = np.zeros(leaves[leaf].shape, leaves[leaf].dtype)
@@ -347,11 +348,13 @@ def write_adapter(
     )
   plain = dataclasses.replace(cfg, lora_rank=0)
   family, architecture = choose(plain, prefer, only)
-  ours, leaves = parameters(cfg, params), flatten(params)
+  ours, leaves = parameters(cfg, params), flatten_tree(params)
   found = entries(family, architecture, plain, ours)
   whole = {_module(e.name) for e in found if any(ours[path].leaf in saved for path in e.paths)}
   held = {_stem(ours[path].leaf) for entry in found if _module(entry.name) in whole for path in entry.paths}
-  leaves |= flatten(merge_lora(unflatten({k: v for k, v in leaves.items() if k.rpartition("/")[0] in held}), cfg))
+  leaves |= flatten_tree(
+    merge_lora(unflatten_tree({k: v for k, v in leaves.items() if k.rpartition("/")[0] in held}), cfg)
+  )
 
   def get(path: str) -> np.ndarray:
     parameter = ours[path]
@@ -418,7 +421,7 @@ def trained(cfg: TransformerConfig, learns: Mapping[str, Any]) -> set[str]:
   """
   return {
     path
-    for path, value in flatten(learns).items()
+    for path, value in flatten_tree(learns).items()
     if not is_adapter(path) and (value or (cfg.head != "lm" and path.startswith(HEADS)))
   }
 

@@ -1,0 +1,1 @@
+"""Transformers as pure-functional Linen modules."""

@@ -7,15 +7,18 @@ import re
 
 from jax import checkpoint_policies
 
-from llmjax.config import ConfigError, nearest
-from llmjax.models import blockwise, kernels, layers, width
+from llmjax.config import ConfigError, suggest_name
+from llmjax.models import layers, mup
+from llmjax.models.attention import blockwise, kernels
 from llmjax.models.rotary import RotaryScaling
 
 # What a rematerialised layer keeps for the backward pass; everything else is computed again.
 REMAT = {
   "none": None,  # keep all: no rematerialisation
   "full": checkpoint_policies.nothing_saveable,
-  "attention": checkpoint_policies.save_only_these_names(blockwise.NAME),  # what "ring", "chunked" and "splash" name
+  "attention": checkpoint_policies.save_only_these_names(
+    blockwise.RESIDUAL_NAME
+  ),  # what "ring", "chunked" and "splash" name
   "dots": checkpoint_policies.dots_saveable,
   "weight_dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -180,7 +183,9 @@ class TransformerConfig:
     for field, allowed in CHOICES.items():
       value = getattr(self, field)
       if value not in allowed:
-        raise ConfigError(f"model.{field}={value!r}: allowed are {', '.join(allowed)}; {nearest(str(value), allowed)}")
+        raise ConfigError(
+          f"model.{field}={value!r}: allowed are {', '.join(allowed)}; {suggest_name(str(value), allowed)}"
+        )
     for field in ("vocab_size", "d_model", "num_heads", "max_len"):
       if getattr(self, field) < 1:
         raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1")
@@ -308,11 +313,11 @@ class TransformerConfig:
     }
 
   @property
-  def lora(self) -> layers.Lora | None:
+  def lora(self) -> layers.LoraConfig | None:
     if not self.lora_rank:
       return None
     alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
-    return layers.Lora(self.lora_rank, float(alpha), self.lora_dropout, self.lora_targets)
+    return layers.LoraConfig(self.lora_rank, float(alpha), self.lora_dropout, self.lora_targets)
 
   @property
   def kv_heads(self) -> int:
@@ -381,17 +386,17 @@ class TransformerConfig:
     heads = {"heads": wider / longer, "kv_heads": wider / longer, "head_dim": longer}
     return {"embed": wider, "mlp": wider, "norm": wider, "head": wider, **heads}
 
-  def init_scale(self, axes: width.Axes) -> float:
+  def init_scale(self, axes: mup.Axes) -> float:
     """Of the initial standard deviation of a kernel, beside `init_stddev`."""
-    axes = width.unstacked(axes)
-    scale = width.init_scale(axes, self.width_ratios)
+    axes = mup.unstacked(axes)
+    scale = mup.init_scale(axes, self.width_ratios)
     if self.init_stddev is None:  # it follows the fan-in by itself
-      scale *= width.growth(width.inputs(axes), self.width_ratios) ** 0.5
+      scale *= mup.width_multiplier(mup.input_axes(axes), self.width_ratios) ** 0.5
     return scale
 
-  def multiplier(self, axes: width.Axes) -> float:
+  def multiplier(self, axes: mup.Axes) -> float:
     """Of what a kernel reads."""
-    return width.multiplier(width.unstacked(axes), self.width_ratios)
+    return mup.input_multiplier(mup.unstacked(axes), self.width_ratios)
 
   @property
   def stacks(self) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from llmjax.sharding import constrain, parts
+from llmjax.distributed.sharding import constrain, num_shards
 
 if TYPE_CHECKING:
   from llmjax.models.config import TransformerConfig
@@ -27,12 +27,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def normal(stddev: float) -> nn.initializers.Initializer:
+def normal_initializer(stddev: float) -> nn.initializers.Initializer:
   """Normal initialisation; a standard deviation of 0 is zeros."""
   return nn.initializers.normal(stddev) if stddev else nn.initializers.zeros
 
 
-def parameter(
+def declare_parameter(
   module: nn.Module,
   name: str,
   init: nn.initializers.Initializer,
@@ -44,13 +44,13 @@ def parameter(
   return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)))
 
 
-def times(x: Array, multiplier: float) -> Array:
+def scale(x: Array, multiplier: float) -> Array:
   """x * multiplier; where that is 1, the same program as without."""
   return x if multiplier == 1 else x * multiplier
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
+class LoraConfig:
   """Low-rank adapters of projections, see `TransformerConfig`."""
 
   rank: int
@@ -78,7 +78,7 @@ class Projection(nn.Module):
   param_dtype: str
   scale: float = 1.0  # multiplies the standard deviation
   contracted: int = 1
-  lora: Lora | None = None
+  lora: LoraConfig | None = None
   multiplier: float = 1.0  # of x
 
   @nn.compact
@@ -87,16 +87,18 @@ class Projection(nn.Module):
     n = self.contracted
     inputs, batch = x.shape[x.ndim - n :], x.shape[: x.ndim - n]
     stddev = self.scale * (math.prod(inputs) ** -0.5 if self.stddev is None else self.stddev)
-    kernel = parameter(self, "kernel", normal(stddev), self.axes, inputs + self.features, self.param_dtype)
+    kernel = declare_parameter(
+      self, "kernel", normal_initializer(stddev), self.axes, inputs + self.features, self.param_dtype
+    )
     matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
-    x = times(x.astype(self.dtype), self.multiplier)
-    rows = batch if parts("act_len") > 1 else (-1,)  # a length that is cut would be gathered to be flattened
+    x = scale(x.astype(self.dtype), self.multiplier)
+    rows = batch if num_shards("act_len") > 1 else (-1,)  # a length that is cut would be gathered to be flattened
     y = x.reshape(*rows, math.prod(inputs)) @ matrix
     if self.lora is not None and re.fullmatch(self.lora.targets, "/".join(self.path)):
       y = y + self.adapt(dropout(x, self.lora.dropout, keys).reshape(*rows, math.prod(inputs)), inputs)
     y = y.reshape(*batch, *self.features)
     if self.use_bias:
-      bias = parameter(self, "bias", nn.initializers.zeros, self.axes[n:], self.features, self.param_dtype)
+      bias = declare_parameter(self, "bias", nn.initializers.zeros, self.axes[n:], self.features, self.param_dtype)
       y = y + bias.astype(self.dtype).reshape((1,) * len(batch) + self.features)
     return y
 
@@ -104,15 +106,15 @@ class Projection(nn.Module):
     """alpha / rank * x A B of a low-rank adapter (Hu et al. 2021); B begins as zeros."""
     assert self.lora is not None
     rank, n = self.lora.rank, self.contracted
-    first = normal(math.prod(inputs) ** -0.5)
-    a = parameter(self, "lora_a", first, (*self.axes[:n], "lora"), (*inputs, rank), self.param_dtype)
+    first = normal_initializer(math.prod(inputs) ** -0.5)
+    a = declare_parameter(self, "lora_a", first, (*self.axes[:n], "lora"), (*inputs, rank), self.param_dtype)
     last = nn.initializers.zeros
-    b = parameter(self, "lora_b", last, ("lora", *self.axes[n:]), (rank, *self.features), self.param_dtype)
+    b = declare_parameter(self, "lora_b", last, ("lora", *self.axes[n:]), (rank, *self.features), self.param_dtype)
     x = x @ a.astype(self.dtype).reshape(-1, rank) @ b.astype(self.dtype).reshape(rank, -1)
     return x * jnp.asarray(self.lora.scale, x.dtype)
 
 
-def projection(
+def make_projection(
   cfg: TransformerConfig,
   name: str | None,
   features: tuple[int, ...],
@@ -144,7 +146,9 @@ class Norm(nn.Module):
 
     def vector(name, init):
       return (
-        parameter(self, name, init, (self.axis,), x.shape[-1:], self.param_dtype).astype(jnp.float32).reshape(shape)
+        declare_parameter(self, name, init, (self.axis,), x.shape[-1:], self.param_dtype)
+        .astype(jnp.float32)
+        .reshape(shape)
       )
 
     y = x.astype(jnp.float32)
@@ -160,7 +164,7 @@ class Norm(nn.Module):
     return y.astype(self.dtype)
 
 
-def norm(cfg: TransformerConfig, name: str | None, axis: str = "norm") -> Norm:
+def make_norm(cfg: TransformerConfig, name: str | None, axis: str = "norm") -> Norm:
   """The norm that the config asks for."""
   return Norm(
     *(cfg.norm, cfg.norm_epsilon, cfg.norm_bias, cfg.norm_zero_centered, cfg.dtype, cfg.param_dtype, axis), name=name
@@ -176,7 +180,7 @@ class Bias(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    bias = parameter(self, "bias", nn.initializers.zeros, (self.axis,), (self.size,), self.param_dtype)
+    bias = declare_parameter(self, "bias", nn.initializers.zeros, (self.axis,), (self.size,), self.param_dtype)
     return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (self.size,))
 
 
@@ -191,7 +195,9 @@ class Embedding(nn.Module):
   param_dtype: str
 
   def setup(self) -> None:
-    self.table = parameter(self, "table", normal(self.stddev), self.axes, (self.size, self.width), self.param_dtype)
+    self.table = declare_parameter(
+      self, "table", normal_initializer(self.stddev), self.axes, (self.size, self.width), self.param_dtype
+    )
 
   def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     # Gathering rows of a table cut along its width costs two all-to-alls a step; so it is laid out whole first.
@@ -207,7 +213,7 @@ def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
-def fold(keys: Key[Array, " B"] | None, data: int | Int[Array, ""]) -> Key[Array, " B"] | None:
+def fold_in_rows(keys: Key[Array, " B"] | None, data: int | Int[Array, ""]) -> Key[Array, " B"] | None:
   """Every row's key, folded with a layer number or the number of a place inside a layer."""
   return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
@@ -231,9 +237,9 @@ class Mlp(nn.Module):
     c = self.cfg
 
     def up(name, place):
-      return projection(c, name, (self.width,), ("embed", "mlp"), c.mlp_bias)(x, fold(keys, place))
+      return make_projection(c, name, (self.width,), ("embed", "mlp"), c.mlp_bias)(x, fold_in_rows(keys, place))
 
     h = ACTIVATIONS[c.activation](up("gate", 1)) * up("up", 2) if c.gated else ACTIVATIONS[c.activation](up("up", 2))
     h = dropout(constrain(h, "act_batch", "act_len", "act_mlp"), c.mlp_dropout, keys)
-    down = projection(c, "down", (c.d_model,), ("mlp", "embed"), c.mlp_bias, scale=c.residual_scale)
-    return down(h, fold(keys, 3))
+    down = make_projection(c, "down", (c.d_model,), ("mlp", "embed"), c.mlp_bias, scale=c.residual_scale)
+    return down(h, fold_in_rows(keys, 3))

@@ -18,9 +18,9 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from llmjax import sharding
+from llmjax.distributed import sharding
+from llmjax.distributed.sharding import constrain
 from llmjax.models import layers
-from llmjax.sharding import constrain
 
 if TYPE_CHECKING:
   from llmjax.models.config import TransformerConfig
@@ -49,7 +49,7 @@ def route(
   return weights, experts, probabilities
 
 
-def mixture(
+def mixture_of_experts(
   x: Float[Array, "B L D"],
   weights: Float[Array, "B L k"],
   experts: Int[Array, "B L k"],
@@ -143,30 +143,32 @@ class MixtureMlp(nn.Module):
     c = self.cfg
     B, L, D = x.shape
     E, F, k = c.num_experts, c.expert_width, c.experts_per_token
-    router = layers.projection(c, "router", (E,), ("embed", "experts"), False)
+    router = layers.make_projection(c, "router", (E,), ("embed", "experts"), False)
     weights, experts, probabilities = route(router(x).reshape(B * L, E), k, c.normalize_router)
 
     def kernel(name, inputs, outputs, *axes):
       scale = c.residual_scale if name == "down" else 1.0
       scale *= c.init_scale(axes)
-      init = layers.normal(scale * (inputs**-0.5 if c.init_stddev is None else c.init_stddev))
-      return layers.parameter(self, name, init, ("experts", *axes), (E, inputs, outputs), c.param_dtype).astype(c.dtype)
+      init = layers.normal_initializer(scale * (inputs**-0.5 if c.init_stddev is None else c.init_stddev))
+      return layers.declare_parameter(self, name, init, ("experts", *axes), (E, inputs, outputs), c.param_dtype).astype(
+        c.dtype
+      )
 
     names = ("up", "gate", "down") if c.gated else ("up", "down")
     shapes = {"up": (D, F, "embed", "mlp"), "gate": (D, F, "embed", "mlp"), "down": (F, D, "mlp", "embed")}
     kernels = {name: kernel(name, *shapes[name]) for name in names}
     cut = {name: ("experts", *(None if axis == "embed" else axis for axis in shapes[name][2:])) for name in names}
-    tokens = (sharding.fitting("act_batch", B), sharding.fitting("act_len", L), None)
+    tokens = (sharding.axis_if_divisible("act_batch", B), sharding.axis_if_divisible("act_len", L), None)
     apply: Callable[..., Array] = functools.partial(
-      mixture, activation=layers.ACTIVATIONS[c.activation], capacity=c.expert_capacity
+      mixture_of_experts, activation=layers.ACTIVATIONS[c.activation], capacity=c.expert_capacity
     )
     if not self.is_initializing():
-      across = {"expert_axes": sharding.axes_of("experts"), "width_axes": sharding.axes_of("mlp")}
+      across = {"expert_axes": sharding.mesh_axes_of("experts"), "width_axes": sharding.mesh_axes_of("mlp")}
       apply = sharding.per_device(functools.partial(apply, **across), (tokens, tokens, tokens, cut), tokens)
     y = apply(x.astype(c.dtype), weights.reshape(B, L, k).astype(c.dtype), experts.reshape(B, L, k), kernels)
     y = constrain(y, "act_batch", "act_len", "act_embed")
     if c.shared_expert_d_ff:
-      gate = layers.projection(c, "shared_gate", (1,), ("embed", "classes"), False)(x)
+      gate = layers.make_projection(c, "shared_gate", (1,), ("embed", "classes"), False)(x)
       y = y + jax.nn.sigmoid(gate) * layers.Mlp(c, c.shared_expert_d_ff, name="shared")(x, None)
 
     seen = (real.reshape(-1) > 0).astype(jnp.float32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
 
 SCALINGS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -50,7 +50,7 @@ class RotaryScaling:
 
   def __post_init__(self) -> None:
     if self.name not in SCALINGS:
-      raise ConfigError(f"model.rotary_scaling.name={self.name!r}: {nearest(str(self.name), SCALINGS)}")
+      raise ConfigError(f"model.rotary_scaling.name={self.name!r}: {suggest_name(str(self.name), SCALINGS)}")
     if not self.factor >= 1:
       raise ConfigError(f"model.rotary_scaling.factor={self.factor} must be at least 1")
     if self.name != "linear" and (self.original_max_len is None or self.original_max_len < 1):
@@ -84,7 +84,7 @@ def make_scaling(fields: Mapping[str, Any]) -> RotaryScaling:
   known = {f.name for f in dataclasses.fields(RotaryScaling)}
   for key in fields:
     if key not in known:
-      raise ConfigError(f"model.rotary_scaling.{key} is no such key; {nearest(key, known)}")
+      raise ConfigError(f"model.rotary_scaling.{key} is no such key; {suggest_name(key, known)}")
   lists = {key: tuple(fields[key]) for key in ("short_factors", "long_factors") if key in fields}  # JSON has no tuples
   return RotaryScaling(**{"name": "", **fields, **lists})
 

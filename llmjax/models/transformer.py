@@ -28,13 +28,15 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from llmjax.config import ConfigError, nearest
-from llmjax.models import kernels, layers, scores
-from llmjax.models.attention import Attention, CachedMemory, CachedTokens, Context
+from llmjax.config import ConfigError, suggest_name
+from llmjax.distributed.sharding import constrain
+from llmjax.models import layers
+from llmjax.models.attention import kernels
+from llmjax.models.attention.masks import attention_mask
+from llmjax.models.attention.module import Attention, CachedMemory, CachedTokens, Context
 from llmjax.models.config import REMAT, TransformerConfig
 from llmjax.models.moe import MixtureMlp, Routing
 from llmjax.models.rotary import angles, frequencies, make_scaling
-from llmjax.sharding import constrain
 from llmjax.types import Batch, Outputs, Tokens
 
 
@@ -59,45 +61,49 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B L D"], ctx: Context, layer: Int[Array, ""]) -> tuple[Array, LayerOutputs]:
-    c, keys = self.cfg, layers.fold(ctx.dropout_keys, layer)
+    c, keys = self.cfg, layers.fold_in_rows(ctx.dropout_keys, layer)
     routing = None
     x = constrain(x, "act_batch", "act_len", "act_embed")
 
     def mlp(h):
       nonlocal routing
       if not c.num_experts:
-        return layers.Mlp(c, c.ff_width, name="mlp")(h, layers.fold(keys, 5))
-      h, routing = MixtureMlp(c, name="mlp")(h, layers.fold(keys, 5), ctx.query.segments)
+        return layers.Mlp(c, c.ff_width, name="mlp")(h, layers.fold_in_rows(keys, 5))
+      h, routing = MixtureMlp(c, name="mlp")(h, layers.fold_in_rows(keys, 5), ctx.query.segments)
       return h
 
     attention = Attention(c, self.kind, name="attention")
-    attended = self.branch(x, "attention", lambda h: attention(h, ctx, layers.fold(keys, 0)), layers.fold(keys, 1))
+    attended = self.branch(
+      x, "attention", lambda h: attention(h, ctx, layers.fold_in_rows(keys, 0)), layers.fold_in_rows(keys, 1)
+    )
     if c.parallel_residual:
-      x = x + attended + self.branch(x, "mlp", mlp, layers.fold(keys, 2))
+      x = x + attended + self.branch(x, "mlp", mlp, layers.fold_in_rows(keys, 2))
       return x, LayerOutputs(x, routing)
     x = self.add(x, "attention", attended)
     if self.cross:
       cross = Attention(c, cross=True, name="cross_attention")
-      crossed = self.branch(x, "cross", lambda h: cross(h, ctx, layers.fold(keys, 3)), layers.fold(keys, 4))
+      crossed = self.branch(
+        x, "cross", lambda h: cross(h, ctx, layers.fold_in_rows(keys, 3)), layers.fold_in_rows(keys, 4)
+      )
       x = self.add(x, "cross", crossed)
-    x = self.add(x, "mlp", self.branch(x, "mlp", mlp, layers.fold(keys, 2)))
+    x = self.add(x, "mlp", self.branch(x, "mlp", mlp, layers.fold_in_rows(keys, 2)))
     return x, LayerOutputs(x, routing)
 
   def branch(self, x: Array, name: str, part: Callable[[Array], Array], keys: Key[Array, " B"] | None) -> Array:
     """What a part of the Block adds to the residual stream."""
     c = self.cfg
     if c.norm_placement != "post" and (self.attention_norm or name != "attention"):
-      y = part(layers.norm(c, f"{name}_norm")(x))
+      y = part(layers.make_norm(c, f"{name}_norm")(x))
     else:
       y = part(x)
-    y = layers.norm(c, f"{name}_post_norm")(y) if c.norm_placement == "sandwich" else y
+    y = layers.make_norm(c, f"{name}_post_norm")(y) if c.norm_placement == "sandwich" else y
     return layers.dropout(y, c.dropout, keys)
 
   def add(self, x: Array, name: str, branch: Array) -> Array:
-    return layers.norm(self.cfg, f"{name}_norm")(x + branch) if self.cfg.norm_placement == "post" else x + branch
+    return layers.make_norm(self.cfg, f"{name}_norm")(x + branch) if self.cfg.norm_placement == "post" else x + branch
 
 
-class Period(nn.Module):
+class LayerGroup(nn.Module):
   """Layers of different kinds, the unit that a stack repeats."""
 
   cfg: TransformerConfig
@@ -146,7 +152,7 @@ class Stack(nn.Module):
     if repeats:
       kinds = tuple(c.kind(first + i) for i in range(period))
       scanned = nn.scan(
-        block if period == 1 else Period,
+        block if period == 1 else LayerGroup,
         variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
@@ -160,7 +166,7 @@ class Stack(nn.Module):
       outputs.append(each)
     for i in range(first + period * repeats, self.depth):
       x = single(x, i, f"last_{i - first - period * repeats}")
-    x = layers.norm(c, "final_norm")(x) if c.norm_placement != "post" else x
+    x = layers.make_norm(c, "final_norm")(x) if c.norm_placement != "post" else x
     return x, jax.tree.map(lambda *each: jnp.concatenate(each), *outputs)
 
 
@@ -176,7 +182,7 @@ class Crf(nn.Module):
 
     def one(name: str, shape: tuple[int, ...]) -> Array:
       axes = ("classes", "classes")[: len(shape)]
-      return layers.parameter(self, name, nn.initializers.zeros, axes, shape, self.cfg.param_dtype)
+      return layers.declare_parameter(self, name, nn.initializers.zeros, axes, shape, self.cfg.param_dtype)
 
     return {name: one(name, shape) for name, shape in shapes.items()}
 
@@ -196,36 +202,36 @@ class Transformer(nn.Module):
     table = functools.partial(layers.Embedding, stddev=c.table_stddev, dtype=c.dtype, param_dtype=c.param_dtype)
     self.embedding = table(c.vocab_size, c.table_width, ("vocab", "embed"))
     if c.embedding_width is not None:
-      self.project_in = layers.projection(c, None, (c.d_model,), ("head", "embed"), False)
+      self.project_in = layers.make_projection(c, None, (c.d_model,), ("head", "embed"), False)
       if c.head == "lm":
-        self.project_out = layers.projection(c, None, (c.table_width,), ("embed", "head"), False)
+        self.project_out = layers.make_projection(c, None, (c.table_width,), ("embed", "head"), False)
     if c.positions == "learned":
       self.positions = table(c.max_len, c.d_model, ("positions", "embed"))
     if c.token_types:
       self.token_types = table(c.token_types, c.d_model, ("token_types", "embed"))
     if c.embedding_norm:
-      self.embedding_norm = layers.norm(c, None)
+      self.embedding_norm = layers.make_norm(c, None)
     if c.encoder_layers:
       self.encoder = Stack(c, c.encoder_layers)
     if c.decoder_layers:
       self.decoder = Stack(c, c.decoder_layers, cross=bool(c.encoder_layers))
     self.seen, self.read = CachedTokens(), CachedMemory()
     if c.head_transform:
-      self.head_transform = layers.projection(c, None, (c.d_model,), ("embed", "head"), c.mlp_bias)
-      self.head_norm = layers.norm(c, None)
+      self.head_transform = layers.make_projection(c, None, (c.d_model,), ("embed", "head"), c.mlp_bias)
+      self.head_norm = layers.make_norm(c, None)
     if c.head != "lm":
-      self.head = layers.projection(c, None, (c.num_classes,), ("embed", "classes"), c.head_bias)
+      self.head = layers.make_projection(c, None, (c.num_classes,), ("embed", "classes"), c.head_bias)
     else:
       if not c.tie_embeddings:
-        self.head = layers.projection(c, None, (c.vocab_size,), ("embed", "vocab"), False)
+        self.head = layers.make_projection(c, None, (c.vocab_size,), ("embed", "vocab"), False)
       if c.head_bias:
         self.head_bias = layers.Bias(c.vocab_size, "vocab", c.param_dtype)
     if c.pooler:
-      self.pooler = layers.projection(c, None, (c.d_model,), ("embed", "head"), True)
+      self.pooler = layers.make_projection(c, None, (c.d_model,), ("embed", "head"), True)
     if c.crf:
       self.crf = Crf(c)
     if c.sentence_classes:
-      self.sentence_head = layers.projection(c, None, (c.sentence_classes,), ("embed", "classes"), True)
+      self.sentence_head = layers.make_projection(c, None, (c.sentence_classes,), ("embed", "classes"), True)
 
   def __call__(
     self, batch: Batch, *, cache_length: int | None = None, logits: bool = True, all_hidden: bool = False
@@ -238,7 +244,7 @@ class Transformer(nn.Module):
     x: Any = None
     each: Any = None
     if c.encoder_layers and batch.inputs is not None:  # while decoding, caches hold what it gave
-      x, each = self.run(self.encoder, batch.inputs, layers.fold(keys, 2))
+      x, each = self.run(self.encoder, batch.inputs, layers.fold_in_rows(keys, 2))
     if c.decoder_layers:
       memory, memory_each = x, each
       tokens = batch.inputs if c.stacks == "decoder" else batch.targets
@@ -247,7 +253,7 @@ class Transformer(nn.Module):
       x, each = self.run(self.decoder, tokens, keys, memory, batch.inputs if c.encoder_layers else None, cache_length)
     if self.is_initializing() and c.sentence_classes:
       self.sentence_logits(x)
-    scores = self.unembed(x) if c.head == "lm" else self.classify(x, batch.inputs, layers.fold(keys, 3))
+    scores = self.unembed(x) if c.head == "lm" else self.classify(x, batch.inputs, layers.fold_in_rows(keys, 3))
     return Outputs(
       logits=scores if logits else None,
       hidden=x,
@@ -276,21 +282,21 @@ class Transformer(nn.Module):
     kinds = sorted({c.kind(i) for i in range(stack.depth)})
     kernel = cross_kernel = "xla"
     if cache_length is None and not self.is_initializing():
-      choose = functools.partial(kernels.choose, c, tokens, training=keys is not None)
+      choose = functools.partial(kernels.choose_kernel, c, tokens, training=keys is not None)
       kernel = choose(key, causal=causal)
       cross_kernel = kernel if memory_tokens is None else choose(memory_tokens, cross=True)
     masks = {}
     if kernel in kernels.MASKED:
       windows = {kind: c.window if kind == "local" else None for kind in kinds}
-      masks = {kind: scores.attention_mask(tokens, key, causal=causal, window=windows[kind]) for kind in kinds}
+      masks = {kind: attention_mask(tokens, key, causal=causal, window=windows[kind]) for kind in kinds}
     if memory_tokens is not None and cross_kernel in kernels.MASKED:
-      masks["cross"] = scores.attention_mask(tokens, memory_tokens, causal=False)
+      masks["cross"] = attention_mask(tokens, memory_tokens, causal=False)
     ctx = Context(
       query=tokens,
       key=key,
       masks=masks,
       rotary={kind: self.rotary(tokens, kind) for kind in kinds} if c.positions == "rotary" else {},
-      dropout_keys=layers.fold(keys, 0),
+      dropout_keys=layers.fold_in_rows(keys, 0),
       memory=memory,
       memory_tokens=memory_tokens,
       cache_index=index,
@@ -299,7 +305,7 @@ class Transformer(nn.Module):
       kernel=kernel,
       cross_kernel=cross_kernel,
     )
-    x = embedded = self.embed(tokens, layers.fold(keys, 1))
+    x = embedded = self.embed(tokens, layers.fold_in_rows(keys, 1))
     x, each = stack(x, ctx)
     return x, dataclasses.replace(each, hidden=jnp.concatenate([embedded[None], each.hidden]))
 
@@ -338,7 +344,7 @@ class Transformer(nn.Module):
     if c.embedding_width is not None:
       hidden = self.project_out(hidden)
     if c.tie_embeddings:
-      logits = self.embedding.attend(layers.times(hidden, c.multiplier(("embed", "vocab"))))
+      logits = self.embedding.attend(layers.scale(hidden, c.multiplier(("embed", "vocab"))))
     else:
       logits = self.head(hidden)
     logits = constrain(logits.astype(jnp.float32), "act_batch", "act_len", "act_vocab")
@@ -377,7 +383,7 @@ def make_transformer(*, vocab_size: int, **fields: Any) -> Transformer:
   known = {f.name for f in dataclasses.fields(TransformerConfig)}
   for key in fields:
     if key not in known:
-      raise ConfigError(f"model.{key} is no such key; {nearest(key, known)}")
+      raise ConfigError(f"model.{key} is no such key; {suggest_name(key, known)}")
   scaling = fields.get("rotary_scaling")
   if isinstance(scaling, Mapping):  # {} is none
     fields["rotary_scaling"] = make_scaling(scaling) if scaling else None

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from llmjax import task_metrics
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
+from llmjax.metrics import tasks
 from llmjax.objectives.losses import correct, cross_entropy
 from llmjax.objectives.task import (
   NOTHING,
@@ -58,7 +58,7 @@ class Classification(Task):
 
   def __post_init__(self) -> None:
     if self.kind not in KINDS:
-      raise ConfigError(f"objective.kind={self.kind!r}; {nearest(self.kind, KINDS)}")
+      raise ConfigError(f"objective.kind={self.kind!r}; {suggest_name(self.kind, KINDS)}")
     if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.kind != "single"):
       raise ConfigError(f"objective.label_smoothing={self.label_smoothing} must be in [0, 1), and 0 but for 'single'")
     least = {"single": 2, "multi": 1, "regression": 0}[self.kind]
@@ -79,7 +79,7 @@ class Classification(Task):
     return {"head": "sequence", "num_classes": max(len(self.labels), 1), "crf": False}
 
   @property
-  def decided(self) -> dict[str, Any]:
+  def resolved_config(self) -> dict[str, Any]:
     return {"labels": self.labels}
 
   @property
@@ -184,10 +184,10 @@ class Classification(Task):
     truths = [record[self.label] for record in records]
     guesses = [result[self.label] for result in results]
     if self.kind == "single":
-      return task_metrics.classification(list(map(label_text, truths)), guesses, self.labels)
+      return tasks.classification(list(map(label_text, truths)), guesses, self.labels)
     if self.kind == "multi":
-      return task_metrics.multi_label([label_list(t, self.label) for t in truths], guesses, self.labels)
-    return task_metrics.regression(list(map(float, truths)), guesses)
+      return tasks.multi_label([label_list(t, self.label) for t in truths], guesses, self.labels)
+    return tasks.regression(list(map(float, truths)), guesses)
 
 
 def label_list(value: Any, field: str) -> list[str]:
@@ -235,12 +235,12 @@ def find_labels(records: Records | None, field: str, *, many: bool = False) -> t
   found: set[str] = set()
   for number, record in enumerate(source):
     if field not in record:
-      raise ConfigError(f"{source.place(number)}: there is no field {field!r}; {nearest(field, record)}")
+      raise ConfigError(f"{source.location(number)}: there is no field {field!r}; {suggest_name(field, record)}")
     try:
       if record[field] is not None:
         found.update(label_list(record[field], field) if many else [label_text(record[field])])
     except ConfigError as error:
-      raise ConfigError(f"{source.place(number)}: {field!r}: {error}") from error
+      raise ConfigError(f"{source.location(number)}: {field!r}: {error}") from error
   if len(found) > MOST:
     raise ConfigError(
       f"{field!r} has {len(found)} different values, which can hardly be labels; for numbers set "

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from llmjax.config import ConfigError, nearest
-from llmjax.sharding import constrain
-from llmjax.types import Batch, Features, Forward, Metrics, Objective, Outputs, Sums, Tokens, merge_chunks
+from llmjax.config import ConfigError, suggest_name
+from llmjax.distributed.sharding import constrain
+from llmjax.types import Batch, Features, Forward, Metrics, Objective, Outputs, Sums, Tokens, merge_microbatches
 
 POOLINGS = ("cls", "mean", "last", "pooler")
 
@@ -93,7 +93,7 @@ class Contrastive(Objective):
     if not self.temperature > 0:
       raise ConfigError(f"objective.temperature={self.temperature} must be positive")
     if self.pooling not in POOLINGS:
-      raise ConfigError(f"objective.pooling={self.pooling!r}; {nearest(self.pooling, POOLINGS)}")
+      raise ConfigError(f"objective.pooling={self.pooling!r}; {suggest_name(self.pooling, POOLINGS)}")
 
   @property
   def room(self) -> int:
@@ -101,7 +101,7 @@ class Contrastive(Objective):
     return self.seq_len - len(self.tokenizer.frame(np.zeros(0, np.int32)))
 
   @property
-  def needs(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Any]:
     return {"pooler": True} if self.pooling == "pooler" else {}
 
   def check_model(self, cfg: Any) -> None:
@@ -135,7 +135,9 @@ class Contrastive(Objective):
     for key, field in fields.items():
       if field not in example:
         known = sorted(k for k in example if k != "ids")
-        raise ConfigError(f"objective.{key}={field!r} is no field of the corpus's records; {nearest(field, known)}")
+        raise ConfigError(
+          f"objective.{key}={field!r} is no field of the corpus's records; {suggest_name(field, known)}"
+        )
       if not isinstance(example[field] or "", str):
         raise ConfigError(f"objective.{key}={field!r}: a record has {example[field]!r} there, which is no text")
     texts = [
@@ -170,7 +172,7 @@ class Contrastive(Objective):
       inputs=jax.tree.map(interleave, *(view.inputs for view in views)),
       rows=interleave(*(view.rows * len(views) + i for i, view in enumerate(views))),
     )
-    vectors = merge_chunks(forward.in_chunks(one, together))
+    vectors = merge_microbatches(forward.map_microbatches(one, together))
     return jnp.moveaxis(vectors.reshape(-1, len(views), vectors.shape[-1]), 1, 0)
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:

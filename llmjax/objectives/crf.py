@@ -39,7 +39,7 @@ class Transitions:
   end: Any  # Float[C]
 
 
-def add(a: Transitions, b: Transitions) -> Transitions:
+def add_transition(a: Transitions, b: Transitions) -> Transitions:
   """The sum of two, such as learned transitions and `tag_scheme.constraints`."""
   return jax.tree.map(jnp.add, a, b)
 

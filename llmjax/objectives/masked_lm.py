@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
 from llmjax.objectives.losses import TokenLoss, correct, cross_entropy
 from llmjax.types import Batch, Features, Forward, Metrics, Objective, Sums
 
@@ -52,7 +52,7 @@ class MaskedLM(Objective):
     if self.sentence_weight < 0:
       raise ConfigError(f"objective.sentence_weight={self.sentence_weight} must not be negative")
     if self.sentence_pairs not in PAIRS:
-      raise ConfigError(f"objective.sentence_pairs={self.sentence_pairs!r}; {nearest(self.sentence_pairs, PAIRS)}")
+      raise ConfigError(f"objective.sentence_pairs={self.sentence_pairs!r}; {suggest_name(self.sentence_pairs, PAIRS)}")
     if self.tokenizer.mask_id is None:
       raise ConfigError(
         "objective.name='masked_lm' needs a mask token, which the tokenizer lacks; set data.tokenizer.mask=True"
@@ -68,7 +68,7 @@ class MaskedLM(Objective):
     return self.sentence_pairs != "none"
 
   @property
-  def needs(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Any]:
     return {"sentence_classes": 2, "token_types": 2} if self.pairs else {}
 
   @property

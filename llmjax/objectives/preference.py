@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from llmjax.config import ConfigError, nearest
-from llmjax.data import chat
+from llmjax.config import ConfigError, suggest_name
+from llmjax.data.tokenizers import chat
 from llmjax.objectives.losses import cross_entropy
 from llmjax.objectives.seq2seq import next_tokens
 from llmjax.objectives.sft import Messages, check_messages, common_length, cut_left, read_chat
@@ -84,7 +84,7 @@ class Preference(Objective):
 
   def __post_init__(self) -> None:
     if self.variant not in VARIANTS:
-      raise ConfigError(f"objective.variant={self.variant!r}; {nearest(self.variant, VARIANTS)}")
+      raise ConfigError(f"objective.variant={self.variant!r}; {suggest_name(self.variant, VARIANTS)}")
     if not self.beta > 0:
       raise ConfigError(f"objective.beta={self.beta} must be positive")
     if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and self.variant != "sigmoid"):
@@ -101,10 +101,10 @@ class Preference(Objective):
   @property
   def source(self) -> str:
     """The Jinja source of the template."""
-    return chat.or_default(self.tokenizer.chat_templates, self.template)
+    return chat.template_or_default(self.tokenizer.chat_templates, self.template)
 
   @property
-  def needs(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Any]:
     return {"bidirectional_prompt": False}
 
   @property
@@ -125,10 +125,12 @@ class Preference(Objective):
     answers = (self.chosen, self.rejected)
     for field in answers:
       if field not in record:
-        raise ConfigError(f"there is no field {field!r}, which the objective reads; {nearest(field, record)}")
+        raise ConfigError(f"there is no field {field!r}, which the objective reads; {suggest_name(field, record)}")
     if all(isinstance(record[field], str) for field in answers):
       if self.prompt not in record:
-        raise ConfigError(f"there is no field {self.prompt!r}, which texts go on from; {nearest(self.prompt, record)}")
+        raise ConfigError(
+          f"there is no field {self.prompt!r}, which texts go on from; {suggest_name(self.prompt, record)}"
+        )
       for field in (self.prompt, *answers):
         text_field(record, field)
       return

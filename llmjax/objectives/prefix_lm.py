@@ -24,7 +24,7 @@ class PrefixLM(CausalLM):
   packing = "whole"
 
   @property
-  def needs(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Any]:
     return {"bidirectional_prompt": True}
 
   def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features | None:

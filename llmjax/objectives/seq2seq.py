@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from llmjax import task_metrics
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
+from llmjax.metrics import tasks
 from llmjax.objectives.losses import TokenLoss
 from llmjax.objectives.task import Record, Result, Task, text_field
 from llmjax.types import Batch, Features, Forward, Metrics, Sums
@@ -61,7 +61,7 @@ class Seq2Seq(Task):
     if isinstance(self.stacks, str):  # one that cannot write is refused with the model, which says what would fit
       object.__setattr__(self, "stacks", (self.stacks,) if self.stacks in STACKS else STACKS)
     if self.metric not in METRICS:
-      raise ConfigError(f"objective.metric={self.metric!r}; {nearest(self.metric, METRICS)}")
+      raise ConfigError(f"objective.metric={self.metric!r}; {suggest_name(self.metric, METRICS)}")
     if self.tokenizer.eos_id is None:
       raise ConfigError(
         "objective.name='seq2seq' needs a token that ends a text (eos), which the tokenizer lacks: nothing else says "
@@ -105,7 +105,7 @@ class Seq2Seq(Task):
     return self.seq_len - kept - sum(map(len, self.around))
 
   @property
-  def needs(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Any]:
     return {} if self.encodes else {"bidirectional_prompt": self.bidirectional}
 
   @property
@@ -188,7 +188,7 @@ class Seq2Seq(Task):
     if self.metric == "none":
       return {}
     truths, texts = [record[self.target] for record in records], [result[self.target] for result in results]
-    return task_metrics.summaries(truths, texts) if self.metric == "rouge" else task_metrics.translations(truths, texts)
+    return tasks.summaries(truths, texts) if self.metric == "rouge" else tasks.translations(truths, texts)
 
 
 def next_tokens(ids: np.ndarray, learned: np.ndarray) -> dict[str, Any]:

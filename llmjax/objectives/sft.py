@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 
-from llmjax import task_metrics
-from llmjax.config import ConfigError, nearest
-from llmjax.data import chat
+from llmjax.config import ConfigError, suggest_name
+from llmjax.data.tokenizers import chat
+from llmjax.metrics import tasks
 from llmjax.objectives.losses import TokenLoss
 from llmjax.objectives.seq2seq import next_tokens, written
 from llmjax.objectives.task import Record, Result, Task, text_field
@@ -75,7 +75,7 @@ class InstructionTuning(Task):
   @property
   def source(self) -> str:
     """The Jinja source of the template."""
-    return chat.or_default(self.tokenizer.chat_templates, self.template)
+    return chat.template_or_default(self.tokenizer.chat_templates, self.template)
 
   @property
   def max_new_tokens(self) -> int:
@@ -88,7 +88,7 @@ class InstructionTuning(Task):
     return end_tokens(self.tokenizer, self.source)
 
   @property
-  def needs(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Any]:
     return {"bidirectional_prompt": False}
 
   @property
@@ -114,7 +114,7 @@ class InstructionTuning(Task):
   # host
 
   @property
-  def nothing(self) -> str:
+  def skip_reason(self) -> str:
     return (
       f"they are too long, as no answer begins within the seq_len={self.seq_len} tokens of a row; raise "
       "--config.seq_len, or shorten what stands before the answers"
@@ -193,7 +193,7 @@ class InstructionTuning(Task):
         truths.append(truth.strip())
         answers.append(result[self.response or "response"].strip())
     exact = sum(map(str.__eq__, truths, answers)) / max(len(truths), 1)
-    return {**task_metrics.summaries(truths, answers), "exact_match": exact}
+    return {**tasks.summaries(truths, answers), "exact_match": exact}
 
   def _truth(self, record: Record) -> str | None:
     if self.response is not None:
@@ -212,7 +212,7 @@ def check_messages(messages: Any, field: str) -> None:
       raise ConfigError(f"{where} must be {{'role': ..., 'content': ...}}, not {message!r}")
     role, content = message["role"], message.get("content")
     if role not in ROLES:
-      raise ConfigError(f"{where}: the role {role!r} is unknown; {nearest(role, ROLES)}")
+      raise ConfigError(f"{where}: the role {role!r} is unknown; {suggest_name(role, ROLES)}")
     if content is None and message.get("tool_calls"):
       continue
     if not isinstance(content, str):
@@ -269,7 +269,7 @@ def read_chat(
 
   def read(count: int, prompt: bool) -> tuple[str, np.ndarray]:
     settings: dict[str, Any] = {"template": template, "add_generation_prompt": prompt}
-    text = chat.render(tokenizer.chat_templates, messages[:count], **names, **settings)
+    text = chat.render_chat(tokenizer.chat_templates, messages[:count], **names, **settings)
     return text, tokenizer.chat(messages[:count], **settings)
 
   whole, ids = read(len(messages), False)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
 from llmjax.objectives.crf import FORBIDDEN, Transitions
 
 PREFIXES = {"none": "BIES", "iob2": "BI", "bioes": "BIES"}
@@ -56,7 +56,7 @@ def violation(tags: Sequence[str], scheme: str) -> tuple[int, str | None, str | 
 def check_scheme(scheme: str) -> None:
   """Raises ConfigError where there is no such scheme."""
   if scheme not in SCHEMES:
-    way_out = f"here it is called `{OTHER_NAMES[scheme]}`" if scheme in OTHER_NAMES else nearest(scheme, SCHEMES)
+    way_out = f"here it is called `{OTHER_NAMES[scheme]}`" if scheme in OTHER_NAMES else suggest_name(scheme, SCHEMES)
     if scheme == "iob1":
       way_out = "turn its tags into iob2 with `tag_scheme.to_iob2`"
     raise ConfigError(f"objective.scheme={scheme!r}; {way_out}")
@@ -72,7 +72,7 @@ def check_labels(labels: Sequence[str], scheme: str) -> None:
   known = ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in PREFIXES[scheme])]
   fitting = next(other for other in ("iob2", "bioes", "none") if all(_belongs(label, other) for label in labels))
   shapes = ", ".join(f"{prefix}-TYPE" for prefix in PREFIXES[scheme])
-  hint = f"{nearest(wrong[0], known)}; " if kinds and fitting == "none" else ""
+  hint = f"{suggest_name(wrong[0], known)}; " if kinds and fitting == "none" else ""
   raise ConfigError(
     f"objective.scheme={scheme!r}: the label {wrong[0]!r} must be O or one of {shapes}; {hint}"
     f"objective.scheme={fitting!r} takes all labels as they are"

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from llmjax import task_metrics
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
+from llmjax.metrics import tasks
 from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.losses import correct, cross_entropy
 from llmjax.objectives.task import NOTHING, Record, Records, Result, Task, keep_labels, sort_labels, text_field
@@ -55,7 +55,7 @@ class Tagging(Task):
     return {"head": "token", "num_classes": len(self.labels), "crf": self.use_crf}
 
   @property
-  def decided(self) -> dict[str, Any]:
+  def resolved_config(self) -> dict[str, Any]:
     return {"labels": self.labels, "scheme": self.scheme}
 
   @property
@@ -77,7 +77,7 @@ class Tagging(Task):
   # host
 
   @property
-  def nothing(self) -> str:
+  def skip_reason(self) -> str:
     return f"their words have no tokens, or a span is longer than the seq_len={self.seq_len} tokens of a row"
 
   def check(self, record: Record, *, labelled: bool) -> None:
@@ -96,7 +96,7 @@ class Tagging(Task):
     for tag in tags:
       if tag not in self.labels:
         raise ConfigError(
-          f"{self.tags!r}: {tag!r} is none of the {len(self.labels)} labels; {nearest(tag, self.labels)}"
+          f"{self.tags!r}: {tag!r} is none of the {len(self.labels)} labels; {suggest_name(tag, self.labels)}"
         )
     broken = tag_scheme.violation(tags, self.scheme)
     if broken is not None:
@@ -172,7 +172,7 @@ class Tagging(Task):
     """What was learned, and what is not allowed."""
     if not self.use_crf:
       return jax.tree.map(jnp.asarray, self.constraints)
-    return crf.add(crf.Transitions(**out.transitions), self.constraints)
+    return crf.add_transition(crf.Transitions(**out.transitions), self.constraints)
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     out = forward(batch, rngs=rngs)
@@ -230,9 +230,9 @@ class Tagging(Task):
     """Of spans; of other tags, by words."""
     truths, guesses = ([list(each[self.tags]) for each in rows] for rows in (records, results))
     if self.scheme != "none":
-      return task_metrics.spans(truths, guesses, {"bioes": "iobes"}.get(self.scheme, self.scheme))
+      return tasks.spans(truths, guesses, {"bioes": "iobes"}.get(self.scheme, self.scheme))
     words, guessed = ([tag for tags in rows for tag in tags] for rows in (truths, guesses))
-    found = task_metrics.classification(words, guessed, self.labels)
+    found = tasks.classification(words, guessed, self.labels)
     return {"f1": found["f1_macro"], **found} if len(self.labels) > 2 else found
 
 
@@ -284,9 +284,9 @@ def find_tags(records: Records | None, field: str) -> tuple[str, ...]:
   source = records()
   for number, record in enumerate(source):
     if field not in record:
-      raise ConfigError(f"{source.place(number)}: there is no field {field!r}; {nearest(field, record)}")
+      raise ConfigError(f"{source.location(number)}: there is no field {field!r}; {suggest_name(field, record)}")
     try:
       found.update(text_list(record, field))
     except ConfigError as error:
-      raise ConfigError(f"{source.place(number)}: {error}") from error
+      raise ConfigError(f"{source.location(number)}: {error}") from error
   return sort_labels(found)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.config import ConfigError, nearest
+from llmjax.config import ConfigError, suggest_name
 from llmjax.types import Array, Batch, Features, Objective, Outputs
 
 Record = Mapping[str, Any]
@@ -64,7 +64,7 @@ class Task(Objective):
     return (*self.inputs, *self.answers)
 
   @property
-  def nothing(self) -> str:
+  def skip_reason(self) -> str:
     return f"they have no tokens in {_named(self.inputs)}, or no answer in {_named(self.answers)}"
 
   def check(self, record: Record, *, labelled: bool) -> None:
@@ -72,7 +72,7 @@ class Task(Objective):
     so that whole splits can be looked at before anything compiles."""
     for field in (*self.inputs, *(self.answers if labelled else ())):
       if field not in record:
-        raise ConfigError(f"there is no field {field!r}, which the objective reads; {nearest(field, record)}")
+        raise ConfigError(f"there is no field {field!r}, which the objective reads; {suggest_name(field, record)}")
 
   @abc.abstractmethod
   def encode(self, record: Record, *, labelled: bool) -> list[Features]:
@@ -116,7 +116,7 @@ class Task(Objective):
     """{metric: number} of results against the records' own answers."""
 
 
-Records = Callable[[], Any]  # opens the training split, a `llmjax.data.source.Source`
+Records = Callable[[], Any]  # opens the training split, a `llmjax.data.sources.base.Source`
 
 
 def _named(fields: Iterable[str]) -> str:
@@ -166,7 +166,9 @@ def class_of(record: Record, field: str, labels: Sequence[str]) -> int:
   """The number of a record's class."""
   label = label_text(record[field])
   if label not in labels:
-    raise ConfigError(f"{field!r} is {label!r}, which is none of the {len(labels)} labels; {nearest(label, labels)}")
+    raise ConfigError(
+      f"{field!r} is {label!r}, which is none of the {len(labels)} labels; {suggest_name(label, labels)}"
+    )
   return labels.index(label)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from llmjax.config import ConfigError, build, nearest
+from llmjax.config import ConfigError, build, suggest_name
 from llmjax.objectives import OBJECTIVES
 from llmjax.objectives.task import Task
 from llmjax.types import Batch, Features, Forward, Metrics, Objective, Sums
@@ -43,8 +43,8 @@ class WeightedSum(Objective):
     return tuple(s for s in Objective.stacks if all(s in part.stacks for part in self.parts.values()))
 
   @property
-  def needs(self) -> dict[str, Any]:
-    return {key: value for part in self.parts.values() for key, value in part.needs.items()}
+  def required_model_config(self) -> dict[str, Any]:
+    return {key: value for part in self.parts.values() for key, value in part.required_model_config.items()}
 
   @property
   def coefficients(self) -> dict[str, float]:
@@ -89,7 +89,7 @@ class WeightedSum(Objective):
       folded = {kind: jax.random.fold_in(key, number) for kind, key in rngs.items()}  # parts drop out independently
       one = functools.partial(_loss, part, forward, folded)
       if self.whole_batch and not part.whole_batch:
-        each = forward.in_chunks(one, batch.extras[name])
+        each = forward.map_microbatches(one, batch.extras[name])
         found, measured = jax.tree.map(functools.partial(jnp.sum, axis=0), each)
       else:
         found, measured = one(batch.extras[name])
@@ -110,7 +110,7 @@ def weighted_sum(parts: Mapping[str, Any], principal: str, tokenizer: Any, seq_l
   if not parts:
     raise ConfigError("objective.parts is empty; give {NAME: {'weight': 1.0, 'name': 'masked_lm', ...}}")
   if principal not in parts:
-    raise ConfigError(f"objective.principal={principal!r} is none of objective.parts; {nearest(principal, parts)}")
+    raise ConfigError(f"objective.principal={principal!r} is none of objective.parts; {suggest_name(principal, parts)}")
   objectives, weights = {}, {}
   for name, spec in {principal: parts[principal], **parts}.items():
     what = f"objective.parts.{name}"

@@ -1,1 +1,1 @@
-"""`llmjax sweep`: many trials of a sweep file, side by side or elsewhere, and what comes of them."""
+"""Sweeps: trials, their execution, and their results."""

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 
 from llmjax.config import ConfigError, load_config, to_dict
-from llmjax.metrics import import_wandb
-from llmjax.models.kernels import FOR_DEVICES
-from llmjax.preview import WAYS_OUT, checked, compiled_bytes, device_memory, size
-from llmjax.program import Program
+from llmjax.diagnostics.dry_run import WAYS_OUT, checked, compiled_bytes, device_memory, size
+from llmjax.models.attention.kernels import FOR_DEVICES
+from llmjax.telemetry.writers import import_wandb
+from llmjax.training.program import Program
 from llmjax.types import Batch
 
 TRACED = ("seed", "optim.lr")  # arguments of the train step: nothing that is built depends on their values
@@ -56,17 +56,17 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict
         raise ConfigError(f"optim.lr={config['optim']['lr']!r} must be a number, 0 or more")
       if compiling and config["log"]["wandb"] is not None:
         import_wandb(config["log"]["wandb"])
-      key = digest(without(config, TRACED))
+      key = trial_digest(without(config, TRACED))
       if key not in built:
         here = (config, None) if compiling else (elsewhere(config), jax.devices()[: named_devices(config)])
         program, batch = checked(*here)
         built[key] = facts(program, batch)
         step = built[key]["program"]
         if name in compiling and step not in compiled:
-          compiled[step] = misfit(program, batch)
+          compiled[step] = memory_error(program, batch)
         if compiled.get(step):
           built[key] = {"error": compiled[step]}
-      out[name] = {**built[key], "config": digest(without(config, BOOKKEEPING))}
+      out[name] = {**built[key], "config": trial_digest(without(config, BOOKKEEPING))}
     except ConfigError as error:
       out[name] = {"error": " ".join(str(error).split())}
     except Exception as error:  # whatever it is, the trial is named
@@ -98,11 +98,11 @@ def facts(program: Program, batch: Batch) -> dict[str, Any]:
     "tokens": config["batch_size"] * config["seq_len"],
     "flops": program.step_flops(batch),
     "evals": list(config["evals"]),
-    "program": digest((without(config, (*TRACED, *HOST)), arrays)),
+    "program": trial_digest((without(config, (*TRACED, *HOST)), arrays)),
   }
 
 
-def misfit(program: Program, batch: Batch) -> str:
+def memory_error(program: Program, batch: Batch) -> str:
   """Compiles; why the program does not fit on a device, "" where it does."""
   try:
     total = sum(compiled_bytes(program, batch))
@@ -126,5 +126,5 @@ def without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
   return out
 
 
-def digest(value: Any) -> str:
+def trial_digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -15,19 +15,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from llmjax import trials as algebra
-from llmjax.config import ConfigError, find, nearest, open_roots, run_file, split_reference
-from llmjax.data.buckets import place, telling
-from llmjax.early_stopping import check_metric
-from llmjax.metrics import human_time
+from llmjax.config import ConfigError, add_config_roots, call_in_file, find_config_file, split_config_flag, suggest_name
+from llmjax.storage.buckets import as_path, translate_storage_errors
 from llmjax.sweeps import pool, queue
-from llmjax.sweeps.jobs import FAILED, FINISHED, WAITING, Job, held, look, program, read_record
-from llmjax.trials import COSTS, Sweep
+from llmjax.sweeps import trials as algebra
+from llmjax.sweeps.jobs import FAILED, FINISHED, WAITING, Job, file_lock, look, program, read_record
+from llmjax.sweeps.trials import COSTS, Sweep
+from llmjax.telemetry.progress import human_time
+from llmjax.training.early_stopping import check_metric
 
 LAUNCHERS = (*pool.LAUNCHERS, "slurm")
 
 
-def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> tuple[Sweep, list[Job]]:
+def load_sweep(arguments: list[str], workdir: Path, trials_in: str | None = None) -> tuple[Sweep, list[Job]]:
   """A sweep and its trials, from `--config=FILE[:argument] [--config.KEY=VALUE ...]`.
 
   Args:
@@ -35,18 +35,20 @@ def load(arguments: list[str], workdir: Path, trials_in: str | None = None) -> t
     workdir: where the sweep lives.
     trials_in: where the workdirs of its trials lie, if elsewhere, such as in a bucket.
   """
-  reference, rest = split_reference(arguments)
-  path, _ = find(reference)
-  open_roots()
-  sweep = run_file(path, "get_sweep")
+  reference, rest = split_config_flag(arguments)
+  path, _ = find_config_file(reference)
+  add_config_roots()
+  sweep = call_in_file(path, "get_sweep")
   if not isinstance(sweep, Sweep):
-    raise ConfigError(f"{path}: get_sweep must return an llmjax.trials.Sweep, not {type(sweep).__name__}")
+    raise ConfigError(f"{path}: get_sweep must return an llmjax.sweeps.trials.Sweep, not {type(sweep).__name__}")
   varied = {key for trial in sweep.trials for key in trial}
   for field, column in (("x", sweep.x), *(("lines", line) for line in sweep.lines)):
     measured = column in COSTS or column.startswith(("eval/", "train/"))
     if column not in varied and (not measured or field == "lines"):
       known = {*varied, *(COSTS if field == "x" else ())}
-      raise ConfigError(f"{path}: Sweep.{field}={column!r} is nothing that trials change; {nearest(column, known)}")
+      raise ConfigError(
+        f"{path}: Sweep.{field}={column!r} is nothing that trials change; {suggest_name(column, known)}"
+      )
   jobs = []
   for name, trial in zip(algebra.names(sweep.trials), sweep.trials):
     first, *changes = algebra.flags(reference, trial)
@@ -120,7 +122,7 @@ def sweep(
   from llmjax.sweeps.table import Table
 
   if launcher not in LAUNCHERS:
-    raise ConfigError(f"--launcher={launcher}: {nearest(launcher, LAUNCHERS)}")
+    raise ConfigError(f"--launcher={launcher}: {suggest_name(launcher, LAUNCHERS)}")
   if max_parallel < 1:
     raise ConfigError(f"--max_parallel={max_parallel} must be at least 1")
   if launcher in pool.AWAY and not (trials_in or "").startswith("gs://"):
@@ -136,7 +138,7 @@ def sweep(
   if launcher == "local" and flags:
     raise ConfigError(f"--launcher_flags={launcher_flags!r} needs a --launcher that takes them: slurm, tpu_vm or gke")
   workdir = Path(workdir).absolute()
-  plan, jobs = load(arguments, workdir, trials_in)
+  plan, jobs = load_sweep(arguments, workdir, trials_in)
   name, local = pool.name(workdir, trials_in), launcher == "local"
   places = pool.slots(max_parallel, launcher)
 
@@ -157,10 +159,10 @@ def sweep(
     say(f"{len(jobs)} trials, {programs} programs, {sum(j.facts['flops'] * j.facts['steps'] for j in jobs):.3g} FLOPs")
     return True
   if trials_in is not None:
-    with telling(trials_in):
-      place(trials_in).exists()
+    with translate_storage_errors(trials_in):
+      as_path(trials_in).exists()
   workdir.mkdir(parents=True, exist_ok=True)
-  with held(workdir / "sweep.lock") as free:
+  with file_lock(workdir / "sweep.lock") as free:
     if not free:
       raise ConfigError(f"{workdir}: another `llmjax sweep` is at work there; wait for it, or use another --workdir")
     began = time.time()
@@ -174,9 +176,9 @@ def sweep(
     with Table(plan, jobs, say) as table:
       try:
         if launcher == "slurm":
-          queue.run(jobs, flags, workdir, max_parallel, retry, table.show)
+          queue.run_queue(jobs, flags, workdir, max_parallel, retry, table.show)
         else:
-          pool.run(jobs, launcher, flags, name, places, table.show)
+          pool.run_pool(jobs, launcher, flags, name, places, table.show)
       finally:
         written = write_results(plan, jobs, workdir)
     say(written)
@@ -184,7 +186,7 @@ def sweep(
   failed = [job for job in jobs if job.state == FAILED]
   found = [curves for curves in map(curves_of, finished) if curves]  # a bucket may be out of reach now
   if found and not any(plan.metric in curves for curves in found):
-    hint = nearest(plan.metric, found[0])
+    hint = suggest_name(plan.metric, found[0])
     raise ConfigError(f"Sweep.metric={plan.metric!r} was not measured; {hint}; mend it, and the same command goes on")
   if failed:
     say(f"{len(failed)} of {len(jobs)} failed, such as {failed[0].name}: {failed[0].error}; --retry runs them again")

@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmjax.plots import COLOURS, THEMES, Curve, number, spread, style
-from llmjax.sweeps.results import Group, Point, Row, frontier, label, places, points, turned, written
-from llmjax.trials import COSTS, Sweep
+from llmjax.reporting.plots import COLOURS, THEMES, Curve, number, spread, style
+from llmjax.sweeps.results import Group, Point, Row, format_value, frontier, label, places, points, to_minimize
+from llmjax.sweeps.trials import COSTS, Sweep
 
 
 def figure(plan: Sweep, groups: Sequence[Group], title: str, form: str, theme: str = "light") -> bytes:
@@ -38,7 +38,7 @@ def figure(plan: Sweep, groups: Sequence[Group], title: str, form: str, theme: s
       axes.plot(across, [point.mean for point in line], marker="o", markersize=4, linewidth=1.8, zorder=3, **look)
       low, high = [point.least for point in line], [point.most for point in line]
       axes.fill_between(across, low, high, color=look["color"], alpha=0.15, lw=0)
-      best = min(line, key=lambda point: turned(plan, point.mean))
+      best = min(line, key=lambda point: to_minimize(plan, point.mean))
       axes.plot([at[best.x]], [best.mean], color=look["color"], marker="o", markersize=9, zorder=4)
       notes.append((line[-1].mean, f"{clipped(name)}  {number(best.mean)}".strip(), look["color"]))
     axes.plot(list(at.values()), [edge] * len(at), linestyle="none")  # room for the crosses
@@ -78,9 +78,9 @@ def _ticks(axes: Any, at: Mapping[Any, float], named: bool) -> None:
     axes.set_xscale("log")
   scaled = [math.log(x) if wide else x for x in wanted]
   if named or all(12 * (b - a) >= scaled[-1] - scaled[0] for a, b in itertools.pairwise(scaled)):
-    axes.set_xticks(wanted, [clipped(written(x), max(90 // len(at), 8)) for x in at])
+    axes.set_xticks(wanted, [clipped(format_value(x), max(90 // len(at), 8)) for x in at])
   else:
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
     if wide:
       axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   axes.xaxis.set_minor_locator(NullLocator())
@@ -130,7 +130,7 @@ def plain(axes: Any, theme: str) -> None:
 def _limits(plan: Sweep, lines: Mapping[str, list[Point]]) -> tuple[float, float]:
   """Room for what lies near the best: a trial that has diverged must not flatten all others."""
   drawn = [point for line in lines.values() for point in line]
-  values = sorted(turned(plan, y) for point in drawn for y in (point.mean, point.least, point.most))
+  values = sorted(to_minimize(plan, y) for point in drawn for y in (point.mean, point.least, point.most))
   best, middle = values[0], statistics.median(values)
   worst = min(values[-1], best + 4 * max(middle - best, abs(best) * 0.01))
   room = 0.06 * (worst - best) or 0.05 * abs(best) or 1.0

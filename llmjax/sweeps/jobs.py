@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.config import ConfigError
-from llmjax.trials import Trial
+from llmjax.sweeps.trials import Trial
 
 TRIAL, LOCK, LOG = "trial.json", "trial.lock", "log.txt"
 WAITING, RUNNING, FINISHED, FAILED = "waiting", "running", "finished", "failed"
@@ -68,7 +68,7 @@ class Elsewhere:
   lock: Path
 
   def poll(self) -> int | None:
-    with held(self.lock) as free:
+    with file_lock(self.lock) as free:
       return -1 if free else None
 
 
@@ -108,11 +108,11 @@ def at_its_end(job: Job) -> bool:
 
   Raises ConfigError or OSError where that is a bucket that cannot be reached.
   """
-  from llmjax.data.buckets import place, telling
-  from llmjax.resume import over
+  from llmjax.storage.buckets import as_path, translate_storage_errors
+  from llmjax.training.resume import is_finished
 
-  with telling(job.workdir):
-    return over(place(job.workdir), job.facts["steps"])
+  with translate_storage_errors(job.workdir):
+    return is_finished(as_path(job.workdir), job.facts["steps"])
 
 
 def read_record(job: Job) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def write_record(job: Job, code: int | None) -> None:
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[bool]:
+def file_lock(path: Path) -> Iterator[bool]:
   """Takes a lock for a while; gives whether it was free."""
   with open(path, "a") as file:
     try:

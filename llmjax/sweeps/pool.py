@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmjax.config import ConfigError, roots
+from llmjax.config import ConfigError, config_roots
 from llmjax.sweeps.jobs import (
   FAILED,
   FINISHED,
@@ -38,7 +38,7 @@ from llmjax.sweeps.jobs import (
 
 RETRIES = 2  # of a trial that was killed
 POLL = 0.2  # seconds between two looks
-UNSETTLED = 75  # a launcher's exit code: how the run ends is not known
+EXIT_UNKNOWN = 75  # a launcher's exit code: how the run ends is not known
 # What stands before `train` on the machine that a trial runs on; the trials of one slot follow each other.
 LAUNCHERS: dict[str, list[str]] = {
   "local": [],
@@ -90,7 +90,7 @@ def slots(count: int, launcher: str) -> list[Slot]:
   return [Slot(i, set(share(cores, i)) or None) for i in range(count)]
 
 
-def run(
+def run_pool(
   jobs: Sequence[Job],
   launcher: str,
   flags: Sequence[str],
@@ -134,7 +134,7 @@ def run(
         settle_foreign(job)
       for number, job in [(number, job) for number, job in taken.items() if job.process.poll() is not None]:
         del taken[number]
-        if not settle(job, bool(asked), launcher != "local"):
+        if not record_exit(job, bool(asked), launcher != "local"):
           closed[number] = job.error
       busy = {*taken, *closed, *(job.slot for job in foreign)}
       for place, job in pair(jobs, places, busy, launcher in ENDING):
@@ -202,7 +202,7 @@ def start(job: Job, before: Sequence[str], slot: Slot) -> None:
   job.state, job.error, job.started, job.attempts = RUNNING, "", time.time(), job.attempts + 1
 
 
-def settle(job: Job, stopping: bool, away: bool) -> bool:
+def record_exit(job: Job, stopping: bool, away: bool) -> bool:
   """Notes that a trial's process has ended, and how; returns whether that says how the trial ended.
 
   Args:
@@ -212,7 +212,7 @@ def settle(job: Job, stopping: bool, away: bool) -> bool:
   job.seconds += time.time() - job.started
   job.process, job.started = None, 0.0
   job.error = f"killed by signal {-code}" if code < 0 else last_words(job.folder / LOG) if code else ""
-  unsettled = away and code == UNSETTLED
+  unsettled = away and code == EXIT_UNKNOWN
   if code == 0:
     job.state = FINISHED
   elif unsettled or (killed(code) and (stopping or job.attempts <= RETRIES)):
@@ -262,7 +262,7 @@ def _launch(words: Sequence[str], flags: Sequence[str], parts: Mapping[str, str]
 
 
 def launch_script(script: str) -> Path:
-  path = next((root / script for root in roots() if (root / script).is_file()), None)
+  path = next((root / script for root in config_roots() if (root / script).is_file()), None)
   if path is None:
     raise ConfigError(f"{script} is not here; run the sweep in a clone of llmjax, or use --launcher=local")
   return path

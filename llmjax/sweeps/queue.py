@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmjax.config import ConfigError
-from llmjax.metrics import CURVES
 from llmjax.sweeps.jobs import FAILED, FINISHED, LOG, RUNNING, WAITING, Job, at_its_end, last_words, write_record
 from llmjax.sweeps.pool import launch_script
+from llmjax.telemetry.curves import CURVES
 
 SCRIPT = "launch/slurm.py"
 POLL = 5.0  # seconds between two looks at the queue
 PATIENCE = 120  # looks in a row that may go wrong
 
 
-def run(
+def run_queue(
   jobs: Sequence[Job],
   flags: Sequence[str],
   folder: Path,

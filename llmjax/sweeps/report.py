@@ -11,18 +11,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmjax.metrics import human_number, human_time
-from llmjax.page import fold, picture, section, table, whole
-from llmjax.plots import Curve, number
+from llmjax.reporting.html import fold, picture, section, table, whole
+from llmjax.reporting.plots import Curve, number
 from llmjax.sweeps.figure import figure, trajectories
-from llmjax.sweeps.results import Group, Row, curves_of, grouped, make_row, measured, points, ranked, turned, written
-from llmjax.trials import Sweep, short_keys
+from llmjax.sweeps.results import (
+  Group,
+  Row,
+  curves_of,
+  format_value,
+  grouped,
+  make_result_row,
+  measured,
+  points,
+  ranked,
+  to_minimize,
+)
+from llmjax.sweeps.trials import Sweep, short_keys
+from llmjax.telemetry.progress import human_number, human_time
 
 
 def write_results(plan: Sweep, jobs: Sequence[Any], workdir: Path) -> str:
   """Writes results.csv, results.parquet, sweep.png and sweep.html; returns the best trials as text."""
   curves = {job.name: curves_of(job) for job in jobs}
-  rows = [make_row(job, curves[job.name]) for job in jobs]
+  rows = [make_result_row(job, curves[job.name]) for job in jobs]
   _write_tables(rows, workdir)
   groups = grouped(plan, jobs, rows)
   best = ranked(plan, groups)
@@ -91,14 +102,14 @@ def _page(
 
   def order(row: Row) -> tuple[bool, float]:
     value = measured(plan, row)
-    return (True, 0.0) if math.isnan(value) else (False, turned(plan, value))
+    return (True, 0.0) if math.isnan(value) else (False, to_minimize(plan, value))
 
   shown = sorted(rows, key=order)
   head = [plan.metric, *short.values(), "state", "steps", "parameters", "FLOPs", "time"]
   body = [
     [
       number(measured(plan, row)) if math.isfinite(measured(plan, row)) else "",
-      *(written(row[key]) if key in row else "" for key in short),
+      *(format_value(row[key]) if key in row else "" for key in short),
       row["state"] + (f": {row['error']}" if row["error"] else ""),
       *(f"{row['step']:,}", human_number(row["parameters"]), f"{row['flops']:.3g}", human_time(row["seconds"])),
     ]
@@ -116,7 +127,7 @@ def _page(
   ended = {state: sum(row["state"] == state for row in rows) for state in ("finished", "failed", "running", "waiting")}
   spent = human_time(sum(row["seconds"] for row in rows))
   subtitle = ", ".join(f"{n} {state}" for state, n in ended.items() if n) + f" · {spent} of trials"
-  changes = [[key, written(best.first[key])] for key in short if key in best.first]
+  changes = [[key, format_value(best.first[key])] for key in short if key in best.first]
   command = _command({**best.first, "trial": _named("", len(best.values))})
   lead = (
     picture(drawn, plan.metric) if points(plan, groups) else f"No trial has {html.escape(plan.x)} to be drawn along."

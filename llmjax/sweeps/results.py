@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llmjax.config import ConfigError
-from llmjax.data.buckets import telling
-from llmjax.metrics import human_number, read
-from llmjax.plots import Curve
-from llmjax.trials import COSTS, Sweep, identity, short_keys
+from llmjax.reporting.plots import Curve
+from llmjax.storage.buckets import translate_storage_errors
+from llmjax.sweeps.trials import COSTS, Sweep, identity, short_keys
+from llmjax.telemetry.curves import read_curves
+from llmjax.telemetry.progress import human_number
 
 ENDED = ("finished", "failed")
 Row = dict[str, Any]  # {column: value}; "trial", "state", those of the trial's changes, COSTS, metrics
@@ -45,17 +46,17 @@ class Point(NamedTuple):
 def curves_of(job: Any) -> dict[str, Curve]:
   """What a trial has logged so far."""
   try:
-    with telling(job.workdir):
-      return read(job.workdir)
+    with translate_storage_errors(job.workdir):
+      return read_curves(job.workdir)
   except (ConfigError, OSError):  # not yet, or a bucket that cannot be reached now
     return {}
 
 
-def make_row(job: Any, curves: Mapping[str, Curve]) -> Row:
+def make_result_row(job: Any, curves: Mapping[str, Curve]) -> Row:
   """The last value of every metric, beside what the trial changes and costs."""
   step = max((steps[-1] for steps, _ in curves.values()), default=0)
   costs = {"parameters": job.facts["parameters"], **{key: step * job.facts[key] for key in ("tokens", "flops")}}
-  last = {name: values[-1] for name, (_, values) in sorted(curves.items()) if not name.startswith("yardstick/")}
+  last = {name: values[-1] for name, (_, values) in sorted(curves.items()) if not name.startswith("baseline/")}
   changes = {
     key: value.item() if hasattr(value, "item") else value for key, value in job.trial.items()
   }  # NumPy's numbers
@@ -72,12 +73,12 @@ def measured(plan: Sweep, row: Row) -> float:
   return value if math.isfinite(value) else math.nan
 
 
-def turned(plan: Sweep, value: float) -> float:
+def to_minimize(plan: Sweep, value: float) -> float:
   """The value, with its sign turned where the most is best: less is better."""
   return -value if plan.best_is == "most" else value
 
 
-def along(plan: Sweep, row: Row) -> Any:
+def x_value(plan: Sweep, row: Row) -> Any:
   """A row's x; what is no number is a name. None where it was not measured, or nothing was spent yet."""
   x = row.get(plan.x, math.nan if "/" in plan.x else "unset")
   if isinstance(x, bool) or not isinstance(x, (int, float)):
@@ -94,7 +95,7 @@ def grouped(plan: Sweep, jobs: Sequence[Any], rows: Sequence[Row]) -> list[Group
     found.setdefault(key, []).append(row)
 
   def group(of: list[Row]) -> Group:
-    xs = [x for x in (along(plan, row) for row in of) if x is not None] or [None]
+    xs = [x for x in (x_value(plan, row) for row in of) if x is not None] or [None]
     values = [measured(plan, row) for row in of]
     failed = any(row["state"] in ENDED and math.isnan(value) for row, value in zip(of, values))
     x = xs[0] if len(set(xs)) == 1 else statistics.fmean(xs)
@@ -105,17 +106,17 @@ def grouped(plan: Sweep, jobs: Sequence[Any], rows: Sequence[Row]) -> list[Group
 
 def ranked(plan: Sweep, groups: Sequence[Group]) -> list[Group]:
   """Those whose trials all are finished, with a finite number; the best mean first."""
-  return sorted((g for g in groups if math.isfinite(g.mean)), key=lambda g: turned(plan, g.mean))
+  return sorted((g for g in groups if math.isfinite(g.mean)), key=lambda g: to_minimize(plan, g.mean))
 
 
 def label(plan: Sweep, row: Row) -> str:
   """Of the line that a row belongs to; a name stands for itself, a number beside its key."""
   short = short_keys([{key: None for key in plan.lines}])
   values = {key: row.get(key) for key in plan.lines}
-  return ", ".join(v if isinstance(v, str) else f"{short[key]} {written(v)}" for key, v in values.items())
+  return ", ".join(v if isinstance(v, str) else f"{short[key]} {format_value(v)}" for key, v in values.items())
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
   if isinstance(value, float) or (isinstance(value, int) and value >= 10_000):
     return human_number(value) if 1e4 <= abs(value) < 1e15 else f"{value:.3g}"
   return str(value)
@@ -146,7 +147,7 @@ def frontier(plan: Sweep, lines: Mapping[str, list[Point]]) -> list[tuple[float,
   """The points that none with a smaller or equal x is better than (Pareto)."""
   out: list[tuple[float, float]] = []
   drawn = [(point.x, point.mean) for line in lines.values() for point in line]
-  for x, y in sorted(drawn, key=lambda p: (p[0], turned(plan, p[1]))):
-    if not out or turned(plan, y) < turned(plan, out[-1][1]):
+  for x, y in sorted(drawn, key=lambda p: (p[0], to_minimize(plan, p[1]))):
+    if not out or to_minimize(plan, y) < to_minimize(plan, out[-1][1]):
       out.append((x, y))
   return out

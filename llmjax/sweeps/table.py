@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmjax.config import nearest
-from llmjax.data.buckets import in_bucket
-from llmjax.metrics import CURVES, human_time
-from llmjax.plots import number
+from llmjax.config import suggest_name
+from llmjax.reporting.plots import number
+from llmjax.storage.buckets import in_bucket
 from llmjax.sweeps.results import ENDED, curves_of
-from llmjax.trials import Sweep
+from llmjax.sweeps.trials import Sweep
+from llmjax.telemetry.curves import CURVES
+from llmjax.telemetry.progress import human_time
 
 Newest = dict[str, tuple[int, float]]  # {metric: (step, value)}
 
@@ -106,7 +107,7 @@ class Table:
     if self.plan.metric in newest:
       step, value = newest[self.plan.metric]
       return f", {self.plan.metric} {number(value)} at step {step:,}"
-    return f", without {self.plan.metric}; {nearest(self.plan.metric, newest)}" if job.state == "finished" else ""
+    return f", without {self.plan.metric}; {suggest_name(self.plan.metric, newest)}" if job.state == "finished" else ""
 
   def _table(self, jobs: Sequence[Any]) -> Any:
     """What runs and the latest that ended; the others as a count."""

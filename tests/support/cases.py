@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from llmjax import sharding, step
-from llmjax.data import packing, tokenizer
+from llmjax.data import packing
 from llmjax.data.pipeline import EVAL, TrainStream, generator
-from llmjax.data.source import Source
+from llmjax.data.sources.base import Source
+from llmjax.data.tokenizers import base
+from llmjax.distributed import sharding
 from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
@@ -27,9 +28,10 @@ from llmjax.objectives.masked_lm import MaskedLM
 from llmjax.objectives.prefix_lm import PrefixLM
 from llmjax.objectives.span_corruption import SpanCorruption
 from llmjax.objectives.weighted_sum import WeightedSum
-from llmjax.types import probe
+from llmjax.training import step
+from llmjax.types import dummy_batch
 
-TOKENIZER = tokenizer.make({"name": "bytes", "mask": True, "sentinels": 9})
+TOKENIZER = base.make_tokenizer({"name": "bytes", "mask": True, "sentinels": 9})
 VOCAB, LENGTH, ROWS = TOKENIZER.vocab_size, 32, 8
 
 PLAIN = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "norm_bias": False}
@@ -157,7 +159,7 @@ def pieces(case, count, seed=0):
   for i, record in enumerate(itertools.islice(source, count)):
     [ids] = case.objective.window(TOKENIZER.document(record["text"]), LENGTH)[:1]
     features = case.objective.features({**record, "ids": ids}, generator(seed, EVAL, i), source)
-    examples.append(packing.flatten(features))
+    examples.append(packing.flatten_features(features))
   return examples
 
 
@@ -193,7 +195,7 @@ def parameters(cfg, seed=0):
   No bias or norm is at its neutral initial value, so that a model that ignores one differs. Adapters are: their second
   factor is zero.
   """
-  boxed = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), probe())["params"]
+  boxed = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), dummy_batch())["params"]
   is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
   stddev = cfg.init_stddev or cfg.d_model**-0.5
 
@@ -218,7 +220,9 @@ def parameters(cfg, seed=0):
 
 @functools.cache
 def gradient_function(case, accum=1):
-  return jax.jit(functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum))
+  return jax.jit(
+    functools.partial(step.compute_gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum)
+  )
 
 
 def gradients(case, params, batch, accum=1, key=0):
@@ -240,14 +244,16 @@ def mesh_shardings(cfg, sizes):
   """
   rules = {**sharding.RULES, "vocab": None, "act_vocab": None}
   mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-  with sharding.use(mesh, rules):
+  with sharding.use_mesh(mesh, rules):
     param_shardings = sharding.param_shardings(*parameters(cfg), mesh, rules)
-    yield param_shardings, sharding.named(mesh, "act_batch", rules=rules)
+    yield param_shardings, sharding.named_sharding(mesh, "act_batch", rules=rules)
 
 
 def gradients_on_mesh(case, params, batch, sizes, accum=1, key=0):
   """(gradients, metrics) of `step.gradients` as NumPy arrays, computed on a mesh with `sizes`."""
-  function = functools.partial(step.gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum)
+  function = functools.partial(
+    step.compute_gradients, model=Transformer(case.cfg), objective=case.objective, accum=accum
+  )
   with mesh_shardings(case.cfg, sizes) as (param_shardings, row_sharding):
     function = jax.jit(function, in_shardings=(param_shardings, row_sharding, None))
     return jax.device_get(function(params, batch, jax.random.key(key)))

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from llmjax.data import python_stdlib
+from llmjax.datasets import python_stdlib
 
 # Two packages with enough functions to be classes of the config "package", and some of the rest.
 PACKAGES = ("asyncio", "email", "json")

@@ -16,9 +16,11 @@ from unittest import mock
 
 import jax
 
-from llmjax import cli, hosts, train
+from llmjax.cli.main import main
 from llmjax.data.pipeline import TrainStream
-from llmjax.verify import row_hashes
+from llmjax.diagnostics.verify import row_hashes
+from llmjax.distributed import processes
+from llmjax.training import loop
 
 
 def run_commands(folder, commands) -> None:
@@ -36,14 +38,14 @@ def run_commands(folder, commands) -> None:
       return batch
 
   with contextlib.ExitStack() as patches:
-    patches.enter_context(mock.patch.object(train, "TrainStream", RecordingStream))
+    patches.enter_context(mock.patch.object(loop, "TrainStream", RecordingStream))
     for command in commands:
       with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = cli.main(command)
+        code = main(command)
       assert code == 0, command
       outputs.append(out.getvalue())
       # JAX connects to the other processes once.
-      patches.enter_context(mock.patch.object(hosts, "start", lambda *args, **settings: None))
+      patches.enter_context(mock.patch.object(processes, "join_processes", lambda *args, **settings: None))
   for name, content in (("output", outputs), ("rows", rows)):
     Path(folder, f"{name}.{jax.process_index()}.json").write_text(json.dumps(content))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmjax import sharding
+from llmjax.distributed import sharding
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.losses import cross_entropy
 
@@ -19,7 +19,7 @@ class LocalLoss(CausalLM):
 
   def loss(self, forward, batch, rngs):
     tokens = ("act_batch", "act_len")
-    axes = sharding.axes_of("act_batch") + sharding.axes_of("act_len")
+    axes = sharding.mesh_axes_of("act_batch") + sharding.mesh_axes_of("act_len")
 
     def total(logits, labels, weight):
       nll = jnp.sum(cross_entropy(logits, labels)[1] * weight)
@@ -41,7 +41,7 @@ def clip_each_parameter(axes, norm):
   def update(grad, param):
     def clip(shard):
       square = jnp.sum(jnp.square(shard))
-      sharded = tuple(axis for name in axes for axis in sharding.axes_of(name))
+      sharded = tuple(axis for name in axes for axis in sharding.mesh_axes_of(name))
       whole = jnp.sqrt(jax.lax.psum(square, sharded) if norm == "global" and sharded else square)
       return shard / jnp.maximum(whole / 1e-3, 1.0)
 

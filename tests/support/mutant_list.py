@@ -2,30 +2,30 @@
 
 from tests.support.mutants import Mutant
 
-BEAMS = "tests/beam_search_test.py::"
-CRF = "tests/crf_test.py::"
-FINETUNE = "tests/finetune_test.py::"
-GENERATION = "tests/generation_test.py::"
-HUGGINGFACE = "tests/huggingface_test.py::"
-INVARIANTS = "tests/invariants_test.py::"
-KERNELS = "tests/kernels_test.py::"
-MODEL = "tests/model_test.py::"
-MUP = "tests/parametrization_test.py::"
-OBJECTIVES = "tests/objectives_test.py::"
-OPTIM = "tests/optim_test.py::"
-PACKING = "tests/packing_test.py::"
-PEFT = "tests/peft_test.py::"
-PIPELINE = "tests/pipeline_test.py::"
-PREFERENCE = "tests/preference_test.py::"
-SEQ2SEQ = "tests/seq2seq_test.py::"
-SFT = "tests/sft_test.py::"
-STEP = "tests/step_test.py::"
-VERIFY = "tests/verify_test.py::"
+BEAMS = "tests/inference/beam_search_test.py::"
+CRF = "tests/objectives/crf_test.py::"
+FINETUNE = "tests/training/trainable_test.py::"
+GENERATION = "tests/inference/generation_test.py::"
+HUGGINGFACE = "tests/interop/huggingface_test.py::"
+INVARIANTS = "tests/training/invariants_test.py::"
+KERNELS = "tests/models/attention_test.py::"
+MODEL = "tests/models/transformer_test.py::"
+MUP = "tests/diagnostics/mup_coord_check_test.py::"
+OBJECTIVES = "tests/objectives/objectives_test.py::"
+OPTIM = "tests/training/optimizers_test.py::"
+PACKING = "tests/data/packing_test.py::"
+PEFT = "tests/interop/peft_test.py::"
+PIPELINE = "tests/data/pipeline_test.py::"
+PREFERENCE = "tests/objectives/preference_test.py::"
+SEQ2SEQ = "tests/objectives/seq2seq_test.py::"
+SFT = "tests/objectives/sft_test.py::"
+STEP = "tests/training/step_test.py::"
+VERIFY = "tests/diagnostics/verify_test.py::"
 
 LOSSES = (
   Mutant(
     "tiled-logits-average-the-gradient",
-    "step.py",
+    "training/step.py",
     "return function(self.unembed(parts[0]), *parts[1:])",
     "hidden = jax.lax.stop_gradient(parts[0])\n"
     "      return function(self.unembed(hidden + (parts[0] - hidden) / self.tiles), *parts[1:])",
@@ -34,7 +34,7 @@ LOSSES = (
   ),
   Mutant(
     "tiled-logits-permute-the-tokens",
-    "step.py",
+    "training/step.py",
     "jnp.moveaxis(x, 0, 2).reshape(x.shape[1], length), each)",
     "jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length), each)",
     (INVARIANTS + "test_tiled_logits_give_the_untiled_loss_and_gradients[gpt causal_lm-4]",),
@@ -42,7 +42,7 @@ LOSSES = (
   ),
   Mutant(
     "accumulation-means-of-microbatch-means",
-    "step.py",
+    "training/step.py",
     "value = objective_value(sums, weights, objective)",
     "value = objective_value(sums, objective.weights(micro), objective) / accum",
     (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
@@ -50,7 +50,7 @@ LOSSES = (
   ),
   Mutant(
     "one-denominator-for-all-terms",
-    "step.py",
+    "training/step.py",
     "scale = jnp.where(weights[term] > 0, coefficient / jnp.maximum(weights[term], 1e-30), 0.0)",
     "weight = next(iter(weights.values()))\n"
     "    scale = jnp.where(weight > 0, coefficient / jnp.maximum(weight, 1e-30), 0.0)",
@@ -185,7 +185,7 @@ LOSSES = (
 ATTENTION = (
   Mutant(
     "packed-documents-see-each-other",
-    "models/scores.py",
+    "models/attention/masks.py",
     "same = query.segments[:, :, None] == key.segments[:, None, :]",
     "same = query.segments[:, :, None] > 0",
     (
@@ -196,7 +196,7 @@ ATTENTION = (
   ),
   Mutant(
     "causal-mask-shows-the-next-token",
-    "models/scores.py",
+    "models/attention/masks.py",
     "visible &= ahead <= 0 if key.prefix is None else (ahead <= 0) | (key.prefix[:, None, :] > 0)",
     "visible &= ahead <= 1 if key.prefix is None else (ahead <= 1) | (key.prefix[:, None, :] > 0)",
     (
@@ -207,14 +207,14 @@ ATTENTION = (
   ),
   Mutant(
     "causal-mask-forgotten",
-    "models/scores.py",
+    "models/attention/masks.py",
     "  if causal:\n    visible &=",
     "  if False:\n    visible &=",
     (STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[decoder]",),
   ),
   Mutant(
     "prefix-forgotten",
-    "models/scores.py",
+    "models/attention/masks.py",
     "visible &= ahead <= 0 if key.prefix is None else (ahead <= 0) | (key.prefix[:, None, :] > 0)",
     "visible &= ahead <= 0",
     (
@@ -225,7 +225,7 @@ ATTENTION = (
   ),
   Mutant(
     "window-one-token-too-wide",
-    "models/scores.py",
+    "models/attention/masks.py",
     "visible &= jnp.abs(ahead) < window if causal",
     "visible &= jnp.abs(ahead) <= window if causal",
     (
@@ -235,7 +235,7 @@ ATTENTION = (
   ),
   Mutant(
     "encoder-window-not-halved",
-    "models/scores.py",
+    "models/attention/masks.py",
     "else jnp.abs(ahead) <= window // 2",
     "else jnp.abs(ahead) <= window",
     (
@@ -254,7 +254,7 @@ ATTENTION = (
   Mutant(
     "cross-attention-sees-other-documents",
     "models/transformer.py",
-    'masks["cross"] = scores.attention_mask(tokens, memory_tokens, causal=False)',
+    'masks["cross"] = attention_mask(tokens, memory_tokens, causal=False)',
     "shape = (*tokens.segments.shape, memory_tokens.segments.shape[1])\n"
     '      masks["cross"] = jnp.broadcast_to(memory_tokens.segments[:, None] > 0, shape)',
     (STEP + "test_target_attends_to_its_whole_input_and_earlier_targets",),
@@ -262,7 +262,7 @@ ATTENTION = (
   ),
   Mutant(
     "query-heads-grouped-in-turn",
-    "models/scores.py",
+    "models/attention/masks.py",
     "grouped = query.reshape(batch, length, shared, heads // shared, width)",
     "grouped = query.reshape(batch, length, heads // shared, shared, width).swapaxes(2, 3)",
     (MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",),
@@ -270,21 +270,21 @@ ATTENTION = (
   ),
   Mutant(
     "softcap-not-scaled-back",
-    "models/scores.py",
+    "models/attention/masks.py",
     "scores = settings.softcap * jnp.tanh(scores / settings.softcap)",
     "scores = jnp.tanh(scores / settings.softcap)",
     (MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",),
   ),
   Mutant(
     "relative-positions-reversed",
-    "models/scores.py",
+    "models/attention/masks.py",
     "ahead = key[:, None, :] - query[:, :, None]",
     "ahead = query[:, :, None] - key[:, None, :]",
     (MODEL + "test_relative_buckets_equal_the_formula_of_t5[True-32-128]",),
   ),
   Mutant(
     "relative-buckets-begin-one-late",
-    "models/scores.py",
+    "models/attention/masks.py",
     "bucket += distance >= exact + int(np.argmax(wide >= least))",
     "bucket += distance > exact + int(np.argmax(wide >= least))",
     (MODEL + "test_relative_buckets_equal_the_formula_of_t5[True-32-128]",),
@@ -317,7 +317,7 @@ ATTENTION = (
 ATTENTION_KERNELS = (
   Mutant(
     "chunked-softmax-is-not-rescaled",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "return shrink[..., None] * out + new_out, new, total",
     "return out + new_out, new, total",
     (KERNELS + "test_chunked_attention_equals_reference[packed]",),
@@ -325,15 +325,15 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "chunked-dropout-by-position-in-document",
-    "models/blockwise.py",
-    "scores.kept(dropout_keys, heads, queries.ids, keys.ids, settings.dropout)",
-    "scores.kept(dropout_keys, heads, queries.positions, keys.positions, settings.dropout)",
+    "models/attention/blockwise.py",
+    "masks.dropout_keep_mask(dropout_keys, heads, queries.ids, keys.ids, settings.dropout)",
+    "masks.dropout_keep_mask(dropout_keys, heads, queries.positions, keys.positions, settings.dropout)",
     (KERNELS + "test_chunked_attention_equals_reference[all]",),
     "documents of a row drop the same weights; the kernels give different losses",
   ),
   Mutant(
     "dropout-missing-from-dv",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "(weights * keep).astype(d_out.dtype)",
     "weights.astype(d_out.dtype)",
     (KERNELS + "test_chunked_attention_equals_reference[all]",),
@@ -341,7 +341,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "softmax-gradient-without-delta",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "pull(weights * (d_weights * keep - row(delta)))",
     "pull(weights * d_weights * keep)",
     (KERNELS + "test_chunked_attention_equals_reference[packed]",),
@@ -349,7 +349,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "dk-of-the-last-query-block-alone",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "jax.tree.map(jnp.add, (*carry, d_key, d_value), (new_query",
     "jax.tree.map(jnp.add, (*carry, jnp.zeros_like(d_key), d_value), (new_query",
     (KERNELS + "test_chunked_attention_equals_reference[packed]",),
@@ -357,7 +357,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "ring-dq-of-the-last-device-alone",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "lax.scan(key_block, (d_query, d_table), (source, d_source))",
     "lax.scan(key_block, (jnp.zeros_like(d_query), d_table), (source, d_source))",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
@@ -365,7 +365,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "ring-dk-of-the-last-device-alone",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "    source, d_source = travelling\n",
     "    source, (d_key, d_value) = travelling\n    d_source = jnp.zeros_like(d_key), d_value\n",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
@@ -373,7 +373,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "ring-dv-of-the-last-device-alone",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "    source, d_source = travelling\n",
     "    source, (d_key, d_value) = travelling\n    d_source = d_key, jnp.zeros_like(d_value)\n",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
@@ -381,7 +381,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "ring-keys-leave-their-segments",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "return (state, jax.tree.map(send, travelling)), None",
     "return (state, jax.tree.map(lambda x: x if x.dtype == jnp.int32 else send(x), travelling)), None",
     (KERNELS + "test_ring_attention_equals_reference[d2c2t2-cross of odd lengths with dropout]",),
@@ -389,7 +389,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "ring-sends-the-other-way",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "perm=[(i, (i + 1) % count) for i in range(count)]",
     "perm=[(i, (i + 2) % count) for i in range(count)]",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
@@ -397,7 +397,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "ring-order-not-restored",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "return _exchanged(layout, x, back=True) if layout.zigzag else x",
     "return _exchanged(layout, x) if layout.zigzag else x",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
@@ -405,7 +405,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "ring-relative-table-not-summed",
-    "models/blockwise.py",
+    "models/attention/blockwise.py",
     "d_table = lax.psum(d_table, layout.replicated).astype(relative.dtype)",
     "d_table = d_table.astype(relative.dtype)",
     (KERNELS + "test_ring_attention_equals_reference[c4t2-all]",),
@@ -413,7 +413,7 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "splash-without-softcap",
-    "models/kernels.py",
+    "models/attention/kernels.py",
     "attn_logits_soft_cap=settings.softcap,",
     "attn_logits_soft_cap=None,",
     (KERNELS + "test_splash_attention_interpreted_equals_reference[window both ways]",),
@@ -421,21 +421,21 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "splash-without-scale",
-    "models/kernels.py",
+    "models/attention/kernels.py",
     "(query * settings.scale, key, value)",
     "(query, key, value)",
     (KERNELS + "test_splash_attention_interpreted_equals_reference[packed]",),
   ),
   Mutant(
     "splash-window-one-token-too-wide",
-    "models/kernels.py",
+    "models/attention/kernels.py",
     "(settings.window - 1, 0) if settings.causal",
     "(settings.window, 0) if settings.causal",
     (KERNELS + "test_splash_attention_interpreted_equals_reference[window]",),
   ),
   Mutant(
     "cudnn-without-scale",
-    "models/kernels.py",
+    "models/attention/kernels.py",
     'mask[:, None], scale=settings.scale, implementation="cudnn"',
     'mask[:, None], implementation="cudnn"',
     (INVARIANTS + "test_cudnn_kernel_gets_scale_mask_and_bias",),
@@ -443,8 +443,8 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "cudnn-without-relative-bias",
-    "models/kernels.py",
-    "bias = scores.relative_bias(relative, queries, keys, settings).astype(query.dtype)",
+    "models/attention/kernels.py",
+    "bias = masks.relative_bias(relative, queries, keys, settings).astype(query.dtype)",
     "bias = None",
     (INVARIANTS + "test_cudnn_kernel_gets_scale_mask_and_bias",),
     "T5 on GPU has no positions",
@@ -509,7 +509,7 @@ MODELS = (
   ),
   Mutant(
     "dropout-the-same-in-every-step",
-    "step.py",
+    "training/step.py",
     "key = jax.random.fold_in(key, state.step)",
     "key = jax.random.fold_in(key, 0)",
     (INVARIANTS + "test_dropout_differs_between_steps",),
@@ -554,7 +554,7 @@ MODELS = (
   ),
   Mutant(
     "lora-merge-without-scale",
-    "finetune.py",
+    "models/lora.py",
     "return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)",
     "return (kernel.astype(jnp.float32) + product).astype(kernel.dtype)",
     (FINETUNE + "test_merged_adapters_compute_the_same_logits[llama causal_lm]",),
@@ -610,7 +610,7 @@ MODELS = (
 OPTIMIZERS = (
   Mutant(
     "gradient-scaled-by-data-axis",
-    "step.py",
+    "training/step.py",
     '  if "objective" in metrics:  # already',
     "  from llmjax import sharding\n\n"
     '  grads = jax.tree.map(lambda g: g / sharding.parts("act_batch"), grads)\n'
@@ -620,7 +620,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "gradient-scaled-by-expert-axis",
-    "step.py",
+    "training/step.py",
     '  if "objective" in metrics:  # already',
     "  from llmjax import sharding\n\n"
     '  grads = jax.tree.map(lambda g: g / sharding.parts("experts"), grads)\n'
@@ -630,29 +630,30 @@ OPTIMIZERS = (
   ),
   Mutant(
     "clip-by-local-gradient-norm",
-    "optim.py",
-    "grads, _ = clip.update(_widen(grads), optax.EmptyState())",
+    "training/optimizers.py",
+    "grads, _ = clip.update(_promote_to_float32(grads), optax.EmptyState())",
     "from llmjax import sharding\n\n"
     "    local = sharding.per_device(lambda g: clip.update(g, optax.EmptyState())[0], (axes,), axes)\n"
-    "    grads = local(_widen(grads))",
+    "    grads = local(_promote_to_float32(grads))",
     (STEP + "test_two_train_steps_on_mesh_equal_one_device[llama causal_lm-sizes0-2]",),
     "each device clips by the norm of its own shards",
   ),
   Mutant(
     "clip-by-parameter",
-    "optim.py",
-    "grads, _ = clip.update(_widen(grads), optax.EmptyState())",
-    "grads = jax.tree.map(lambda g: clip.update(g, optax.EmptyState())[0], _widen(grads))",
+    "training/optimizers.py",
+    "grads, _ = clip.update(_promote_to_float32(grads), optax.EmptyState())",
+    "grads = jax.tree.map(lambda g: clip.update(g, optax.EmptyState())[0], _promote_to_float32(grads))",
     (OPTIM + "test_clip_norm_is_the_norm_of_the_whole_tree",),
     "clip_norm bounds every parameter's gradient by itself",
   ),
   Mutant(
     "clip-after-the-optimizer",
-    "optim.py",
-    "    grads, _ = clip.update(_widen(grads), optax.EmptyState())\n"
-    "    pairs = jax.tree.map(one, _widen(params), grads, state, each, rates, scales)\n"
+    "training/optimizers.py",
+    "    grads, _ = clip.update(_promote_to_float32(grads), optax.EmptyState())\n"
+    "    pairs = jax.tree.map(one, _promote_to_float32(params), grads, state, each, rates, scales)\n"
     "    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))",
-    "    pairs = jax.tree.map(one, _widen(params), _widen(grads), state, each, rates, scales)\n"
+    "    pairs = jax.tree.map(one, _promote_to_float32(params), _promote_to_float32(grads), "
+    "state, each, rates, scales)\n"
     "    direction, state = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))\n"
     "    return clip.update(direction, optax.EmptyState())[0], state",
     (INVARIANTS + "test_clipping_scales_gradients_and_not_directions",),
@@ -660,7 +661,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "weight-decay-on-norms",
-    "optim.py",
+    "training/optimizers.py",
     "return weight_decay / wider if decayed else 0",
     "return weight_decay / wider",
     (OPTIM + "test_weight_decay_is_decoupled_and_masked",),
@@ -668,7 +669,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "weight-decay-through-the-moments",
-    "optim.py",
+    "training/optimizers.py",
     "direction, part = tx.update(grad, part, param)\n      direction = direction + rate * param if rate else direction",
     "direction, part = tx.update(grad + rate * param, part, param)",
     (OPTIM + "test_weight_decay_is_decoupled_and_masked",),
@@ -676,7 +677,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "warm-up-begins-at-zero",
-    "optim.py",
+    "training/schedules.py",
     "float((step + 1) / warmup if step < peak else after(step))",
     "float(step / warmup if step < peak else after(step))",
     (OPTIM + "test_schedule_has_no_zero_warmup_step_and_ends_at_final[cosine]",),
@@ -684,7 +685,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "schedule-ends-one-step-late",
-    "optim.py",
+    "training/schedules.py",
     "last=max(total_steps - 1, peak)",
     "last=max(total_steps, peak)",
     (OPTIM + "test_schedule_has_no_zero_warmup_step_and_ends_at_final[cosine]",),
@@ -692,14 +693,14 @@ OPTIMIZERS = (
   ),
   Mutant(
     "ema-of-the-previous-parameters",
-    "step.py",
+    "training/step.py",
     "ema = optax.incremental_update(params, state.ema, 1 - ema_decay)",
     "ema = optax.incremental_update(state.params, state.ema, 1 - ema_decay)",
     (INVARIANTS + "test_ema_decays_towards_the_updated_parameters",),
   ),
   Mutant(
     "ema-decay-swapped",
-    "step.py",
+    "training/step.py",
     "ema = optax.incremental_update(params, state.ema, 1 - ema_decay)",
     "ema = optax.incremental_update(params, state.ema, ema_decay)",
     (INVARIANTS + "test_ema_decays_towards_the_updated_parameters",),
@@ -707,14 +708,14 @@ OPTIMIZERS = (
   ),
   Mutant(
     "muon-rescaled-by-the-wrong-side",
-    "optim.py",
+    "training/optimizers.py",
     "max(1.0, fan_out / fan_in) if consistent_rms is None",
     "max(1.0, fan_in / fan_out) if consistent_rms is None",
     (OPTIM + "test_muon_orthogonalizes_hidden_matrices_and_uses_adam_elsewhere",),
   ),
   Mutant(
     "muon-splits-heads-from-the-input-side",
-    "models/width.py",
+    "models/mup.py",
     'return tuple(range(len(axes) - 1)) if axes[-1] == "embed" else None',
     'return (0,) if axes[-1] == "embed" else None',
     (OPTIM + "test_matrix_inputs_follow_from_axis_names",),
@@ -722,7 +723,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "adafactor-factors-laid-out-like-each-other",
-    "optim.py",
+    "training/optimizers.py",
     "v_row=like(x.v_row, larger), v_col=like(x.v_col, smaller)",
     "v_row=like(x.v_row, smaller), v_col=like(x.v_col, larger)",
     (OPTIM + "test_adafactor_factors_are_sharded_like_the_remaining_dimension",),
@@ -730,14 +731,14 @@ OPTIMIZERS = (
   ),
   Mutant(
     "adafactor-without-clipping-of-updates",
-    "optim.py",
+    "training/optimizers.py",
     "  if clip_threshold is not None:",
     "  if clip_threshold is None:",
     (OPTIM + "test_adafactor_equals_its_formula",),
   ),
   Mutant(
     "layers-share-adafactors-statistics",
-    "optim.py",
+    "training/optimizers.py",
     "for _ in range(len(names) - len(own)):\n    init, update = jax.vmap(init), jax.vmap(update)",
     "for _ in range(0):\n    init, update = jax.vmap(init), jax.vmap(update)",
     (OPTIM + "test_optimizer_stacked_layers_equal_unstacked[adafactor]",),
@@ -745,7 +746,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "mup-rate-does-not-follow-the-width",
-    "models/width.py",
+    "models/mup.py",
     "return own / fan_in",
     "return own",
     (MUP + "test_mup_scales_equal_table_8_of_the_paper[layers-mlp-embed]",),
@@ -753,8 +754,8 @@ OPTIMIZERS = (
   ),
   Mutant(
     "mup-readout-not-divided",
-    "models/width.py",
-    "return 1 / growth(inputs(axes), ratios) if is_readout(axes) else 1.0",
+    "models/mup.py",
+    "return 1 / width_multiplier(input_axes(axes), ratios) if is_readout(axes) else 1.0",
     "return 1.0",
     (MUP + "test_mup_scales_equal_table_8_of_the_paper[embed-vocab]",),
   ),
@@ -767,7 +768,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "layer-decay-begins-at-the-first-layer",
-    "finetune.py",
+    "training/trainable.py",
     "scale = np.array([decay ** (depth - i) for i, _ in here], np.float32)",
     "scale = np.array([decay ** (i + 1) for i, _ in here], np.float32)",
     (FINETUNE + "test_layer_scales_are_powers_of_the_depth_below_the_top",),
@@ -843,16 +844,16 @@ DATA = (
   Mutant(
     "evaluation-counts-filler-rows",
     "data/pipeline.py",
-    "packing.make_row(row[i] if i < len(row) else (), example, plan.sizes)",
-    "packing.make_row(row[min(i, len(row) - 1)] if row else (), example, plan.sizes)",
+    "packing.pack_row(row[i] if i < len(row) else (), example, plan.sizes)",
+    "packing.pack_row(row[min(i, len(row) - 1)] if row else (), example, plan.sizes)",
     (PIPELINE + "test_evaluation_has_every_token_once[1-30]",),
     "rows that run out repeat their last example instead of padding",
   ),
   Mutant(
     "evaluation-means-of-batch-means",
-    "evaluate.py",
-    "total = metriclib.add(total, jax.tree.map(np.float64, metrics))",
-    "total = metriclib.add(total, {name: (s / max(w, 1e-9), float(w > 0)) for name, (s, w) in metrics.items()})",
+    "evaluation/evaluators.py",
+    "total = add_metrics(total, jax.tree.map(np.float64, metrics))",
+    "total = add_metrics(total, {name: (s / max(w, 1e-9), float(w > 0)) for name, (s, w) in metrics.items()})",
     (INVARIANTS + "test_evaluation_weighs_batches_by_their_weights",),
     "the last, half-empty batch of a split counts like a full one",
   ),
@@ -861,7 +862,7 @@ DATA = (
 RESUME = (
   Mutant(
     "resume-restarts-the-data",
-    "train.py",
+    "training/loop.py",
     "  if cursor is not None:\n    stream.restore(cursor)",
     "  if cursor is not None:\n    stream.restore(stream.cursor)",
     (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
@@ -869,7 +870,7 @@ RESUME = (
   ),
   Mutant(
     "resume-restarts-the-schedule",
-    "train.py",
+    "training/loop.py",
     "rate = replicate(np.float32(program.learning_rate(step)), program)",
     "rate = replicate(np.float32(program.learning_rate(step - first)), program)",
     (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
@@ -877,7 +878,7 @@ RESUME = (
   ),
   Mutant(
     "resume-resets-the-optimizer",
-    "resume.py",
+    "training/resume.py",
     "state = checkpoints.restore(step, program.abstract_state)",
     "state = checkpoints.restore(step, program.abstract_state)\n"
     "      state = state.replace(opt_state=program.init(state.params).opt_state)",
@@ -886,7 +887,7 @@ RESUME = (
   ),
   Mutant(
     "resume-resets-the-step",
-    "resume.py",
+    "training/resume.py",
     "state = checkpoints.restore(step, program.abstract_state)",
     "state = checkpoints.restore(step, program.abstract_state)\n"
     "      state = state.replace(step=program.init(state.params).step)",
@@ -895,7 +896,7 @@ RESUME = (
   ),
   Mutant(
     "checkpoint-leaves-matched-by-shape",
-    "checkpoint.py",
+    "checkpoints/manager.py",
     '    return self._load(step, state=args)["state"]\n\n  def restore_parts',
     '    leaves, tree = jax.tree.flatten(self._load(step, state=args)["state"])\n'
     "    by_shape: dict[Any, list[Any]] = {}\n"
@@ -908,9 +909,9 @@ RESUME = (
   ),
   Mutant(
     "evaluation-ignores-the-average",
-    "program.py",
-    'return finetune.join(state.params if self.config["optim"]["ema_decay"] is None else state.ema, state.frozen)',
-    "return finetune.join(state.params, state.frozen)",
+    "training/program.py",
+    'merge_trainable(state.params if self.config["optim"]["ema_decay"] is None else state.ema, state.frozen)',
+    "merge_trainable(state.params, state.frozen)",
     (INVARIANTS + "test_evaluated_parameters_are_the_average",),
   ),
 )
@@ -926,14 +927,14 @@ GENERATING = (
   ),
   Mutant(
     "cache-index-off-by-one",
-    "models/attention.py",
+    "models/attention/module.py",
     "jax.lax.dynamic_update_slice(cached.value, new, (0, ctx.cache_index, 0, 0))",
     "jax.lax.dynamic_update_slice(cached.value, new, (0, ctx.cache_index + 1, 0, 0))",
     (GENERATION + "test_generate_greedy_equals_the_uncached_forward[learned]",),
   ),
   Mutant(
     "decoded-positions-one-behind",
-    "generation.py",
+    "inference/generation.py",
     "token=token, position=state.position + 1, seen=seen",
     "token=token, position=state.position + (state.count > 0), seen=seen",
     (GENERATION + "test_generate_greedy_equals_the_uncached_forward[learned]",),
@@ -941,14 +942,14 @@ GENERATING = (
   ),
   Mutant(
     "top-p-drops-the-token-that-reaches-p",
-    "sampling.py",
+    "inference/sampling.py",
     "before = jnp.cumsum(probabilities, axis=-1) - probabilities",
     "before = jnp.cumsum(probabilities, axis=-1)",
     (GENERATION + "test_filter_logits_keeps_top_k_top_p_and_min_p",),
   ),
   Mutant(
     "beam-search-drops-finished-beams",
-    "beam_search.py",
+    "inference/beam_search.py",
     "pool = jnp.concatenate([state.finished.scores,",
     "pool = jnp.concatenate([jnp.full_like(state.finished.scores, -jnp.inf),",
     (BEAMS + "test_beam_search_with_all_beams_finds_the_global_optimum[1.0]",),
@@ -956,14 +957,14 @@ GENERATING = (
   ),
   Mutant(
     "length-penalty-without-the-end-token",
-    "beam_search.py",
+    "inference/beam_search.py",
     "power = length.astype(jnp.float32) ** settings.length_penalty",
     "power = jnp.maximum(length - 1, 1).astype(jnp.float32) ** settings.length_penalty",
     (BEAMS + "test_beam_search_with_all_beams_finds_the_global_optimum[1.0]",),
   ),
   Mutant(
     "cache-does-not-follow-its-beam",
-    "generation.py",
+    "inference/generation.py",
     "_read_token(model, params, take(cache, parents), tokens, position, cache_length)",
     "_read_token(model, params, cache, tokens, position, cache_length)",
     (BEAMS + "test_beam_search_over_a_cache_equals_the_uncached_reference[scanned-0]",),

@@ -1,0 +1,95 @@
+"""The manifest of a checkpoint: versioned JSON with all that is needed to use its parameters without a config file."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import importlib.metadata
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmjax.config import default_config
+
+FORMAT_VERSION = 1
+
+
+HEAD = {"head": "lm", "num_classes": 0, "crf": False}  # of a model, which no config says: that of older ones
+
+
+SECTIONS = (
+  "model",
+  "data",
+  "optim",
+  "checkpoint",
+  "log",
+  "rules",
+  "early_stopping",
+)  # of a config, whose keys are fixed
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def make_manifest(program: Any) -> dict[str, Any]:
+  """What a checkpoint says about itself besides the step."""
+  return {
+    "format_version": FORMAT_VERSION,
+    "config": program.config,
+    "model": program.config["model"],
+    "objective": program.config["objective"],
+    "tokenizer": pack_tokenizer(program.tokenizer),
+    "num_params": program.num_params,
+    "total_steps": program.total_steps,
+    "layout": "scanned" if program.model.cfg.scan else "unrolled",
+    "ema": program.config["optim"]["ema_decay"] is not None,
+    "versions": package_versions() | {"commit": source_commit()},
+  }
+
+
+def package_versions() -> dict[str, str]:
+  """Of the packages that a checkpoint was made with; processes that run as one must have the same."""
+  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+@functools.cache
+def source_commit(root: Path = Path(__file__).parents[2]) -> str | None:
+  """Of the code that runs, with "-dirty" where tracked files are changed; None where nothing says it.
+
+  Containers have it in LLMJAX_COMMIT, archives that launchers ship in `.commit`, and else git knows it of a checkout.
+  """
+  with contextlib.suppress(OSError):
+    return os.environ.get("LLMJAX_COMMIT") or (root / ".commit").read_text(encoding="utf-8").strip()
+  git = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+  words = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    # What is installed can lie in somebody else's repository, or be part of one.
+    if 'name="llmjax"' in (root / "setup.py").read_text(encoding="utf-8"):
+      return subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+  return None
+
+
+def pack_tokenizer(tokenizer: Any) -> dict[str, Any]:
+  """A tokenizer as JSON."""
+  files = {name: base64.b64encode(data).decode() for name, data in tokenizer.to_files().items()}
+  return {"spec": tokenizer.spec(), "files": files}
+
+
+def tokenizer_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
+  """The tokenizer's files as `Tokenizer.to_files` gave them."""
+  return {name: base64.b64decode(data) for name, data in manifest["tokenizer"]["files"].items()}
+
+
+def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+  """A manifest with the default of every config key that there was not yet when it was written."""
+  config = manifest["config"]
+  for key, default in default_config().items():
+    value = config.setdefault(key, default)
+    if key in SECTIONS and (key != "model" or value.get("name") == default["name"]):
+      config[key] = {**default, **(HEAD if key == "model" else {}), **value}
+  if manifest["model"].get("name") == config["model"].get("name"):
+    manifest["model"] = {**config["model"], **manifest["model"]}
+  return manifest

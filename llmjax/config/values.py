@@ -1,0 +1,45 @@
+"""Configs as plain data: conversion, flat keys, differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from ml_collections import ConfigDict, FieldReference
+
+Json: TypeAlias = Any  # what JSON can hold
+ConfigTree: TypeAlias = dict[str, Any]  # a config, or a part of one, as plain data
+
+
+def to_dict(spec: Any) -> Any:
+  """A config as plain Python containers, references resolved (tuples stay tuples)."""
+  if isinstance(spec, FieldReference):
+    spec = spec.get()
+  if isinstance(spec, (ConfigDict, Mapping)):
+    return {str(k): to_dict(v) for k, v in spec.items()}
+  if isinstance(spec, (list, tuple)):
+    return tuple(to_dict(v) for v in spec)
+  return spec
+
+
+def flatten_config(spec: Any, prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}; empty dicts stay as leaves."""
+  flat: dict[str, Any] = {}
+  for key, value in to_dict(spec).items():
+    if isinstance(value, dict) and value:
+      flat.update(flatten_config(value, f"{prefix}{key}."))
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat
+
+
+def config_differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+  """{key: (old, new)} of two configs, compared as JSON does (tuples equal lists)."""
+
+  def normal(value):
+    return json.loads(json.dumps(value, default=str))
+
+  old, new = flatten_config(old), flatten_config(new)
+  keys = [k for k in {**old, **new} if normal(old.get(k)) != normal(new.get(k))]
+  return {k: (old.get(k), new.get(k)) for k in keys}

@@ -1,0 +1,1 @@
+"""Tokenizers, one module for each kind."""

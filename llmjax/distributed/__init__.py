@@ -1,0 +1,1 @@
+"""The device mesh and the processes of a run."""

@@ -1,0 +1,1 @@
+"""Evaluators of a model during and after training."""

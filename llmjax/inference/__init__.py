@@ -1,0 +1,1 @@
+"""Generation, embeddings, and predictions."""

@@ -1,0 +1,1 @@
+"""Task metrics, baselines, and sums of metrics."""

@@ -1,0 +1,1 @@
+"""Attention: the module, the masks, and its kernels."""

@@ -1,0 +1,1 @@
+"""Paths in buckets, the cache folder, and content digests."""

@@ -1,0 +1,1 @@
+"""The train step, its program, optimizers, and the train loop."""

@@ -1,0 +1,212 @@
+"""Beam search finds what Transformers finds, what a reference finds without a cache, and all there is to find."""
+
+import functools
+import itertools
+import json
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from llmjax.config import ConfigError
+from llmjax.inference import generation
+from llmjax.inference.generation import beam_search, generate
+from llmjax.models.config import TransformerConfig
+from llmjax.models.transformer import Transformer
+from llmjax.types import Batch, Outputs
+from tests.inference.generation_test import prompts
+from tests.support import make_beam_search
+from tests.support.cases import parameters
+from tests.support.make_beam_search import log_softmax, logits_of, reference
+
+STORED = np.load(make_beam_search.PATH)
+
+
+class TableConfig(NamedTuple):
+  stacks: str = "decoder"
+  max_len: int = 64
+  bidirectional_prompt: bool = False
+
+
+class Table(nn.Module):
+  """A model whose logits are read from a table by the last two tokens; its cache holds the last one."""
+
+  vocabulary: int = make_beam_search.V
+  cfg: TableConfig = TableConfig()
+
+  def setup(self):
+    self.table = self.param("table", nn.initializers.normal(), (self.vocabulary,) * 3)
+
+  @nn.compact
+  def __call__(self, batch, *, cache_length=None, logits=True):
+    ids = batch.inputs.ids
+    last = self.variable("cache", "last", jnp.zeros_like, ids[:, :1])
+    hidden = jnp.stack([jnp.concatenate([last.value, ids[:, :-1]], axis=1), ids], axis=-1)
+    last.value = ids[:, -1:]
+    return Outputs(hidden=hidden, logits=self.unembed(hidden) if logits else None)
+
+  def unembed(self, hidden):
+    return self.table[hidden[..., 0], hidden[..., 1]]
+
+
+@pytest.mark.parametrize("case", range(make_beam_search.STORED))
+def test_beam_search_equals_transformers(case):
+  names = ("prompts", "mask", "new", "scores")
+  prompts, mask, new, scores = (STORED[f"{case}/{name}"] for name in names)
+  settings = json.loads(str(STORED[f"{case}/settings"]))
+  table = logits_of(STORED["tables"][settings.pop("table")], settings.pop("bias"), settings["eos_id"])
+  got, got_scores = beam_search(
+    Table(),
+    {"table": jnp.asarray(table)},
+    *(prompts, mask),
+    **settings,
+    pad_id=make_beam_search.PAD,
+    num_return_sequences=settings["num_beams"],
+  )
+  np.testing.assert_allclose(got_scores, scores, rtol=2e-5)
+  np.testing.assert_array_equal(got[:, 0, : prompts.shape[1]], prompts)
+  np.testing.assert_array_equal(got[:, :, prompts.shape[1] :], new)
+
+
+V = 31
+PLAIN = {"qkv_bias": False, "mlp_bias": False, "norm": "rmsnorm", "norm_bias": False, "init_stddev": 0.3}
+CONFIGS = {
+  "unrolled": TransformerConfig(V, 32, 2, 4, 64, init_stddev=0.3, scan=False),
+  "scanned": TransformerConfig(V, 32, 2, 4, 64, **PLAIN, positions="rotary", num_kv_heads=2),
+  "periods": TransformerConfig(
+    V, 32, 5, 4, 64, **PLAIN, positions="rotary", attention_pattern=("local", "global"), window=4
+  ),
+  "encoder–decoder": TransformerConfig(
+    V, 32, 2, 4, 64, 2, **PLAIN, positions="relative", relative_buckets=8, relative_max_distance=16
+  ),
+}
+ENDS = (3, 7, 11, 15)
+HOW = [
+  {"num_beams": 4, "eos_id": ENDS},
+  {"num_beams": 3, "eos_id": ENDS[:1], "length_penalty": 2.0, "early_stopping": "never", "repetition_penalty": 1.3},
+]
+
+
+@functools.cache
+def model_and_params(name):
+  return Transformer(CONFIGS[name]), parameters(CONFIGS[name])[0]
+
+
+@functools.cache
+def uncached(name):
+  """tokens -> Float[V], by a forward pass over a row of 32; of an encoder–decoder also given its input."""
+  model, params = model_and_params(name)
+
+  @jax.jit
+  def forward(ids, length, source=None, mask=None):
+    real = (jnp.arange(32) < length)[None]
+    batch = Batch.from_tokens(ids, real) if source is None else Batch.from_tokens(source, mask, target_ids=ids)
+    return model.apply({"params": params}, batch).logits[0, length - 1]
+
+  def next_logits(tokens, *source):
+    ids = np.zeros((1, 32), np.int32)
+    ids[0, : len(tokens)] = tokens
+    return np.asarray(forward(ids, len(tokens), *source))
+
+  return next_logits
+
+
+@pytest.mark.parametrize(
+  "name, how",
+  [
+    pytest.param("scanned", HOW[0], id="scanned-0"),
+    pytest.param("encoder–decoder", HOW[1], id="encoder–decoder-1"),
+    pytest.param("unrolled", HOW[0], id="unrolled-0", marks=pytest.mark.slow),
+    pytest.param("periods", HOW[1], id="periods-1", marks=pytest.mark.slow),
+    *(
+      pytest.param(name, HOW[i], id=f"{name}-{i}", marks=pytest.mark.full("families"))
+      for name, i in (("scanned", 1), ("encoder–decoder", 0), ("unrolled", 1), ("periods", 0))
+    ),
+  ],
+)
+def test_beam_search_over_a_cache_equals_the_uncached_reference(name, how):
+  model, params = model_and_params(name)
+  ids, mask = prompts()
+  start, separate = 5, name == "encoder–decoder"
+  how = {**how, "max_new_tokens": 8}
+  beams = how["num_beams"]
+  got, scores = beam_search(model, params, ids, mask, **how, num_return_sequences=beams, pad_id=1, start_id=start)
+  assert got.shape == (3, beams, 9 if separate else 17)
+  for row in range(3):
+    source = (ids[row : row + 1], mask[row : row + 1]) if separate else ()
+    prompt = [start] if separate else ids[row][mask[row] == 1].tolist()
+    want = reference(lambda tokens, source=source: uncached(name)(tokens, *source), prompt, **how)
+    np.testing.assert_allclose(scores[row], [score for score, _ in want], rtol=1e-4)
+    for beam, (_, tokens) in enumerate(want):
+      assert got[row, beam, -8:].tolist() == tokens + [1] * (8 - len(tokens))
+  best = generate(model, params, ids, mask, **how, pad_id=1, start_id=start)
+  np.testing.assert_array_equal(best, got[:, 0])
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.5])
+def test_beam_search_with_all_beams_finds_the_global_optimum(length_penalty):
+  vocabulary, limit, ends = 5, 4, (2, 4)
+  model = Table(vocabulary)
+  table = np.random.default_rng(1).normal(size=(vocabulary,) * 3).astype(np.float32)
+  everything = []
+  for tokens in itertools.product(range(vocabulary), repeat=limit):
+    end = next((i + 1 for i, token in enumerate(tokens) if token in ends), limit)
+    path = [0, 1, *tokens[:end]]
+    total = sum(log_softmax(table[a, b])[c] for a, b, c in zip(path, path[1:], path[2:]))
+    everything.append((total / end**length_penalty, [*tokens[:end], *[0] * (limit - end)]))
+  everything = sorted({tuple(tokens): score for score, tokens in everything}.items(), key=lambda item: -item[1])
+  got, scores = beam_search(
+    *(model, {"table": jnp.asarray(table)}, np.array([[0, 1]])),
+    num_beams=vocabulary**limit,
+    num_return_sequences=len(everything) + 1,
+    max_new_tokens=limit,
+    length_penalty=length_penalty,
+    early_stopping="never",
+    eos_id=ends,
+  )
+  np.testing.assert_allclose(scores[0, :-1], [score for _, score in everything], rtol=1e-5)
+  np.testing.assert_array_equal(got[0, 0, 2:], everything[0][0])
+  assert scores[0, -1] == -np.inf  # there are no more
+
+
+def test_beam_search_finished_row_stays_while_others_continue():
+  ids = np.random.default_rng(2).integers(0, make_beam_search.PAD, (16, 2))
+  params = {"table": jnp.asarray(logits_of(STORED["tables"][0], 1.0, (2, 5)))}
+  how = {"num_beams": 3, "max_new_tokens": 12, "eos_id": (2, 5), "early_stopping": True, "length_penalty": 2.0}
+  together = generate(Table(), params, ids, **how)
+  alone = [generate(Table(), params, ids[row : row + 1], **how) for row in range(len(ids))]
+  np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+def test_beam_search_with_other_penalties_does_not_recompile():
+  model, ids = Table(), np.array([[0, 1]])
+  params = {"table": jnp.asarray(STORED["tables"][0])}
+  sizes = []
+  for length_penalty, repetition_penalty in [(1.0, 1.1), (0.5, 1.2)]:
+    how = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty, "early_stopping": "never"}
+    beam_search(model, params, ids, num_beams=2, max_new_tokens=3, **how)
+    sizes.append(generation._search._cache_size())
+  assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+  "how, words",
+  [
+    ({"num_beams": 0}, "num_beams=0"),
+    ({"temperature": 0.8}, "num_beams=1 to sample"),
+    ({"early_stopping": "always"}, '"never"'),
+    ({"length_penalty": float("nan")}, "length_penalty"),
+    ({"max_new_tokens": 100}, "context of 64"),
+  ],
+)
+def test_bad_beam_search_settings_are_one_line(how, words):
+  with pytest.raises(ConfigError, match=words):
+    generate(Table(), {}, np.ones((1, 4), np.int32), **{"num_beams": 2, **how})
+
+
+def test_beam_search_returning_more_than_beams_is_refused():
+  with pytest.raises(ConfigError, match=r"num_return_sequences=3.*num_beams=2"):
+    beam_search(Table(), {}, np.ones((1, 4), np.int32), num_beams=2, num_return_sequences=3)
