@@ -16,13 +16,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from llmjax.checkpoints import manager
 from llmjax.checkpoints.manifest import FORMAT_VERSION, tokenizer_files
 from llmjax.config import ConfigError, build, default_config, resolve_callable
+from llmjax.config.model import TransformerConfig
 from llmjax.data.tokenizers import base as tokenizers
 from llmjax.data.tokenizers.hf_formats import VOCABULARIES
 from llmjax.data.tokenizers.huggingface import from_folder
 from llmjax.distributed import sharding
 from llmjax.interop import family, hub, huggingface, peft
 from llmjax.interop.families import FAMILIES
-from llmjax.models.config import TransformerConfig
 from llmjax.models.layer_stacks import HEADS
 from llmjax.models.lora import is_adapter
 from llmjax.models.transformer import MODELS

@@ -57,7 +57,7 @@ rounding differs. A model, objective or optimizer of your own is run as it is.
 """
 SWEEP_NOTES = """\
 A sweep file has `get_sweep()`, which gives an llmjax.sweeps.trials.Sweep, and `get_config(argument)`, as a config has.
-Every trial is a `llmjax train` of its own in WORKDIR/TRIAL; all are looked at before any starts. The same command goes on
+Every trial is a `llmjax train` of its own in WORKDIR/TRIAL; all are checked before any starts. The same command resumes
 where an earlier one was cut off, and writes sweep.html, sweep.png, results.csv and results.parquet.
 
   llmjax sweep --config=experiments/optimizers/sweep.py --workdir=runs/optimizers --max_parallel=2

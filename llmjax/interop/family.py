@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from llmjax.config import ConfigError
-from llmjax.models.config import TransformerConfig
-from llmjax.models.rotary import RotaryScaling, make_scaling
+from llmjax.config.model import TransformerConfig
+from llmjax.config.rotary_scaling import RotaryScaling, make_rotary_scaling
 
 Config = Mapping[str, Any]
 Names = Mapping[str, Sequence[tuple[str, str]]]  # {their name: [(our path, pattern), ...]}, see `tensors`
@@ -347,7 +347,7 @@ def _read_scaling(rope: Config, config: Config) -> RotaryScaling | None:
     scale, whole = (0.1 * rope[key] * math.log(found["factor"]) + 1 for key in ("mscale", "mscale_all_dim"))
     found.setdefault("attention_factor", scale / whole)
   found = {field: found[field] for field in _SCALING_FIELDS[name] if field in found}
-  return make_scaling({"name": name} | {k: float(v) if k == "factor" else v for k, v in found.items()})
+  return make_rotary_scaling({"name": name} | {k: float(v) if k == "factor" else v for k, v in found.items()})
 
 
 def write_rotary(cfg: TransformerConfig) -> dict[str, Any]:

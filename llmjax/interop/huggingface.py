@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from llmjax.config import ConfigError, suggest_name
+from llmjax.config.model import CHOICES, TransformerConfig
 from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES, find
 from llmjax.interop.family import Family, Names, differences, read_config, write_config
 from llmjax.interop.generation_config import FIELDS, TOKENS
-from llmjax.models.config import CHOICES, TransformerConfig
 from llmjax.models.layer_stacks import HEADS, layer_locations
 from llmjax.trees import flatten_tree, unflatten_tree
 

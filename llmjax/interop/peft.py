@@ -21,13 +21,13 @@ import jax
 import numpy as np
 
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.distributed import sharding
 from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES
 from llmjax.interop.family import Family
 from llmjax.interop.huggingface import Entry, choose, entries, parameters, read_json
 from llmjax.interop.tensors import Dimension, Layout
-from llmjax.models.config import TransformerConfig
 from llmjax.models.layer_stacks import HEADS
 from llmjax.models.lora import is_adapter, merge_lora
 from llmjax.models.transformer import Transformer

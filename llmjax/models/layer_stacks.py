@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.models.config import TransformerConfig
+from llmjax.config.model import TransformerConfig
 
 HEADS = ("head", "pooler", "sentence_head", "crf")  # how the names of parameters behind the last layer begin
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
+from llmjax.config.model import LoraConfig, TransformerConfig
 from llmjax.distributed.sharding import constrain, num_shards
-
-if TYPE_CHECKING:
-  from llmjax.models.config import TransformerConfig
+from llmjax.models.mup import kernel_init_scale, kernel_input_multiplier
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": lambda x: nn.gelu(x, approximate=True),  # GPT-2's tanh form
@@ -47,20 +45,6 @@ def declare_parameter(
 def scale(x: Array, multiplier: float) -> Array:
   """x * multiplier; where that is 1, the same program as without."""
   return x if multiplier == 1 else x * multiplier
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """Low-rank adapters of projections, see `TransformerConfig`."""
-
-  rank: int
-  alpha: float
-  dropout: float
-  targets: str
-
-  @property
-  def scale(self) -> float:
-    return self.alpha / self.rank
 
 
 class Projection(nn.Module):
@@ -126,7 +110,9 @@ def make_projection(
 ) -> Projection:
   """A projection initialised as the config says, its standard deviation times `scale`."""
   settings = (features, axes, cfg.init_stddev, use_bias, cfg.dtype, cfg.param_dtype)
-  return Projection(*settings, scale * cfg.init_scale(axes), contracted, cfg.lora, cfg.multiplier(axes), name=name)
+  return Projection(
+    *settings, scale * kernel_init_scale(cfg, axes), contracted, cfg.lora, kernel_input_multiplier(cfg, axes), name=name
+  )
 
 
 class Norm(nn.Module):

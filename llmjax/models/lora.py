@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.config import ConfigError
-from llmjax.models.config import TransformerConfig
+from llmjax.config.model import TransformerConfig
 from llmjax.trees import flatten_tree, unflatten_tree
 
 ADAPTERS = ("lora_a", "lora_b")

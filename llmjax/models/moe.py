@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,11 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+from llmjax.config.model import TransformerConfig
 from llmjax.distributed import sharding
 from llmjax.distributed.sharding import constrain
 from llmjax.models import layers
-
-if TYPE_CHECKING:
-  from llmjax.models.config import TransformerConfig
+from llmjax.models.mup import kernel_init_scale
 
 
 @struct.dataclass
@@ -148,7 +146,7 @@ class MixtureMlp(nn.Module):
 
     def kernel(name, inputs, outputs, *axes):
       scale = c.residual_scale if name == "down" else 1.0
-      scale *= c.init_scale(axes)
+      scale *= kernel_init_scale(c, axes)
       init = layers.normal_initializer(scale * (inputs**-0.5 if c.init_stddev is None else c.init_stddev))
       return layers.declare_parameter(self, name, init, ("experts", *axes), (E, inputs, outputs), c.param_dtype).astype(
         c.dtype

@@ -17,6 +17,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llmjax.config.model import TransformerConfig
+
 Axes = tuple[str | None, ...]  # the logical names of a parameter's dimensions; here without those of STACKED in front
 Ratios = Mapping[str, float]
 
@@ -89,3 +91,17 @@ def lr_multiplier(optimizer: Mapping[str, Any], axes: Axes, ratios: Ratios) -> f
   if optimizer["name"] == "adafactor" and optimizer.get("parameter_scale"):
     own /= init_scale(axes, ratios)
   return own / fan_in
+
+
+def kernel_init_scale(cfg: TransformerConfig, axes: Axes) -> float:
+  """Return the factor of a kernel's initial standard deviation, besides `init_stddev`, by its logical axes."""
+  axes = unstacked(axes)
+  scale = init_scale(axes, cfg.width_ratios)
+  if cfg.init_stddev is None:  # 1 / sqrt(fan-in) follows the width by itself
+    scale *= width_multiplier(input_axes(axes), cfg.width_ratios) ** 0.5
+  return scale
+
+
+def kernel_input_multiplier(cfg: TransformerConfig, axes: Axes) -> float:
+  """Return the factor of a kernel's input, by its logical axes."""
+  return input_multiplier(unstacked(axes), cfg.width_ratios)

@@ -2,91 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llmjax.config import ConfigError, suggest_name
-
-SCALINGS = ("linear", "dynamic", "yarn", "llama3", "longrope")
-
-
-@dataclasses.dataclass(frozen=True)
-class RotaryScaling:
-  """How rotary frequencies are stretched so that a model reads texts longer than those it was pretrained on.
-
-  Scalings that elsewhere depend on the length of the text at hand (dynamic, longrope) take the model's `max_len`
-  instead, so that a token's keys do not depend on what comes after it.
-
-  Attributes:
-    name: "linear", all frequencies / factor (Chen et al. 2023); "dynamic", a base that grows with the length (NTK-aware
-      interpolation); "yarn", only the slow ones are interpolated (Peng et al. 2023); "llama3", the same with other
-      bands (Grattafiori et al. 2024); "longrope", a divisor for each (Ding et al. 2024).
-    factor: by how much the context is stretched.
-    original_max_len: the context before that.
-    attention_factor: of queries and keys, None = the method's own (yarn and longrope; 1 for others).
-    beta_fast, beta_slow: rotations within the original context above which a frequency stays, and below which it is
-      interpolated in full (yarn); `truncate`: whether these limits are rounded to whole dimensions.
-    low_frequency_factor, high_frequency_factor: the same for llama3.
-    short_factors, long_factors: divisors up to the original context, and beyond it (longrope).
-  """
-
-  name: str
-  factor: float = 1.0
-  original_max_len: int | None = None
-  attention_factor: float | None = None
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-  truncate: bool = True
-  low_frequency_factor: float = 1.0
-  high_frequency_factor: float = 4.0
-  short_factors: tuple[float, ...] = ()
-  long_factors: tuple[float, ...] = ()
-
-  def __post_init__(self) -> None:
-    if self.name not in SCALINGS:
-      raise ConfigError(f"model.rotary_scaling.name={self.name!r}: {suggest_name(str(self.name), SCALINGS)}")
-    if not self.factor >= 1:
-      raise ConfigError(f"model.rotary_scaling.factor={self.factor} must be at least 1")
-    if self.name != "linear" and (self.original_max_len is None or self.original_max_len < 1):
-      raise ConfigError(f"model.rotary_scaling.original_max_len={self.original_max_len} must be set for {self.name!r}")
-
-  def check_width(self, width: int) -> None:
-    """Raises ConfigError where the factors of longrope are not one a frequency."""
-    for field in ("short_factors", "long_factors"):
-      if self.name == "longrope" and len(getattr(self, field)) != width // 2:
-        raise ConfigError(
-          f"model.rotary_scaling.{field} has {len(getattr(self, field))} numbers; longrope needs {width // 2}, half of "
-          "the rotated part of head_dim"
-        )
-
-  @property
-  def amplitude(self) -> float:
-    """What queries and keys are multiplied by."""
-    if self.attention_factor is not None:
-      return self.attention_factor
-    if self.factor <= 1 or self.original_max_len is None:
-      return 1.0
-    if self.name == "yarn":
-      return 0.1 * math.log(self.factor) + 1
-    if self.name == "longrope":
-      return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_len))
-    return 1.0
-
-
-def make_scaling(fields: Mapping[str, Any]) -> RotaryScaling:
-  """A RotaryScaling from config keys."""
-  known = {f.name for f in dataclasses.fields(RotaryScaling)}
-  for key in fields:
-    if key not in known:
-      raise ConfigError(f"model.rotary_scaling.{key} is no such key; {suggest_name(key, known)}")
-  lists = {key: tuple(fields[key]) for key in ("short_factors", "long_factors") if key in fields}  # JSON has no tuples
-  return RotaryScaling(**{"name": "", **fields, **lists})
+from llmjax.config.rotary_scaling import RotaryScaling
 
 
 def frequencies(width: int, base: float, max_len: int, scaling: RotaryScaling | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The Transformer: one Block, stacked to an encoder, a decoder, or both; `llmjax.models.config` names every choice.
+"""The Transformer: one Block, stacked to an encoder, a decoder, or both; `llmjax.config.model` names every choice.
 
 Parameters, with V, D, ... as in `llmjax.types` and N the layers of a stack:
   embedding/table [V D]      positions/table [P D] (learned)      token_types/table [Y D]      embedding_norm
@@ -29,14 +29,17 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from llmjax.config import ConfigError, suggest_name
+from llmjax.config.model import TransformerConfig
+from llmjax.config.rotary_scaling import make_rotary_scaling
 from llmjax.distributed.sharding import constrain
 from llmjax.models import layers
 from llmjax.models.attention import kernels
 from llmjax.models.attention.masks import attention_mask
 from llmjax.models.attention.module import Attention, CachedMemory, CachedTokens, Context
-from llmjax.models.config import REMAT, TransformerConfig
 from llmjax.models.moe import MixtureMlp, Routing
-from llmjax.models.rotary import angles, frequencies, make_scaling
+from llmjax.models.mup import kernel_input_multiplier
+from llmjax.models.remat import REMAT
+from llmjax.models.rotary import angles, frequencies
 from llmjax.types import Batch, Outputs, Tokens
 
 
@@ -344,7 +347,7 @@ class Transformer(nn.Module):
     if c.embedding_width is not None:
       hidden = self.project_out(hidden)
     if c.tie_embeddings:
-      logits = self.embedding.attend(layers.scale(hidden, c.multiplier(("embed", "vocab"))))
+      logits = self.embedding.attend(layers.scale(hidden, kernel_input_multiplier(c, ("embed", "vocab"))))
     else:
       logits = self.head(hidden)
     logits = constrain(logits.astype(jnp.float32), "act_batch", "act_len", "act_vocab")
@@ -386,5 +389,5 @@ def make_transformer(*, vocab_size: int, **fields: Any) -> Transformer:
       raise ConfigError(f"model.{key} is no such key; {suggest_name(key, known)}")
   scaling = fields.get("rotary_scaling")
   if isinstance(scaling, Mapping):  # {} is none
-    fields["rotary_scaling"] = make_scaling(scaling) if scaling else None
+    fields["rotary_scaling"] = make_rotary_scaling(scaling) if scaling else None
   return Transformer(TransformerConfig(vocab_size=vocab_size, **fields))

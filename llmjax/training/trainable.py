@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.config import ConfigError
-from llmjax.models.config import TransformerConfig
+from llmjax.config.model import TransformerConfig
 from llmjax.models.layer_stacks import HEADS, layer_locations
 from llmjax.trees import FlatTree, flatten_tree, unflatten_tree
 

@@ -17,10 +17,10 @@ import llmjax
 from llmjax.checkpoints.convert import export_folder, import_folder, parse_size
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.data.tokenizers.huggingface import from_folder
 from llmjax.distributed import sharding
 from llmjax.interop import hub, huggingface
-from llmjax.models.config import TransformerConfig
 from tests.support.cases import parameters
 
 DATA = Path(__file__).parents[1] / "testdata"

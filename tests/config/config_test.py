@@ -19,7 +19,7 @@ from llmjax.config import (
   parse_arg,
   suggest_name,
 )
-from llmjax.models.config import TransformerConfig
+from llmjax.config.model import TransformerConfig
 
 
 def point(x, y=2, *, origin=None):

@@ -15,9 +15,9 @@ from configs.sizes import SIZES
 from llmjax.checkpoints.sources import abstract_params
 from llmjax.config import ConfigError, values
 from llmjax.config import files as cfglib
+from llmjax.config.model import TransformerConfig
 from llmjax.data.tokenizers import base as tokenizers
 from llmjax.distributed import sharding
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.training import loop, program, step
 from llmjax.types import dummy_batch

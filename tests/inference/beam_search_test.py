@@ -12,9 +12,9 @@ import pytest
 from flax import linen as nn
 
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.inference import generation
 from llmjax.inference.generation import beam_search, generate
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, Outputs
 from tests.inference.generation_test import prompts

@@ -9,11 +9,11 @@ import pytest
 import llmjax
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.data.sources.tables import fields
 from llmjax.data.tokenizers import base as tokenizers
 from llmjax.distributed import sharding
 from llmjax.inference import embeddings
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch
 from tests.support.cases import parameters

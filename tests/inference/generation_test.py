@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.inference.generation import generate, stream, until
 from llmjax.inference.sampling import filter_logits, make_sampling, sample_token
 from llmjax.interop.generation_config import read_settings, write_settings
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch
 from tests.support.cases import parameters

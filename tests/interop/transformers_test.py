@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from llmjax.checkpoints import convert
+from llmjax.config.model import TransformerConfig
 from llmjax.data.tokenizers import base as tokenizers
 from llmjax.data.tokenizers.hf_export import to_huggingface
 from llmjax.interop import huggingface
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch
 from tests.interop.huggingface_test import DATA, NAMES, TOLERANCE, expected

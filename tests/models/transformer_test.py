@@ -9,10 +9,10 @@ import pytest
 from flax import linen as nn
 
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.models import layers
 from llmjax.models.attention.kernels import xla_attention
 from llmjax.models.attention.masks import AttentionSettings, attention_mask, relative_buckets
-from llmjax.models.config import TransformerConfig
 from llmjax.models.rotary import angles, frequencies, rotate
 from llmjax.models.transformer import Transformer, make_transformer
 from llmjax.types import Batch, Tokens

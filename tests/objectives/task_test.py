@@ -11,13 +11,13 @@ import pytest
 from llmjax.checkpoints import sources
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.data import packing
 from llmjax.data.pipeline import eval_batches
 from llmjax.data.sources.base import Source, files
 from llmjax.data.tokenizers import base
 from llmjax.distributed import sharding
 from llmjax.inference import predict
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.classification import classification

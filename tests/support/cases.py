@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from llmjax.config.model import TransformerConfig
 from llmjax.data import packing
 from llmjax.data.pipeline import EVAL, TrainStream, generator
 from llmjax.data.sources.base import Source
 from llmjax.data.tokenizers import base
 from llmjax.distributed import sharding
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.contrastive import Contrastive

@@ -761,7 +761,7 @@ OPTIMIZERS = (
   ),
   Mutant(
     "mup-scores-by-square-root-of-width",
-    "models/config.py",
+    "config/model.py",
     'return base / self.width_ratios["head_dim"]',
     'return base / self.width_ratios["head_dim"] ** 0.5',
     (MUP + "test_mup_score_scale_follows_the_head_width_only",),

@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.metrics import sums
-from llmjax.models.config import TransformerConfig
 from llmjax.models.transformer import Transformer
 from llmjax.telemetry import writers
 from llmjax.telemetry.curves import read_curves, read_samples

@@ -6,20 +6,16 @@ batch shows, such as a prefix or a length, while a program is traced (`choose`),
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from llmjax.config import ConfigError
+from llmjax.config.model import TransformerConfig
 from llmjax.distributed import sharding
 from llmjax.models.attention import blockwise, masks
 from llmjax.models.attention.masks import AttentionSettings
 from llmjax.types import Tokens
-
-if TYPE_CHECKING:
-  from llmjax.models.config import TransformerConfig
 
 FEATURES = {  # what a kernel may not support: what asks for it
   "cpu devices": "the mesh",

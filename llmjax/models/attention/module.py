@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +11,13 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+from llmjax.config.model import TransformerConfig
 from llmjax.distributed.sharding import constrain
 from llmjax.models import layers
 from llmjax.models.attention import kernels
 from llmjax.models.attention.masks import AttentionSettings
 from llmjax.models.rotary import rotate
 from llmjax.types import Tokens
-
-if TYPE_CHECKING:
-  from llmjax.models.config import TransformerConfig
 
 KV = ("key", "value")
 
