@@ -74,7 +74,7 @@ def generation(config: ConfigDict) -> None:
 def finish(config: ConfigDict, arg: ConfigDict, best: str | None) -> ConfigDict:
   """The config, which keeps the checkpoint with the most of a metric; with `debug`, with little of all that takes
   time."""
-  config.checkpoint.best_is = "most"
+  config.checkpoint.best_mode = "max"
   if best is not None:
     config.checkpoint.best = f"eval/answers/{best}"
   if arg.debug:

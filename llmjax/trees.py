@@ -1,4 +1,4 @@
-"""Parameter trees: flatten and join them, and match rules over parameter paths."""
+"""Parameter trees: flatten and join nested dicts, split off what is frozen, and match rules over parameter paths."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import jax
 
 from llmjax.config import ConfigError
 
-PyTree: TypeAlias = Any  # any tree that JAX knows: arrays, shapes, shardings, or values at its leaves
-Params: TypeAlias = Any  # a tree of parameters: nested dicts of arrays or of their shapes
+PyTree: TypeAlias = Any  # any tree that JAX knows: of arrays, shapes, shardings, or values
+Params: TypeAlias = Any  # nested dicts with parameters, or their shapes, at the leaves
 FlatTree = dict[str, Any]  # {"a/b/c": leaf}
 
 
 def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> FlatTree:
-  """{"a/b/c": leaf} of nested dicts, whatever the leaves are."""
+  """Return {"a/b/c": leaf} of nested dicts. Whatever is not a dict is a leaf."""
   flat: FlatTree = {}
   for name, value in tree.items():
     flat |= flatten_tree(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -24,7 +24,7 @@ def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> FlatTree:
 
 
 def unflatten_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`."""
+  """Return the nested dicts that `flatten_tree` was given."""
   tree: dict[str, Any] = {}
   for path, leaf in flat.items():
     *parents, name = path.split("/")
@@ -35,38 +35,54 @@ def unflatten_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
-def split_trainable(tree: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """(what learns, what is frozen) of a tree; `chosen` is the same tree of bools. None where nothing is frozen."""
-  learns = flatten_tree(chosen)
-  parts = [{path: leaf for path, leaf in flatten_tree(tree).items() if learns[path] is keep} for keep in (True, False)]
-  return unflatten_tree(parts[0]), unflatten_tree(parts[1]) or None
+def split_trainable(
+  tree: Mapping[str, Any], trainable: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Split a tree into (trainable, frozen), which together have every leaf once.
+
+  Args:
+    trainable: the same tree of bools.
+
+  Returns:
+    The two trees; the second is None if nothing is frozen.
+  """
+  is_trainable = flatten_tree(trainable)
+  trained = {path: leaf for path, leaf in flatten_tree(tree).items() if is_trainable[path]}
+  frozen = {path: leaf for path, leaf in flatten_tree(tree).items() if not is_trainable[path]}
+  return unflatten_tree(trained), unflatten_tree(frozen) or None
 
 
-def merge_trainable(learned: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> Any:
-  """The inverse of `split`."""
-  return learned if frozen is None else unflatten_tree({**flatten_tree(learned), **flatten_tree(frozen)})
+def merge_trainable(trained: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> Params:
+  """Return the tree that `split_trainable` was given."""
+  return trained if frozen is None else unflatten_tree({**flatten_tree(trained), **flatten_tree(frozen)})
 
 
 def select_leaves(tree: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-  """The leaves of a tree that are in another one."""
+  """Return the leaves of a tree whose paths are in `like`."""
   wanted = flatten_tree(like)
   return unflatten_tree({path: leaf for path, leaf in flatten_tree(tree).items() if path in wanted})
 
 
-def leaf_paths(tree: Any) -> Any:
-  """The same tree with every leaf replaced by its path, such as "decoder/layers/attention/query/kernel"."""
-  return jax.tree_util.tree_map_with_path(lambda p, _: jax.tree_util.keystr(p, simple=True, separator="/"), tree)
+def path_string(path: jax.tree_util.KeyPath) -> str:
+  """Return a path of JAX as "decoder/layers/attention/query/kernel"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def match_rules(rules: Any, tree: Any, key: str) -> Any:
-  """The value of every leaf by its path: the first rule wins, and every leaf must have one.
+def leaf_paths(tree: PyTree) -> PyTree:
+  """Return the same tree with every leaf replaced by its path, such as "decoder/layers/attention/query/kernel"."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path_string(path), tree)
+
+
+def match_rules(rules: Any, tree: PyTree, key: str) -> PyTree:
+  """Return the value of every leaf by the first rule that matches its path.
 
   Args:
-    rules: ((regex, value), ...); a regex must match the whole path.
-    tree: any tree; only its paths count.
-    key: the config key of `rules`, for error messages.
+    rules: ((regex, value), ...); a regex must match a whole path.
+    tree: any tree; only its paths matter.
+    key: config key of `rules`, for messages.
+
   Raises:
-    ConfigError: leaves without a rule, a regex that matches no path, something that is no regex or no rule.
+    ConfigError: a leaf without a rule, a regex that matches no path, or something that is not a rule.
   """
   names = leaf_paths(tree)
   flat = jax.tree.leaves(names)
@@ -81,10 +97,10 @@ def match_rules(rules: Any, tree: Any, key: str) -> Any:
     if not any(compiled[-1][0].fullmatch(name) for name in flat):
       raise ConfigError(
         f"{key}: {rule[0]!r} matches no parameter (a regex must match a whole path, such as {flat[0]!r}); "
-        "mend or remove it"
+        "fix or remove it"
       )
-  lost = [name for name in flat if not any(regex.fullmatch(name) for regex, _ in compiled)]
-  if lost:
-    shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-    raise ConfigError(f"{key}: no rule matches {shown}; end with a rule for all the rest, ('.*', VALUE)")
+  unmatched = [name for name in flat if not any(regex.fullmatch(name) for regex, _ in compiled)]
+  if unmatched:
+    shown = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
+    raise ConfigError(f"{key}: no rule matches {shown}; end with a rule for all others, ('.*', VALUE)")
   return jax.tree.map(lambda name: next(value for regex, value in compiled if regex.fullmatch(name)), names)

@@ -1,20 +1,20 @@
-"""The data that flows through a step, and the one legend of dimension letters.
+"""The data that flows through a step, and the legend of dimension letters.
 
   B batch (global sequences)   L length            S source or cache length   D model width
   H query heads                K key/value heads   F feed-forward width       V vocabulary
   N layers                     E experts           C classes                  A head width
   T target length              R relative buckets
 
-Signatures of public functions carry these letters as jaxtyping annotations, einsum strings use the same ones.
-Here the dimensions are comments: annotated fields of a pytree dataclass would be checked on every tree
-transformation, where leaves are specs, shardings or scan slices rather than arrays.
+Signatures of public functions carry these letters as jaxtyping annotations; einsum strings use the same letters. In
+this module they are comments. Annotated fields of a pytree would be checked in every tree transformation, where leaves
+are shapes, shardings or scan slices rather than arrays.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,26 +22,33 @@ import numpy as np
 from flax import struct
 
 Array = jax.Array
+Leaf: TypeAlias = Any  # an array; inside tree transformations also a shape, a sharding or a slice of it
 Sums = dict[str, Array]  # {term: scalar sum}
-Metrics = dict[str, tuple[Array, Array]]  # {name: (sum, weight)}: added over microbatches, batches and hosts
+Metrics = dict[str, tuple[Array, Array]]  # {name: (sum, weight)}: added over microbatches, batches and processes
 
 
 @struct.dataclass
 class Tokens:
   """One stream of token sequences; several documents may share a row.
 
-  Masks are made from `segments`, `positions` and `prefix`, never from token values.
+  Attention masks are computed from `segments`, `positions` and `prefix`, never from token values.
   """
 
-  ids: Any  # Int[B L]
-  positions: Any  # Int[B L], counted from 0 inside each segment
-  segments: Any  # Int[B L], 0 = padding, 1, 2, ... = the documents of a row
-  prefix: Any = None  # Int[B L], 1 = every query of its document may see it, also an earlier one; None = no token is so
-  token_types: Any = None  # Int[B L], such as which of two sentences; None = all 0
+  ids: Leaf  # Int[B L]
+  positions: Leaf  # Int[B L], counted from 0 inside each segment
+  segments: Leaf  # Int[B L], 0: padding; 1, 2, ...: the documents of a row
+  prefix: Leaf = None  # Int[B L], 1: all queries of the document attend to this token, also earlier ones; None: all 0
+  token_types: Leaf = None  # Int[B L], for example which of two sentences; None: all 0
 
   @classmethod
-  def from_ids(cls, ids, mask=None, token_types=None) -> Tokens:
-    """One document a row. `mask` [B L] is 1 where a token is real; padding may be on either side."""
+  def from_ids(cls, ids: Any, mask: Any = None, token_types: Any = None) -> Tokens:
+    """Return tokens with one document per row.
+
+    Args:
+      ids: Int[B L].
+      mask: Int[B L], 1 for tokens, 0 for padding on either side; None: no padding.
+      token_types: Int[B L], None: all 0.
+    """
     ids = jnp.asarray(ids, jnp.int32)
     if ids.ndim != 2:
       raise ValueError(f"ids must have shape [B, L], got {ids.shape}")
@@ -54,39 +61,53 @@ class Tokens:
     return cls(ids=ids, positions=positions, segments=mask, token_types=token_types)
 
   def select(self, hidden: Array, which: str) -> Array:
-    """Of hidden states [B L D] those [B D] of the "first" or the "last" real token of every row, or their "mean", which
-    is float32; a row without tokens gives any of them, and 0 for the mean."""
-    real = self.segments > 0
+    """Return one hidden state for every row.
+
+    Args:
+      hidden: Float[B L D].
+      which: "first" or "last" token of the row, or the "mean" over its tokens, which is float32.
+
+    Returns:
+      Float[B D]. A row of padding gives any hidden state, and 0 for the mean.
+    """
+    is_token = self.segments > 0
     if which == "mean":
-      total = jnp.sum(hidden.astype(jnp.float32) * real[:, :, None], axis=1)
-      return total / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
-    place = jnp.argmax(real, axis=1) if which == "first" else real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
-    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+      total = jnp.sum(hidden.astype(jnp.float32) * is_token[:, :, None], axis=1)
+      return total / jnp.maximum(jnp.sum(is_token, axis=1, keepdims=True), 1)
+    if which == "first":
+      index = jnp.argmax(is_token, axis=1)
+    else:
+      index = is_token.shape[1] - 1 - jnp.argmax(is_token[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
 @struct.dataclass
 class Batch:
-  """What a step consumes. Every leaf has the (global) batch as its first axis.
+  """The input of a step. Every leaf has the (global) batch as its first axis.
 
-  `inputs` feeds the only stack, or the encoder; `targets` the decoder of an encoder–decoder. Labels and weights are
-  aligned with the stream that is predicted: `targets` where there is one, else `inputs`.
+  `inputs` feeds the only stack, or the encoder; `targets` feeds the decoder of an encoder-decoder. Labels and weights
+  are aligned with the stream that is predicted: `targets` if there are any, else `inputs`.
   """
 
-  inputs: Any  # Tokens; None in a batch of views alone
-  targets: Any = None  # Tokens, or None
-  labels: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: Int[B L]}, of a whole row [B] or [B C]
-  weights: Mapping[str, Any] = struct.field(default_factory=dict)  # {term: of its labels' shape}, 0 = bears no loss
-  rows: Any = None  # Int[B]: the row's number in the global batch; dropout is keyed by it
-  extras: Mapping[str, Any] = struct.field(default_factory=dict)  # {name: Batch}: further views of the same examples
+  inputs: Leaf  # Tokens; None in a batch that has only `extras`
+  targets: Leaf = None  # Tokens, or None
+  labels: Mapping[str, Leaf] = struct.field(default_factory=dict)  # {term: Int[B L]}; of a whole row [B] or [B C]
+  weights: Mapping[str, Leaf] = struct.field(default_factory=dict)  # {term: shape of its labels}; 0: no loss
+  rows: Leaf = None  # Int[B], the row's number in the global batch; dropout depends on it
+  extras: Mapping[str, Leaf] = struct.field(default_factory=dict)  # {name: Batch}: further views of the same examples
 
   @classmethod
-  def from_tokens(cls, ids, mask=None, target_ids=None, target_mask=None, token_types=None) -> Batch:
-    """A batch for inference.
+  def from_tokens(
+    cls, ids: Any, mask: Any = None, target_ids: Any = None, target_mask: Any = None, token_types: Any = None
+  ) -> Batch:
+    """Return a batch for inference.
 
     Args:
-      ids: Int[B L]; mask: 1 where real, default all.
-      target_ids: Int[B T], what an encoder–decoder's decoder reads (already shifted), with a mask of its own.
-      token_types: Int[B L], default all 0.
+      ids: Int[B L].
+      mask: Int[B L], 1 for tokens, 0 for padding; None: no padding.
+      target_ids: Int[B T], the input of an encoder-decoder's decoder (already shifted).
+      target_mask: Int[B T], as `mask`.
+      token_types: Int[B L], None: all 0.
     """
     inputs = Tokens.from_ids(ids, mask, token_types)
     targets = None if target_ids is None else Tokens.from_ids(target_ids, target_mask)
@@ -94,23 +115,39 @@ class Batch:
 
 
 def dummy_batch() -> Batch:
-  """The smallest batch that any model reads, to make its parameters."""
+  """Return the smallest batch that any model reads, to initialise parameters."""
   zero = jnp.zeros((1, 1), jnp.int32)
   return Batch.from_tokens(zero, target_ids=zero)
 
 
 @struct.dataclass
 class Outputs:
-  """What a model returns; None where it has no such output. L is the length of the stream that is predicted."""
+  """The outputs of a model; None for outputs that it does not have. L is the length of the stream that is predicted."""
 
-  logits: Any = None  # Float[B L V]; of a head on sequences [B C], tokens [B L C], spans [B L 2]
-  hidden: Any = None  # Float[B L D], after the final norm
-  pooled: Any = None  # Float[B D], the pooler's output for the first token of every row
-  all_hidden: Any = None  # Float[N+1 B L D]: the embeddings, then every layer's output; on request
-  encoder_hidden: Any = None  # Float[B S D] of an encoder–decoder
-  encoder_all_hidden: Any = None  # Float[N+1 B S D] of an encoder–decoder, on request
-  transitions: Any = None  # of a CRF's tags: {"start": Float[C], "matrix": Float[C C] (from, to), "end": Float[C]}
-  routing: Any = ()  # of each stack with experts, how its routers shared out the tokens: `models.moe.Routing`
+  logits: Leaf = None  # Float[B L V]; of a head on sequences [B C], on tokens [B L C], on spans [B L 2]
+  hidden: Leaf = None  # Float[B L D], after the final norm
+  pooled: Leaf = None  # Float[B D], output of the pooler for the first token of every row
+  all_hidden: Leaf = None  # Float[N+1 B L D], the embeddings and the output of every layer; on request
+  encoder_hidden: Leaf = None  # Float[B S D] of an encoder-decoder
+  encoder_all_hidden: Leaf = None  # Float[N+1 B S D] of an encoder-decoder; on request
+  transitions: Leaf = None  # of a CRF: {"start": Float[C], "matrix": Float[C C] (from, to), "end": Float[C]}
+  routing: Leaf = ()  # routing statistics of each stack with experts, `models.moe.Routing`
+
+
+class Model(Protocol):
+  """A Linen module that reads a `Batch` and returns `Outputs`; what a model of your own has to offer.
+
+  Parameters carry logical axis names (`flax.linen.with_logical_partitioning`) that config.rules knows. Dropout runs if
+  and only if `rngs` has the key "dropout". Only some objectives call `unembed` and `sentence_logits`.
+  """
+
+  cfg: Any  # a `llmjax.config.model.ModelConfig`
+
+  def init(self, rngs: Any, batch: Batch) -> Mapping[str, Any]:
+    """Return {"params": parameters in Linen's boxes with logical axis names}."""
+
+  def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Return the outputs for a batch: `model.apply({"params": params}, batch, rngs={...})`."""
 
 
 class Forward(abc.ABC):

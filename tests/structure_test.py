@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 # From the lowest to the highest layer. A module may import from packages in lower layers, and from its own package.
 LAYERS = (
-  "config types",
-  "trees storage distributed metrics",
-  "models datasets telemetry",
-  "data interop reporting",
-  "objectives",
+  "config",
+  "types trees storage metrics",
+  "distributed datasets telemetry",
+  "models data reporting",
+  "interop objectives",
   "checkpoints",
   "training inference",
   "evaluation diagnostics",

@@ -18,8 +18,9 @@ import jax
 from llmjax.cli.main import start_jax
 from llmjax.config import load_config
 from llmjax.distributed import sharding
+from llmjax.training.components import open_source
 from llmjax.training.loop import make_stream
-from llmjax.training.program import Program, make_program, open_source
+from llmjax.training.program import Program, make_program
 
 LENGTHS = (1024, 2048, 4096, 8192)
 BATCHES = (32, 64, 128, 256)

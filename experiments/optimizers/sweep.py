@@ -22,9 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   arg = parse_arg(arg, optim="adamw")
   config = char.get_config()
   config.total_steps = 400
-  common = {key: config.optim[key] for key in ("decay_mask", "lr_scale", "layer_decay", "clip_norm", "ema_decay")}
-  config.optim = ConfigDict({**common, "name": arg.optim, "lr": 1e-3, "weight_decay": 0.0})
-  config.optim.update(OPTIMIZERS[arg.optim][0])
+  config.optim = ConfigDict({"name": arg.optim, "lr": 1e-3, "clip_norm": 1.0, **OPTIMIZERS[arg.optim][0]})
   config.schedule.warmup = "10%"
   config.evals.heldout.every = "25%"
   del config.evals.sample

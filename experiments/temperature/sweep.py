@@ -26,4 +26,4 @@ def get_sweep() -> Sweep:
   temperatures = vary("objective.temperature", [0.02, 0.05, 0.1, 0.2, 0.5])
   trials = product(vary("batch_size", [16, 64, 256]), temperatures, seeds(3))
   metric = "eval/retrieval/mrr"
-  return Sweep(trials, metric=metric, best_is="most", x="objective.temperature", lines=("batch_size",))
+  return Sweep(trials, metric=metric, mode="max", x="objective.temperature", lines=("batch_size",))

@@ -42,10 +42,10 @@ class Checkpoints:
     keep: int | None = None,
     keep_every: int | None = None,
     best: str | None = None,
-    best_is: str = "least",
+    mode: str = "min",
   ):
     """Opens them to read, or to write: then tells how many of the latest to keep (None: all; the newest is always
-    kept), a period to keep for ever, and a metric whose least (or "most") to keep."""
+    kept), a period to keep for ever, and a metric whose least (or "max") to keep."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
     keepers: list[Any] = [policies.LatestN(max(keep or 1, 1))]
     if keep_every:
@@ -54,7 +54,7 @@ class Checkpoints:
     if best:
       # `max_to_keep` with `best_fn` would delete the newest; these policies do not.
 
-      sign = 1 if best_is == "least" else -1
+      sign = 1 if mode == "min" else -1
 
       def measure(metrics: Any) -> float:
         return sign * metrics[best] if metrics and best in metrics else float("inf")

@@ -12,24 +12,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmjax.config import default_config
+from llmjax.config import ConfigTree, Json, default_config, to_dict
+from llmjax.config.defaults import SET_BY_OBJECTIVE
 
 FORMAT_VERSION = 1
-
-
-HEAD = {"head": "lm", "num_classes": 0, "crf": False}  # of a model, which no config says: that of older ones
 
 
 SECTIONS = (
   "model",
   "data",
-  "optim",
   "checkpoint",
   "log",
   "rules",
   "early_stopping",
-)  # of a config, whose keys are fixed
+)  # parts of a config with a fixed set of keys
 
+# Keys and values of configs that were called differently when older checkpoints were written.
+RENAMED_KEYS = {
+  "optim.ema_decay": "ema_decay",
+  "checkpoint.best_is": "checkpoint.best_mode",
+  "early_stopping.best_is": "early_stopping.mode",
+}
+RENAMED_VALUES = {"least": "min", "most": "max"}  # of the two modes
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -45,7 +49,7 @@ def make_manifest(program: Any) -> dict[str, Any]:
     "num_params": program.num_params,
     "total_steps": program.total_steps,
     "layout": "scanned" if program.model.cfg.scan else "unrolled",
-    "ema": program.config["optim"]["ema_decay"] is not None,
+    "ema": program.config["ema_decay"] is not None,
     "versions": package_versions() | {"commit": source_commit()},
   }
 
@@ -83,13 +87,29 @@ def tokenizer_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
   return {name: base64.b64decode(data) for name, data in manifest["tokenizer"]["files"].items()}
 
 
-def upgrade_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-  """A manifest with the default of every config key that there was not yet when it was written."""
+def upgrade_manifest(manifest: dict[str, Json]) -> dict[str, Json]:
+  """Return a manifest with today's names of config keys, and the default of every key that is newer than it."""
   config = manifest["config"]
-  for key, default in default_config().items():
+  _rename_config_keys(config)
+  stopping = manifest.get("early_stopping")
+  if stopping and "best_is" in stopping:
+    stopping["mode"] = RENAMED_VALUES[stopping.pop("best_is")]
+  for key, default in to_dict(default_config()).items():
     value = config.setdefault(key, default)
     if key in SECTIONS and (key != "model" or value.get("name") == default["name"]):
-      config[key] = {**default, **(HEAD if key == "model" else {}), **value}
+      config[key] = {**default, **(SET_BY_OBJECTIVE if key == "model" else {}), **value}
   if manifest["model"].get("name") == config["model"].get("name"):
     manifest["model"] = {**config["model"], **manifest["model"]}
   return manifest
+
+
+def _rename_config_keys(config: ConfigTree) -> None:
+  for old, new in RENAMED_KEYS.items():
+    section, _, name = old.rpartition(".")
+    if name in config.get(section, {}):
+      value = config[section].pop(name)
+      target, _, new_name = new.rpartition(".")
+      (config[target] if target else config)[new_name] = RENAMED_VALUES.get(value, value)
+  for entry in config.get("evals", {}).values():
+    if entry.get("name") == "yardsticks":
+      entry["name"] = "baselines"

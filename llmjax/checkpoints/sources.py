@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from llmjax.checkpoints import manager
 from llmjax.checkpoints.manifest import FORMAT_VERSION, tokenizer_files
-from llmjax.config import ConfigError, build, default_config, resolve_callable
+from llmjax.config import ConfigError, build, default_config, resolve_callable, to_dict
 from llmjax.config.model import TransformerConfig
 from llmjax.data.tokenizers import base as tokenizers
 from llmjax.data.tokenizers.hf_formats import VOCABULARIES
@@ -30,7 +30,7 @@ from llmjax.objectives import OBJECTIVES, tag_scheme
 from llmjax.objectives.task import FRESH_HEAD, NOTHING
 from llmjax.storage.buckets import as_path, fetch_folder, in_bucket
 from llmjax.trees import flatten_tree, unflatten_tree
-from llmjax.types import Objective
+from llmjax.types import Model, Objective
 
 HEAD_FIELDS = (  # of a config: what is behind the last layer
   *("head", "num_classes", "pooling", "head_transform", "head_bias"),
@@ -162,7 +162,7 @@ def load(
     return source.load(trust, mesh, rules, **changes)
 
 
-def abstract_params(model: nn.Module, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES) -> Any:
+def abstract_params(model: Model, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES) -> Any:
   """The parameters as ShapeDtypeStructs with shardings: over a mesh, or on the first device.
 
   Raises:
@@ -198,7 +198,7 @@ def load_tokenizer(path: str | Path, *, trust: bool = False) -> Any:
     return source.tokenizer(trust)
 
 
-def load_params(path: str | Path, model: nn.Module, abstract: Any, rules: Rules = ()) -> tuple[Any, list[str]]:
+def load_params(path: str | Path, model: Model, abstract: Any, rules: Rules = ()) -> tuple[Any, list[str]]:
   """Parameters for a model of the same shape, but for what is behind its last layer and its adapters.
 
   Args:
@@ -357,7 +357,7 @@ def best_step(workdir: Path) -> int:
     raise ConfigError(
       f"{workdir}/{manager.FOLDER}/best: no checkpoint has a number of checkpoint.best={said['best']!r}; give STEP"
     )
-  return (max if said["best_is"] == "most" else min)(measured, key=lambda step: measured[step])
+  return (max if said["best_mode"] == "max" else min)(measured, key=lambda step: measured[step])
 
 
 def open_checkpoint(path: str | Path) -> tuple[manager.Checkpoints, int, dict[str, Any]]:
@@ -536,7 +536,7 @@ def _infer_objective(head: str, labels: Sequence[str], problem: str | None, seq_
 def _describe(folder: huggingface.Folder, spec: dict[str, Any]) -> dict[str, Any]:
   """The manifest that a folder would have as a checkpoint."""
   sentences = huggingface.read_sentence_settings(folder.path)
-  config = default_config()
+  config = to_dict(default_config())
   config["model"] = spec
   config["seq_len"] = min(sentences.get("seq_len", DEFAULT_SEQ_LEN), folder.cfg.max_len)
   config["batch_size"] = 8

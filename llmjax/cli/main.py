@@ -17,6 +17,8 @@ from llmjax.cli.arguments import make_parser
 from llmjax.config import ConfigError, values
 from llmjax.config import files as cfglib
 from llmjax.distributed import processes
+from llmjax.distributed.cluster import ENVIRONMENT_VARIABLES
+from llmjax.distributed.rendezvous import ProcessGroupError
 
 MAX_SHOWN = 10  # bad lines
 # Of the errors of the system, such as a broken connection, those that the user can mend.
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     code = COMMANDS[arguments.command](arguments, rest) or 0
   except BrokenPipeError:  # the reader, such as `head`, has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except processes.ProcessGroupError as error:
+  except ProcessGroupError as error:
     code, said = error.code, str(error) if processes.is_primary_process() else ""
   except (ConfigError, OSError) as error:
     code, said = 2 if isinstance(error, (ConfigError, *USER_ERRORS)) else 1, " ".join(str(error).split())
@@ -79,7 +81,7 @@ def start_jax(arguments: argparse.Namespace | None = None, config: Any = None) -
   def facts() -> dict[str, Any]:
     from llmjax.checkpoints.manifest import package_versions
 
-    own = (*processes.ENVIRONMENT_VARIABLES, "start_timeout")
+    own = (*ENVIRONMENT_VARIABLES, "start_timeout")
     given = {name: value for name, value in vars(arguments).items() if name not in own}
     return processes.environment_fingerprint() | {
       "versions": package_versions(),
@@ -100,11 +102,12 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     print(dry_run(config))
     return
-  from llmjax.training.loop import Diverged, run
+  from llmjax.training.loop import run
+  from llmjax.training.step_metrics import DivergenceError
 
   try:
     run(config, arguments.workdir or default_workdir(rest), fresh=arguments.fresh)
-  except Diverged as error:
+  except DivergenceError as error:
     raise ConfigError(str(error)) from error
 
 

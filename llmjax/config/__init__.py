@@ -1,16 +1,15 @@
 """Configuration: keys and defaults, config files, and building objects from configs. Imports no JAX."""
 
 from llmjax.config.arguments import parse_arg, split_arg
+from llmjax.config.defaults import default_config, optional
 from llmjax.config.durations import duration_to_steps
 from llmjax.config.errors import ALIASES, ConfigError, suggest_name
 from llmjax.config.files import (
   add_config_roots,
   call_in_file,
   config_roots,
-  default_config,
   find_config_file,
   load_config,
-  optional,
   shipped_configs,
   split_config_flag,
 )

@@ -12,10 +12,10 @@ from llmjax.config.errors import ConfigError, suggest_name
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-  """The argument of a config file: "size=nano,debug" -> {size: "nano", debug: True} over `defaults`.
+  """Parse the argument of a config file: "size=nano,debug" is {size: "nano", debug: True} over `defaults`.
 
-  Values take the type of their default; a default of None takes a string; a bare boolean name means True. Commas stay
-  inside brackets and inside a quoted string: text="a,b.txt".
+  Values have the type of their default; a default of None takes a string; a boolean name alone means True. Commas in
+  brackets and in quoted strings do not separate: text="a,b.txt".
   """
   out = ConfigDict(defaults)
   with out.unlocked():
@@ -35,11 +35,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         out[key] = quoted[2] if quoted else text
       else:
         try:
-          said = ast.literal_eval(text)
-          out[key] = type(default)(said)
+          value = ast.literal_eval(text)
+          out[key] = type(default)(value)
         except (ValueError, SyntaxError, TypeError, OverflowError):
-          said = None
-        if said is None or (isinstance(default, int) and said != out[key]):  # int() would cut 3.7 to 3
+          value = None
+        if value is None or (isinstance(default, int) and value != out[key]):  # int() would cut 3.7 to 3
           raise ConfigError(f"config argument {key}={text!r} must be of type {type(default).__name__}")
   return out
 
@@ -49,7 +49,7 @@ def _items(arg: str | None) -> list[str]:
 
 
 def split_arg(arg: str | None, **defaults: Any) -> tuple[ConfigDict, str]:
-  """`parse_arg` of those items that are in `defaults`, and all others as an argument for another config."""
+  """Return `parse_arg` of the items that are in `defaults`, and all others as an argument for another config."""
   own = [item for item in _items(arg) if item.partition("=")[0] in defaults]
   rest = [item for item in _items(arg) if item.partition("=")[0] not in defaults]
   return parse_arg(",".join(own), **defaults), ",".join(rest)

@@ -13,7 +13,7 @@ _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def duration_to_steps(
-  value: int | float | str | None,
+  value: object,
   key: str,
   *,
   batch_size: int,
@@ -22,18 +22,19 @@ def duration_to_steps(
   epoch_tokens: int | None = None,
   epoch_examples: Callable[[], int | None] = lambda: None,
 ) -> int | None:
-  """A duration in optimizer steps, rounded up; None stays None.
+  """Return a duration in optimizer steps, rounded up; None stays None.
 
   Args:
     value: 500, "500 steps", "10M tokens", "2k examples" (sequences), "1.5 epochs" or "5%" (of total_steps).
-    key: its config key, for messages.
-    batch_size: global sequences a step.
-    seq_len: tokens a sequence.
-    total_steps: what percents refer to.
-    epoch_tokens: tokens in the training data; an epoch of packed data has no other length.
-    epoch_examples: how many sequences an epoch is where none share a row, else None.
+    key: config key of the duration, for messages.
+    batch_size: global sequences per step.
+    seq_len: tokens per sequence.
+    total_steps: steps that percents refer to.
+    epoch_tokens: tokens in the training data; the length of an epoch of packed data.
+    epoch_examples: returns the sequences of an epoch if each has a row of its own, else None.
+
   Raises:
-    ConfigError: not a duration, or a unit that cannot be turned into steps here.
+    ConfigError: not a duration, or a unit that cannot be converted to steps here.
   """
   if value is None:
     return None
@@ -41,7 +42,7 @@ def duration_to_steps(
   match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmbt]?)\s*(step|token|example|epoch|%)?s?", text.lower())
   if match is None or isinstance(value, bool):
     raise ConfigError(
-      f"{key}={value!r} is not a duration; say 500, '500 steps', '10M tokens', '2k examples', '2 epochs' or '5%'"
+      f"{key}={value!r} is not a duration; give 500, '500 steps', '10M tokens', '2k examples', '2 epochs' or '5%'"
     )
   number = Fraction(match[1]) * _SCALE[match[2]]  # in floats, 7 % of 100 steps would be rounded up to 8
   unit = match[3] or "step"
@@ -60,7 +61,7 @@ def duration_to_steps(
     elif epoch_tokens is None:
       raise ConfigError(
         f"{key}={value!r}: an epoch of packed data has no known number of steps; "
-        "set data.epoch_tokens (tokens in the training data) or data.pack=False, or say it in steps or tokens"
+        "set data.epoch_tokens (tokens in the training data) or data.pack=False, or give it in steps or tokens"
       )
     else:
       steps = number * epoch_tokens / (batch_size * seq_len)

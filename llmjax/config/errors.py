@@ -7,11 +7,14 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-  """A mistake a user can make, told in one line; the command line turns it into exit code 2."""
+  """A mistake that the user can fix, described in one line; the command line exits with code 2."""
 
 
-# What other frameworks call our keys.
+# Names of other frameworks, and former ones, for our keys; a full path counts before its last part.
 ALIASES = {
+  "best_is": "checkpoint.best_mode",
+  "early_stopping.best_is": "early_stopping.mode",
+  "ema_decay": "ema_decay",
   "adam_beta1": "optim.b1",
   "adam_beta2": "optim.b2",
   "block_size": "seq_len",
@@ -58,7 +61,7 @@ ALIASES = {
 }
 
 
-# What other frameworks call our values.
+# Names of other frameworks for our values.
 VALUE_ALIASES = {
   "bf16": "bfloat16",
   "fp16": "float16",
@@ -69,17 +72,18 @@ VALUE_ALIASES = {
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-  """A hint for a mistyped name: what we call it, the nearest known names, or all of them when few."""
+  """Return a hint for a mistyped name: our name for it, the nearest known names, or all of them if they are few."""
   known = sorted(known)
-  alias = (ALIASES | VALUE_ALIASES).get(name.rsplit(".", 1)[-1])
+  names = ALIASES | VALUE_ALIASES
+  alias = names.get(name) or names.get(name.rsplit(".", 1)[-1])
   if alias is not None:
-    for ours in (alias, alias.rsplit(".", 1)[-1]):  # `known` may be the keys of one part alone
-      if ours in known or ours.startswith("--"):
-        return f"here it is called `{ours}`"
+    for candidate in (alias, alias.rsplit(".", 1)[-1]):  # `known` may be the keys of one part only
+      if candidate in known or candidate.startswith("--"):
+        return f"here it is called `{candidate}`"
   close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-  if not close:  # perhaps the last part is right and the path is not
+  if not close:  # the last part may be right and the path wrong
     leaf = name.rsplit(".", 1)[-1]
     close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:3]
   if close:
     return "did you mean " + " or ".join(f"`{k}`" for k in close) + "?"
-  return "known: " + ", ".join(known) if len(known) <= 40 else "see the config file for what exists"
+  return "known: " + ", ".join(known) if len(known) <= 40 else "see the config file for the keys that exist"

@@ -1,9 +1,8 @@
-"""From configuration to code: `build`, config files and their arguments, durations. Imports no JAX."""
+"""Config files: find them, run them, and apply overrides from the command line."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import re
 import sys
@@ -15,60 +14,70 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from llmjax.config.errors import ConfigError, suggest_name
-from llmjax.config.values import flatten_config, to_dict
+from llmjax.config.values import flatten_config
+
+# What the code of a config file may raise by mistake.
+CODE_ERRORS = (
+  *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+  *(NameError, OSError, RuntimeError, TypeError, ValueError),
+)
 
 
 def config_roots() -> list[Path]:
-  """Folders that hold `configs/`: where the command runs, then what llmjax ships (a clone's root or package data)."""
+  """Return the folders that hold `configs/`: the current one, then llmjax's own (a clone's root, or package data)."""
   package = Path(__file__).parents[1]
-  shipped = package.parent if (package.parent / "configs" / "base.py").exists() else package / "shipped"
-  return [Path.cwd(), shipped]
+  own = package.parent if (package.parent / "configs" / "base.py").exists() else package / "shipped"
+  return [Path.cwd(), own]
 
 
 def find_config_file(reference: str) -> tuple[Path, str]:
-  """`FILE.py[:argument]` or a shipped config's name (`gpt:size=nano`) -> (path, argument)."""
+  """Return (path, argument) of `FILE.py[:argument]` or of a shipped config's name, such as `gpt:size=nano`."""
   name, _, argument = reference.partition(":")
-  cuts = [(name, argument)]
-  for end in re.finditer(r"\.py(?=:|$)", reference):  # a folder may have a colon in its name: the last cut comes first
-    cuts.insert(0, (reference[: end.end()], reference[end.end() + 1 :]))
-  for file, rest in cuts:
-    python = file.endswith(".py")
-    for path in (
-      [Path(file), *(r / file for r in config_roots())]
-      if python
-      else [r / "configs" / f"{file}.py" for r in config_roots()]
-    ):
+  candidates = [(name, argument)]
+  for end in re.finditer(r"\.py(?=:|$)", reference):  # a folder may have a colon in its name: try the last split first
+    candidates.insert(0, (reference[: end.end()], reference[end.end() + 1 :]))
+  for file, rest in candidates:
+    if file.endswith(".py"):
+      paths = [Path(file), *(root / file for root in config_roots())]
+    else:
+      paths = [root / "configs" / f"{file}.py" for root in config_roots()]
+    for path in paths:
       if path.is_file():
         return path.resolve(), rest
   raise ConfigError(f"--config={reference}: no such file; {suggest_name(name, shipped_configs())}")
 
 
+def shipped_configs() -> dict[str, Path]:
+  """Return {name: path} of llmjax's own configs that can be run: those whose first line shows the command."""
+  folder = config_roots()[-1] / "configs"
+  return {p.stem: p for p in sorted(folder.glob("*.py")) if "llmjax train" in p.read_text().split('"""')[1]}
+
+
 def add_config_roots() -> None:
-  """Config files import each other as `configs.NAME`; a folder `configs` where the command runs must not hide ours."""
+  """Put the config roots on sys.path, because config files import each other as `configs.NAME`.
+
+  llmjax's own root comes first, so that a folder `configs` in the current one does not hide it.
+  """
   first, last = str(config_roots()[-1]), str(config_roots()[0])
   sys.path[:] = [first, *(p for p in sys.path if p != first)]
   if last not in sys.path:
     sys.path.append(last)
 
 
-def optional(value: Any = None, kind: type = object) -> FieldReference:
-  """A key that may be None (so that a flag can set and unset it); `object` takes any literal, as durations need."""
-  return FieldReference(value, field_type=kind)
-
-
 def load_config(arguments: list[str]) -> ConfigDict:
-  """`--config=FILE_OR_NAME[:argument] [--config.a.b=value ...]` -> a locked config.
+  """Return the locked config of `--config=FILE_OR_NAME[:argument] [--config.a.b=value ...]`.
 
-  `--config.KEY=none` unsets a key that is optional, removes an entry of `evals`, and is a value like any other where
-  KEY is a string. The last flag for a key counts.
+  `--config.KEY=none` sets an optional key to None, or removes an entry of `evals`. If KEY is a string, it is a value
+  like any other. The last flag for a key counts.
 
-  Raises ConfigError: a missing file or a mistake in it, a mistyped key (with the nearest right one and what other
-  frameworks call it), a value of the wrong type, anything that is no config flag.
+  Raises:
+    ConfigError: a missing file or a mistake in it, a mistyped key (with the nearest right one), a value of the wrong
+      type, or anything that is not a config flag.
   """
   reference, rest = split_config_flag(arguments)
   path, argument = find_config_file(reference)
   add_config_roots()
-  config = _run(path, argument)
+  config = _call_get_config(path, argument)
   known = flatten_config(config)
   groups = {key[:i] for key in known for i, c in enumerate(key) if c == "."}
   overrides, unset = [], {}
@@ -79,13 +88,13 @@ def load_config(arguments: list[str]) -> ConfigDict:
     key = match[1] if match else ""
     if match and key not in known and key not in groups:
       entries = {g for g in groups if re.fullmatch(r"evals\.\w+", g)}
-      raise ConfigError(f"config.{key} is no key of this config; {suggest_name(key, {*known, *entries})}")
+      raise ConfigError(f"config.{key} does not exist; {suggest_name(key, {*known, *entries})}")
     if text.partition("=")[2].lower() == "none" and _can_unset(config, key):
       unset[key] = True
     else:
       overrides.append(text)
       unset.pop(key, None)
-  _override(config, overrides)
+  _apply_overrides(config, overrides)
   with config.unlocked():
     for key in unset:
       holder, leaf = _holder(config, key)
@@ -98,7 +107,7 @@ def load_config(arguments: list[str]) -> ConfigDict:
 
 
 def split_config_flag(arguments: list[str]) -> tuple[str, list[str]]:
-  """What --config says, and the other flags; `--config.KEY none` is joined to one."""
+  """Return the value of --config and the other flags; `--config.KEY none` is joined to one flag."""
   references, rest, queue = [], [], list(arguments)
   while queue:
     argument = queue.pop(0)
@@ -116,7 +125,7 @@ def split_config_flag(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def call_in_file(path: Path, function: str, *arguments: Any) -> Any:
-  """What a function of a Python file returns; a mistake in the file is told with its place."""
+  """Call a function of a Python file; a mistake in the file is a ConfigError with its line."""
   spec = importlib.util.spec_from_file_location(f"llmjax_config_{path.stem}", path)
   assert spec is not None and spec.loader is not None  # the file ends in .py
   module = importlib.util.module_from_spec(spec)
@@ -130,16 +139,13 @@ def call_in_file(path: Path, function: str, *arguments: Any) -> Any:
     raise
   except SyntaxError as error:
     raise ConfigError(f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})") from error
-  except (  # what Python code raises by mistake
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
-    *(NameError, OSError, RuntimeError, TypeError, ValueError),
-  ) as error:
+  except CODE_ERRORS as error:
     frames = traceback.extract_tb(error.__traceback__)
-    place = next((f"{path}:{f.lineno}" for f in reversed(frames) if f.filename == str(path)), str(path))
-    raise ConfigError(f"{type(error).__name__}: {' '.join(str(error).split())} ({place})") from error
+    location = next((f"{path}:{f.lineno}" for f in reversed(frames) if f.filename == str(path)), str(path))
+    raise ConfigError(f"{type(error).__name__}: {' '.join(str(error).split())} ({location})") from error
 
 
-def _run(path: Path, argument: str) -> ConfigDict:
+def _call_get_config(path: Path, argument: str) -> ConfigDict:
   config = call_in_file(path, "get_config", *([argument] if argument else []))
   if not isinstance(config, ConfigDict):
     raise ConfigError(f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
@@ -147,13 +153,17 @@ def _run(path: Path, argument: str) -> ConfigDict:
 
 
 def _holder(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-  """The part of a config that holds KEY, and KEY's name there."""
+  """Return the part of a config that holds KEY, and the name of KEY there."""
   *parents, leaf = key.split(".")
   return functools.reduce(lambda part, name: part[name], parents, config), leaf
 
 
 def _can_unset(config: ConfigDict, key: str) -> bool:
-  """Whether `none` unsets KEY; False where it is a string like any other, ConfigError where it makes no sense."""
+  """Whether `none` sets KEY to None; False if it is a string like any other.
+
+  Raises:
+    ConfigError: KEY cannot be None.
+  """
   holder, leaf = _holder(config, key)
   value = dict(holder.items(preserve_field_references=True))[leaf]
   if isinstance(value, str):
@@ -165,27 +175,16 @@ def _can_unset(config: ConfigDict, key: str) -> bool:
   raise ConfigError(f"config.{key} cannot be none; give a value of type {type(value).__name__}, such as {value!r}")
 
 
-def _override(config: ConfigDict, arguments: list[str]) -> None:
-  """Sets keys of `config` by absl's flags, in a flag registry of their own, and locks it."""
+def _apply_overrides(config: ConfigDict, arguments: list[str]) -> None:
+  """Set keys of `config` from flags, by absl with a flag registry of its own, and lock it."""
   values = flags.FlagValues()
   argv = ["llmjax", *arguments]
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    left = values(argv)[1:]
+    remaining = values(argv)[1:]
   except flags.IllegalFlagValueError as error:
     raise ConfigError(" ".join(str(error).removeprefix("flag --").split())) from None
   except (flags.Error, TypeError, AttributeError, KeyError) as error:
     raise ConfigError(f"{type(error).__name__} in {' '.join(arguments)}: {' '.join(str(error).split())}") from error
-  if left:
-    raise ConfigError(f"stray argument {left[0]!r}; config keys are set as --config.KEY=VALUE")
-
-
-def default_config() -> dict[str, Any]:
-  """Every key that the train loop reads, with its default, as plain data."""
-  return to_dict(_run(config_roots()[-1] / "configs" / "base.py", ""))
-
-
-def shipped_configs() -> dict[str, Path]:
-  """{name: path} of the configs that can be run: those that ship and whose first line says how."""
-  folder = config_roots()[-1] / "configs"
-  return {p.stem: p for p in sorted(folder.glob("*.py")) if "llmjax train" in p.read_text().split('"""')[1]}
+  if remaining:
+    raise ConfigError(f"stray argument {remaining[0]!r}; config keys are set as --config.KEY=VALUE")

@@ -171,9 +171,7 @@ class TransformerConfig(ModelConfig):
   mlp_dropout: float = 0.0  # inside the MLP
   init_stddev: float | None = 0.02  # of kernels, None: 1 / sqrt(fan-in)
   embedding_stddev: float | None = None  # of tables, None: as kernels
-  residual_init: str = (
-    "scaled"  # projections into the residual stream: "scaled" by 1/sqrt(2 N) (GPT-2), "plain", "zeros"
-  )
+  residual_init: str = "scaled"  # of projections into the stream: "scaled" by 1/sqrt(2 N) (GPT-2), "plain", "zeros"
   # muP: D of the narrow model that rate and initial values were tuned on; None: standard parametrisation. sqrt(D) and
   # 1/sqrt(fan-in) above are then those of that model. See `models/mup.py`.
   base_width: int | None = None

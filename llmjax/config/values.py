@@ -13,7 +13,7 @@ ConfigTree: TypeAlias = dict[str, Any]  # a config, or a part of one, as plain d
 
 
 def to_dict(spec: Any) -> Any:
-  """A config as plain Python containers, references resolved (tuples stay tuples)."""
+  """Return a config as plain containers with references resolved; lists become tuples."""
   if isinstance(spec, FieldReference):
     spec = spec.get()
   if isinstance(spec, (ConfigDict, Mapping)):
@@ -23,9 +23,9 @@ def to_dict(spec: Any) -> Any:
   return spec
 
 
-def flatten_config(spec: Any, prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} -> {"a.b": 1}; empty dicts stay as leaves."""
-  flat: dict[str, Any] = {}
+def flatten_config(spec: Any, prefix: str = "") -> ConfigTree:
+  """Return {"a": {"b": 1}} as {"a.b": 1}; empty dicts stay as leaves."""
+  flat: ConfigTree = {}
   for key, value in to_dict(spec).items():
     if isinstance(value, dict) and value:
       flat.update(flatten_config(value, f"{prefix}{key}."))
@@ -34,12 +34,12 @@ def flatten_config(spec: Any, prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def config_differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-  """{key: (old, new)} of two configs, compared as JSON does (tuples equal lists)."""
+def config_differences(old: Any, new: Any) -> dict[str, tuple[Json, Json]]:
+  """Return {key: (old, new)} of two configs, compared as JSON does (tuples equal lists)."""
 
-  def normal(value):
+  def as_json(value: Json) -> Json:
     return json.loads(json.dumps(value, default=str))
 
   old, new = flatten_config(old), flatten_config(new)
-  keys = [k for k in {**old, **new} if normal(old.get(k)) != normal(new.get(k))]
-  return {k: (old.get(k), new.get(k)) for k in keys}
+  keys = [key for key in {**old, **new} if as_json(old.get(key)) != as_json(new.get(key))]
+  return {key: (old.get(key), new.get(key)) for key in keys}

@@ -16,9 +16,11 @@ from llmjax.checkpoints.sources import abstract_params
 from llmjax.config import to_dict
 from llmjax.diagnostics import mup_coord_check
 from llmjax.distributed import sharding
-from llmjax.training.loop import build_schedules, make_stream, profiler
-from llmjax.training.program import Program, make_program, open_source
+from llmjax.training.components import open_source
+from llmjax.training.interruption import make_profiler
+from llmjax.training.program import Program, make_program
 from llmjax.training.resume import tokenizer_to_reuse
+from llmjax.training.session import RunSchedule
 from llmjax.trees import flatten_tree
 from llmjax.types import Batch
 
@@ -38,9 +40,9 @@ def checked(config: Any, devices: list[Any] | None = None) -> tuple[Program, Bat
   """The program of a config that a run can begin with, and this process's first batch; nothing is compiled."""
   config = to_dict(config)
   program = make_program(config, tokenizer=tokenizer_to_reuse(config, None), devices=devices)
-  build_schedules(program)
-  profiler(program.config["profile"], Path())
-  stream = make_stream(program, open_source(program.config, program.config["data"]["train"]), prefetch=0)
+  RunSchedule(program)
+  make_profiler(program.config["profile"], Path())
+  stream = program.make_stream(open_source(program.config, program.config["data"]["train"]), prefetch=0)
   batch = next(iter(stream))
   stream.close()
   return program, batch
@@ -88,7 +90,7 @@ def compiled_bytes(program: Program, batch: Batch) -> tuple[int, int]:
   with sharding.use_mesh(program.mesh, program.rules):
     others = {name: abstract_params(model) for name, model in program.auxiliary.items()}
     compiled = program.train_step.lower(program.state_shapes, shapes, key, rate, others).compile()
-  used = compiled.memory_analysis()
+  used: Any = compiled.memory_analysis()
   work = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
   return used.argument_size_in_bytes, work
 

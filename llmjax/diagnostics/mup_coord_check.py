@@ -16,8 +16,8 @@ import numpy as np
 from llmjax import trees
 from llmjax.distributed import sharding
 from llmjax.models import mup
-from llmjax.training.loop import make_stream, replicate
-from llmjax.training.program import Program, make_program, open_source
+from llmjax.training.components import open_source
+from llmjax.training.program import Program, make_program
 from llmjax.types import Outputs
 
 Changes = dict[str, dict[int, float]]  # {layer: {width: mean |change|}}
@@ -48,7 +48,7 @@ def slopes(changes: Changes) -> dict[str, float]:
 
 def _changes(program: Program, steps: int) -> dict[str, float]:
   config = program.config
-  stream = make_stream(program, open_source(config, config["data"]["train"]), prefetch=0)
+  stream = program.make_stream(open_source(config, config["data"]["train"]), prefetch=0)
   key = jax.device_put(jax.random.key(config["seed"]), program.replicated)
   state = program.init()
 
@@ -60,7 +60,7 @@ def _changes(program: Program, steps: int) -> dict[str, float]:
     first = batch = program.put(next(stream), config["batch_size"])
     before = activations(program.eval_params(state), first)
     for step in range(steps):
-      rate = replicate(np.float32(program.learning_rate(step)), program)
+      rate = program.replicate(np.float32(program.learning_rate(step)))
       state, _ = program.train_step(state, batch, key, rate, program.auxiliary_params)
       batch = program.put(next(stream), config["batch_size"])
     after = activations(program.eval_params(state), first)

@@ -33,9 +33,9 @@ from llmjax.config import ConfigError, build, to_dict
 from llmjax.distributed import sharding
 from llmjax.metrics.sums import metric_means
 from llmjax.models.attention.kernels import FOR_DEVICES
-from llmjax.training.loop import make_stream, replicate
-from llmjax.training.optimizers import OPTIMIZERS, SHARED_KEYS
-from llmjax.training.program import Program, make_program, make_tokenizer, open_source
+from llmjax.training.components import make_config_tokenizer, open_source
+from llmjax.training.optimizers import DEFAULTS, OPTIMIZERS, with_optimizer
+from llmjax.training.program import Program, make_program
 from llmjax.training.resume import tokenizer_to_reuse
 from llmjax.training.step import TrainState
 from llmjax.types import Batch
@@ -88,12 +88,12 @@ def shrink(config: Any, devices: int) -> dict[str, Any]:
   config["model"] = {**config["model"], **{key: value for key, value in plain.items() if key in config["model"]}}
   if config["model"]["name"] == "transformer" and config["init_from"] is None:
     config["model"] |= shrink_model(config["model"], length)
-  optimizer = {key: value for key, value in config["optim"].items() if key not in SHARED_KEYS}
-  if optimizer["name"] in OPTIMIZERS:
-    optimizer = {"name": "sgd", "momentum": 0.0}
-    config["optim"] = {**config["optim"], "lr": 0.1}
-  common = {key: config["optim"][key] for key in SHARED_KEYS}
-  config["optim"] = {**common, "name": "llmjax.diagnostics.verify:recording", "of": optimizer}
+  optimizer = {key: value for key, value in config["optim"].items() if key not in ("lr", *DEFAULTS)}
+  lr = config["optim"]["lr"]
+  if optimizer["name"] in OPTIMIZERS:  # others may depend on their name
+    optimizer, lr = {"name": "sgd", "momentum": 0.0}, 0.1
+  recording = {"name": "llmjax.diagnostics.verify:recording", "of": optimizer, "lr": lr}
+  config["optim"] = with_optimizer(config["optim"], recording)
   config["schedule"] = {"name": "constant", "warmup": None}
   config["checkpoint"] = {**config["checkpoint"], "best": None, "every": None, "keep_every": None}
   config["early_stopping"] = {**config["early_stopping"], "metric": None}
@@ -127,17 +127,17 @@ def measure_run(config: Mapping[str, Any], sizes: Sizes, devices: Sequence[Any] 
   """Runs a shrunk config on a mesh. Of several processes, each measures the same, and its own rows."""
   count = len(jax.devices() if devices is None else devices)
   config = {**config, "mesh": sharding.resolve_mesh_sizes(sizes, count)}
-  tokenizer = tokenizer_to_reuse(config, None) or make_tokenizer(config)
+  tokenizer = tokenizer_to_reuse(config, None) or make_config_tokenizer(config)
   if config["model"]["name"] == "transformer" and config["init_from"] is None and config["model"]["vocab_size"] is None:
     config["model"] = {**config["model"], "vocab_size": -(-tokenizer.vocab_size // 8) * 8}  # so that it can be cut
   program = make_program(config, tokenizer=tokenizer, devices=None if devices is None else list(devices))
   settings = program.config
-  stream = make_stream(program, open_source(settings, settings["data"]["train"]), prefetch=0)
+  stream = program.make_stream(open_source(settings, settings["data"]["train"]), prefetch=0)
   local = [with_uneven_weights(next(stream)) for _ in range(STEPS)]
   stream.close()
   batches = [program.put(batch, settings["batch_size"]) for batch in local]
   key = jax.jit(lambda: jax.random.key(settings["seed"]), out_shardings=program.replicated)()
-  rate = replicate(np.float32(settings["optim"]["lr"]), program)
+  rate = program.replicate(np.float32(settings["optim"]["lr"]))
   auxiliary = program.auxiliary_params
   state = program.init(program.starting_params()[0])
   parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
@@ -156,7 +156,7 @@ def measure_run(config: Mapping[str, Any], sizes: Sizes, devices: Sequence[Any] 
   average = {} if state.ema is None else fetched(program, state.ema)
   parts["after"] |= {f"average/{name}": array for name, array in average.items()}
   rows = {f"{i}/{row}": name for i, batch in enumerate(local) for row, name in row_hashes(batch)}
-  return Measured(parts, rows, count_collectives(train_step.as_text()))
+  return Measured(parts, rows, count_collectives(str(train_step.as_text())))
 
 
 def perturb(program: Program, state: TrainState) -> TrainState:

@@ -1,7 +1,7 @@
-"""Where arrays live: the mesh, the rules from logical names to mesh axes, and strict constraints.
+"""Sharding: the mesh, logical axis names as mesh axes, and strict constraints.
 
-Every parameter and every activation that matters carries logical axis names; RULES is the only place that maps
-them to the mesh. A name that no rule knows is an error, never a silent no-op.
+Every parameter and every important activation has logical axis names. The rules (`llmjax.config.mesh.RULES`, or
+config.rules) are the only place that maps them to mesh axes. A name without a rule is an error, never a silent no-op.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import linen as nn
@@ -19,108 +19,84 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmjax.config import ConfigError, suggest_name
-from llmjax.types import dummy_batch
+from llmjax.config.mesh import MESH_AXES, RULES, Rules
+from llmjax.trees import Params, PyTree, path_string
+from llmjax.types import Model, dummy_batch
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
-LogicalAxes = tuple[str | None, ...]  # logical ones, one a dimension
+LogicalAxes = tuple[str | None, ...]  # one logical name for each dimension
 
-# From the outermost, whose neighbours talk least, to the innermost.
-AXES = ("data", "fsdp", "expert", "context", "tensor")
-
-RULES: Rules = {
-  # parameters
-  "layers": None,
-  "vocab": "tensor",
-  "positions": None,
-  "embed": "fsdp",
-  "heads": "tensor",
-  "kv_heads": "tensor",
-  "head_dim": None,
-  "mlp": "tensor",
-  "experts": "expert",
-  "norm": None,
-  "head": None,  # outputs of the projections behind the last layer
-  "classes": None,
-  "token_types": None,
-  "buckets": None,
-  "lora": None,
-  # activations
-  "act_batch": ("data", "fsdp", "expert"),
-  "act_len": "context",
-  "act_embed": None,
-  "act_heads": "tensor",
-  "act_kv_heads": "tensor",
-  "act_head_dim": None,
-  "act_mlp": "tensor",
-  "act_vocab": "tensor",
-}
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _current: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("llmjax_mesh", default=None)
 
 
-def make_mesh(sizes: Mapping[str, int | None], devices: list[Any] | None = None) -> Mesh:
-  """A mesh over all devices. One size may be -1: it takes what the others leave.
+def make_mesh(sizes: Mapping[str, int | None], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Return a mesh over all devices.
+
+  Args:
+    sizes: {mesh axis: size}; missing axes have size 1, and one size may be -1: the devices that remain.
+    devices: None: all.
 
   Raises:
     ConfigError: an unknown axis, or sizes whose product is not the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = jax.devices() if devices is None else list(devices)
   shape = resolve_mesh_sizes(sizes, len(devices))
   # jax.make_mesh defaults to explicit axes, which Linen's parameters do not support.
-  auto = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices == 1:
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=auto, devices=devices)
-  if shape["data"] % slices:
+  auto = (AxisType.Auto,) * len(MESH_AXES)
+  num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if num_slices == 1:
+    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=auto, devices=devices)
+  if shape["data"] % num_slices:
     raise ConfigError(
-      f"mesh.data={shape['data']} must be a multiple of the {slices} slices: between them the network is slow, and "
-      "only the data axis goes over it"
+      f"mesh.data={shape['data']} must be a multiple of the {num_slices} slices: the network between them is slow, and "
+      "only the data axis crosses it"
     )
-  inside = {**shape, "data": shape["data"] // slices}
-  outside = [slices if name == "data" else 1 for name in AXES]
-  return Mesh(mesh_utils.create_hybrid_device_mesh(list(inside.values()), outside, devices), AXES, axis_types=auto)
+  within = {**shape, "data": shape["data"] // num_slices}
+  across = [num_slices if name == "data" else 1 for name in MESH_AXES]
+  return Mesh(mesh_utils.create_hybrid_device_mesh(list(within.values()), across, devices), MESH_AXES, axis_types=auto)
 
 
-def resolve_mesh_sizes(sizes: Mapping[str, int | None], count: int) -> dict[str, int]:
-  """The size of every axis on `count` devices, -1 replaced; raises as `make_mesh`."""
+def resolve_mesh_sizes(sizes: Mapping[str, int | None], num_devices: int) -> dict[str, int]:
+  """Return the size of every mesh axis on `num_devices` devices, -1 replaced; raises as `make_mesh`."""
   for name in sizes:
-    if name not in AXES:
-      raise ConfigError(f"mesh.{name} is no mesh axis; {suggest_name(name, AXES)}")
-  shape = {name: 1 if sizes.get(name) is None else int(sizes[name] or 0) for name in AXES}
-  said = ", ".join(f"{k}={v}" for k, v in shape.items())
+    if name not in MESH_AXES:
+      raise ConfigError(f"mesh.{name} is not a mesh axis; {suggest_name(name, MESH_AXES)}")
+  shape = {name: 1 if sizes.get(name) is None else int(sizes[name] or 0) for name in MESH_AXES}
+  text = ", ".join(f"{k}={v}" for k, v in shape.items())
   free = [name for name, size in shape.items() if size == -1]
   fixed = math.prod(size for size in shape.values() if size != -1)
   if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
-    raise ConfigError(f"mesh: {said}: sizes are positive, and at most one is -1 (takes what is left)")
-  if free and count % fixed == 0:
-    shape[free[0]] = count // fixed
-  elif free or fixed != count:
+    raise ConfigError(f"mesh: {text}: sizes are positive, and at most one is -1 (all devices that remain)")
+  if free and num_devices % fixed == 0:
+    shape[free[0]] = num_devices // fixed
+  elif free:
+    raise ConfigError(f"mesh: {text} needs a multiple of {fixed} devices, but there are {num_devices}; change mesh.*")
+  elif fixed != num_devices:
     raise ConfigError(
-      f"mesh: {said} needs a multiple of {fixed} devices, but there are {count}; change mesh.*"
-      if free
-      else f"mesh: {said} is {fixed} devices, but there are {count}; set one axis to -1 to take what is left"
+      f"mesh: {text} is {fixed} devices, but there are {num_devices}; set one axis to -1 to take what is left"
     )
   return shape
 
 
 def parse_mesh(text: str, flag: str = "--mesh") -> dict[str, int]:
-  """The sizes in "data=2,tensor=4"; where none of them is -1, `data` takes what they leave."""
+  """Return the sizes in "data=2,tensor=4"; `data` takes the remaining devices if no size is -1."""
   sizes = {}
   for part in text.split(","):
     match = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part)
     if match is None:
-      raise ConfigError(f"{flag}={text}: {part!r} is no AXIS=SIZE, such as data=-1; axes are {', '.join(AXES)}")
+      raise ConfigError(f"{flag}={text}: {part!r} is not AXIS=SIZE, such as data=-1; axes are {', '.join(MESH_AXES)}")
     sizes[match[1]] = int(match[2])
   return {"data": 1 if -1 in sizes.values() else -1} | sizes
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
-  """The only way to set mesh and rules for what is traced inside."""
+  """Set mesh and rules for everything that is traced inside; the only way to set them."""
   for name, axes in rules.items():
     for axis in _as_tuple(axes):
       if axis not in mesh.axis_names:
-        raise ConfigError(f"rules.{name}={axis!r} is no mesh axis; {suggest_name(axis, mesh.axis_names)}")
+        raise ConfigError(f"rules.{name}={axis!r} is not a mesh axis; {suggest_name(axis, mesh.axis_names)}")
   token = _current.set((mesh, rules))
   try:
     with jax.set_mesh(mesh):
@@ -134,35 +110,35 @@ def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def partition_spec(names: LogicalAxes, rules: Rules = RULES) -> PartitionSpec:
-  """Logical names, one a dimension, as a PartitionSpec.
+  """Return the PartitionSpec of logical axis names.
 
   Raises:
-    ValueError: an unknown name.
-    ConfigError: rules that cut two of the dimensions over one mesh axis.
+    ValueError: a name without a rule.
+    ConfigError: rules that shard two of the dimensions over the same mesh axis.
   """
-  cut: dict[str, str] = {}  # {mesh axis: the name that is cut over it}
+  sharded: dict[str, str] = {}  # {mesh axis: the logical axis that is sharded over it}
   for name in names:
     if name is not None and name not in rules:
       raise ValueError(f"logical axis {name!r} has no rule; {suggest_name(name, rules)}")
     for axis in () if name is None else _as_tuple(rules[name]):
-      if axis in cut:
+      if axis in sharded:
         raise ConfigError(
-          f"rules.{cut[axis]} and rules.{name} both cut over {axis!r}, and an array has both dimensions; "
+          f"rules.{sharded[axis]} and rules.{name} both shard over {axis!r}, and an array has both dimensions; "
           "set one of them to none"
         )
-      cut[axis] = str(name)
+      sharded[axis] = str(name)
   return PartitionSpec(*(None if name is None else rules[name] for name in names))
 
 
 def named_sharding(mesh: Mesh, *names: str | None, rules: Rules = RULES) -> NamedSharding:
-  """The sharding of an array whose dimensions have these logical names."""
+  """Return the sharding of an array whose dimensions have these logical names."""
   return NamedSharding(mesh, partition_spec(names, rules))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Says how an activation is laid out; outside `use` (one device) only the names are checked.
+  """Constrain the sharding of an activation; outside `use_mesh` (one device), only check the names.
 
-  A length that does not divide over its axes, such as the one token of a decoding step, is on all of their devices.
+  A length that its mesh axes do not divide, such as the single token of a decoding step, is replicated.
   """
   if len(names) != x.ndim:
     raise ValueError(f"{len(names)} logical names {names} for an array of shape {x.shape}")
@@ -171,36 +147,40 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     partition_spec(names)
     return x
   mesh, rules = current
-  if jax.sharding.get_abstract_mesh().manual_axes:  # inside `per_device`, where x is what one device holds
+  if jax.sharding.get_abstract_mesh().manual_axes:  # inside `per_device`, where x is the part of one device
     return x
-  fits = (axis_if_divisible(name, size) if name == "act_len" else name for name, size in zip(names, x.shape))
-  return jax.lax.with_sharding_constraint(x, named_sharding(mesh, *fits, rules=rules))
+  divisible = (axis_if_divisible(name, size) if name == "act_len" else name for name, size in zip(names, x.shape))
+  return jax.lax.with_sharding_constraint(x, named_sharding(mesh, *divisible, rules=rules))
 
 
 def _num_shards(mesh: Mesh, rules: Rules, name: str) -> int:
-  """Into how many parts a dimension is cut."""
   return math.prod(mesh.shape[axis] for axis in _as_tuple(rules[name]))
 
 
 def num_shards(name: str) -> int:
-  """Into how many parts the mesh in use cuts dimensions of this logical name; 1 without one."""
+  """Return the number of shards of a logical axis under the current mesh; 1 without a mesh."""
   current = _current.get()
   return 1 if current is None else _num_shards(*current, name)
 
 
+def num_batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
+  """Return the number of shards of the batch on a mesh."""
+  return _num_shards(mesh, rules, "act_batch")
+
+
 def mesh_platform() -> str:
-  """ "cpu", "gpu" or "tpu": of the mesh in use, which may be of another machine; without one, of the default device."""
+  """Return "cpu", "gpu" or "tpu": that of the current mesh, whose devices may be absent, else of the default device."""
   current = _current.get()
   return jax.default_backend() if current is None else str(current[0].devices.flat[0].platform)
 
 
 def axis_if_divisible(name: str, size: int) -> str | None:
-  """The logical name of a dimension, or None where the mesh in use cannot cut it into equal parts."""
+  """Return the logical axis, or None if the current mesh does not divide a dimension of this size."""
   return None if size % num_shards(name) else name
 
 
 def mesh_axes_of(name: str) -> tuple[str, ...]:
-  """The axes of the mesh in use, longer than 1, that cut dimensions of this logical name; none without one."""
+  """Return the axes of the current mesh, longer than 1, that shard a logical axis; none without a mesh."""
   current = _current.get()
   if current is None:
     return ()
@@ -208,19 +188,20 @@ def mesh_axes_of(name: str) -> tuple[str, ...]:
   return tuple(axis for axis in _as_tuple(rules[name]) if mesh.shape[axis] > 1)
 
 
-def per_device(function: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
-  """A function of what each device holds of its arguments; the function itself where no mesh is in use.
+def per_device(function: Function, arguments: Sequence[Any], results: Any) -> Function:
+  """Return `function` applied to the shard of each device (`jax.shard_map`); unchanged without a mesh.
 
   Args:
-    arguments: a tuple of the logical names of each argument's dimensions; of a tree, a tree of them, or one for all.
-    results: the same of what it returns.
+    function: reads and returns what one device holds.
+    arguments: for each argument the logical names of its dimensions; for a tree a tree of them, or one for all leaves.
+    results: the same for what it returns.
   """
   current = _current.get()
   if current is None:
     return function
   mesh, rules = current
 
-  def specs(names: Any) -> Any:
+  def specs(names: Any) -> PyTree:
     return jax.tree.map(lambda each: partition_spec(each, rules), names, is_leaf=_is_names)
 
   return jax.shard_map(
@@ -228,41 +209,39 @@ def per_device(function: Callable[..., Any], arguments: Any, results: Any) -> Ca
   )
 
 
-def _is_names(x: Any) -> bool:
+def _is_names(x: object) -> bool:
   return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
 
 
-def abstract_parameters(model: nn.Module) -> tuple[Any, Any]:
-  """A model's parameters as ShapeDtypeStructs, and the same tree of their logical axes. Computes nothing."""
+def abstract_parameters(model: Model) -> tuple[Params, PyTree]:
+  """Return a model's parameters as ShapeDtypeStructs, and the same tree of their logical axes. Computes nothing."""
   boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_batch())["params"])
   axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
   return nn.unbox(boxed), axes
 
 
-def param_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-  """A NamedSharding for every parameter.
+def param_shardings(shapes: Params, axes: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+  """Return a NamedSharding for every parameter.
 
   Args:
-    shapes: tree of anything with a `shape`.
-    axes: the same tree of tuples of logical names.
+    shapes: parameters, or anything with a `shape`.
+    axes: the same tree of tuples of logical axis names.
+    mesh: the mesh.
+    rules: logical axis -> mesh axes.
+
   Raises:
-    ConfigError: a dimension that its mesh axes do not divide, before anything is compiled.
+    ConfigError: a dimension that its mesh axes do not divide; raised before anything is compiled.
   """
 
-  def one(path, leaf, names):
+  def one(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, names: LogicalAxes) -> NamedSharding:
     for size, name in zip(leaf.shape, names, strict=True):
-      parts = math.prod(mesh.shape[a] for a in _as_tuple(rules[name])) if name in rules else 1
-      if size % parts:
-        where = jax.tree_util.keystr(path, simple=True, separator="/")
+      mesh_axes = _as_tuple(rules[name]) if name is not None and name in rules else ()
+      shards = math.prod(mesh.shape[axis] for axis in mesh_axes)
+      if size % shards:
         raise ConfigError(
-          f"parameter {where}: dimension {name!r} of {size} does not divide over {parts} devices "
-          f"(mesh axes {_as_tuple(rules[name])}); change mesh.{_as_tuple(rules[name])[0]}, or set rules.{name} to None"
+          f"parameter {path_string(path)}: dimension {name!r} of {size} does not divide over {shards} devices "
+          f"(mesh axes {mesh_axes}); change mesh.{mesh_axes[0]}, or set rules.{name} to None"
         )
     return NamedSharding(mesh, partition_spec(names, rules))
 
   return jax.tree_util.tree_map_with_path(one, shapes, axes)
-
-
-def num_batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
-  """Into how many parts the batch is cut."""
-  return _num_shards(mesh, rules, "act_batch")

@@ -31,9 +31,9 @@ from llmjax.objectives.seq2seq import Seq2Seq
 from llmjax.objectives.task import Task
 from llmjax.objectives.weighted_sum import WeightedSum
 from llmjax.storage.digests import file_digest
-from llmjax.training import optimizers
+from llmjax.training.components import open_source
 from llmjax.training.evals import EVALUATORS, SCHEDULE_KEYS, metric_name
-from llmjax.training.program import Program, make_program, open_source
+from llmjax.training.program import Program, make_program
 from llmjax.types import Batch, Objective
 
 Evaluator = Callable[[Any], dict[str, Any]]
@@ -311,8 +311,7 @@ def evaluate_checkpoint(
       corpus, config["evals"] = data_evals(str(data), source.objective(trust), column)
       config["data"] |= {"corpus": corpus, "train": "all", "eval": "all"}
       # Evaluation uses neither of these, and a checkpoint's own may name code.
-      config["optim"] |= {"name": "sgd", "decay_mask": ((".*", True),), "lr_scale": ((".*", 1.0),), "layer_decay": None}
-      config["optim"] = {k: config["optim"][k] for k in ("name", *optimizers.SHARED_KEYS)}
+      config["optim"] = {"name": "sgd", "lr": 1.0}
       config["schedule"] = {"name": "constant", "warmup": None}
       config["mesh"] = {"data": -1}
       config["model"] = with_auto_attention(config["model"])

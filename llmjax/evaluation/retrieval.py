@@ -16,7 +16,8 @@ from llmjax.data.sources.base import files as read_files
 from llmjax.data.sources.tables import fields
 from llmjax.inference.embeddings import contrastive_part, embed_tokens, tokenize
 from llmjax.objectives.contrastive import Contrastive
-from llmjax.training.program import Program, open_source
+from llmjax.training.components import open_source
+from llmjax.training.program import Program
 
 BLOCK = 1024  # rows of a matrix of scores that are in memory at a time
 TIE = 1e-6  # scores that differ by less are equal: rounding depends on batch and mesh

@@ -17,7 +17,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -25,7 +24,7 @@ from llmjax.config import ConfigError
 from llmjax.inference import beam_search as beams
 from llmjax.inference.sampling import Sampling, filter_logits, make_sampling, sample_token
 from llmjax.models.layers import row_keys
-from llmjax.types import Batch, Tokens
+from llmjax.types import Batch, Model, Tokens
 
 
 @struct.dataclass
@@ -49,7 +48,7 @@ def _next(state: Decoding, logits: Array, sampling: Sampling) -> Decoding:
 
 
 def _read_prompts(
-  model: nn.Module, params: Any, batch: Batch, sampling: Sampling, cache_length: int
+  model: Model, params: Any, batch: Batch, sampling: Sampling, cache_length: int
 ) -> tuple[Any, Array, Array | None, Array]:
   """Prompts (padding on either side) into a fresh cache: that, the position Int[B] of the last token of every row, the
   tokens seen Bool[B V] and the logits Float[B V] of the next."""
@@ -68,7 +67,7 @@ def _read_prompts(
 
 
 def _read_token(
-  model: nn.Module, params: Any, cache: Any, token: Array, position: Array, cache_length: int
+  model: Model, params: Any, cache: Any, token: Array, position: Array, cache_length: int
 ) -> tuple[Any, Array]:
   """A token [B] at its position [B] into the cache: that and the logits Float[B V] of the next."""
   column = Tokens(token[:, None], position[:, None], jnp.ones_like(token)[:, None])
@@ -79,7 +78,7 @@ def _read_token(
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"))
 def prefill(
-  model: nn.Module, params: Any, batch: Batch, key: Array, sampling: Sampling, *, cache_length: int
+  model: Model, params: Any, batch: Batch, key: Array, sampling: Sampling, *, cache_length: int
 ) -> Decoding:
   """Reads the prompts into a fresh cache and draws the first token of every row."""
   cache, position, seen, logits = _read_prompts(model, params, batch, sampling, cache_length)
@@ -87,20 +86,20 @@ def prefill(
   return _next(state, logits, sampling)
 
 
-def _decode(model: nn.Module, params: Any, state: Decoding, sampling: Sampling, cache_length: int) -> Decoding:
+def _decode(model: Model, params: Any, state: Decoding, sampling: Sampling, cache_length: int) -> Decoding:
   cache, logits = _read_token(model, params, state.cache, state.token, state.position, cache_length)
   return _next(dataclasses.replace(state, cache=cache), logits, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"), donate_argnames="state")
-def decode(model: nn.Module, params: Any, state: Decoding, sampling: Sampling, *, cache_length: int) -> Decoding:
+def decode(model: Model, params: Any, state: Decoding, sampling: Sampling, *, cache_length: int) -> Decoding:
   """Puts the last token into the cache and draws the next."""
   return _decode(model, params, state, sampling, cache_length)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length", "count", "ends", "pad_id"))
 def _loop(
-  model: nn.Module,
+  model: Model,
   params: Any,
   state: Decoding,
   sampling: Sampling,
@@ -129,7 +128,7 @@ def _loop(
   return jax.lax.while_loop(more, step, (state, out, ended(state.token)))[1]
 
 
-def _row_axes(model: nn.Module, params: Any, batch: Batch, cache_length: int) -> Any:
+def _row_axes(model: Model, params: Any, batch: Batch, cache_length: int) -> Any:
   """The axis of every leaf of the cache that counts rows, -1 where none does: the one that more rows make longer."""
 
   def cache(copies: int) -> Any:
@@ -144,7 +143,7 @@ def _row_axes(model: nn.Module, params: Any, batch: Batch, cache_length: int) ->
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length", "max_new_tokens", "pad_id"))
 def _search(
-  model: nn.Module,
+  model: Model,
   params: Any,
   batch: Batch,
   sampling: Sampling,
@@ -236,7 +235,7 @@ def _ends(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def generate(
-  model: nn.Module,
+  model: Model,
   params: Any,
   ids: Int[Any, "B L"],
   mask: Int[Any, "B L"] | None = None,
@@ -300,7 +299,7 @@ def generate(
 
 
 def beam_search(
-  model: nn.Module,
+  model: Model,
   params: Any,
   ids: Int[Any, "B L"],
   mask: Int[Any, "B L"] | None = None,
@@ -342,7 +341,7 @@ def beam_search(
 
 
 def stream(
-  model: nn.Module,
+  model: Model,
   params: Any,
   ids: Int[Any, "B L"],
   mask: Int[Any, "B L"] | None = None,

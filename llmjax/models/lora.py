@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.config import ConfigError
-from llmjax.config.model import TransformerConfig
+from llmjax.config.model import ModelConfig, TransformerConfig
 from llmjax.trees import flatten_tree, unflatten_tree
 
 ADAPTERS = ("lora_a", "lora_b")
@@ -52,11 +52,11 @@ def _add(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
   return jax.vmap(one)(kernel, a, b) if stacked else one(kernel, a, b)
 
 
-def check_lora_targets(params: Mapping[str, Any], cfg: Any) -> None:
+def check_lora_targets(params: Mapping[str, Any], cfg: ModelConfig) -> None:
   """Raises ConfigError where adapters are asked for, and no projection matches."""
-  if getattr(cfg, "lora", None) is not None and not any(map(is_adapter, flatten_tree(params))):
+  if cfg.lora is not None and not any(map(is_adapter, flatten_tree(params))):
     kernels = [path.removesuffix("/kernel") for path in flatten_tree(params) if re.search(r"/kernel$", path)]
     raise ConfigError(
-      f"model.lora_targets={cfg.lora_targets!r} matches no projection; a regex must match a whole path, of "
+      f"model.lora_targets={cfg.lora.targets!r} matches no projection; a regex must match a whole path, of "
       f"{', '.join(kernels)}"
     )

@@ -90,7 +90,7 @@ def misjudged(plan: Sweep, evals: Sequence[str]) -> str:
   """Why the sweep's metric cannot decide on a trial with these evaluations; "" where it can."""
   try:
     if not plan.metric.startswith("train/"):
-      check_metric(plan.metric, plan.best_is, dict.fromkeys(evals), "Sweep.metric")
+      check_metric(plan.metric, plan.mode, dict.fromkeys(evals), "Sweep.metric", "Sweep.mode")
   except ConfigError as error:
     return str(error)
   return ""

@@ -31,7 +31,7 @@ def figure(plan: Sweep, groups: Sequence[Group], title: str, form: str, theme: s
     longest = max(len(f"{clipped(name)}  {number(line[-1].mean)}") for name, line in lines.items())
     axes = canvas.add_axes((0.08, 0.17, min(0.8, 0.89 - 0.0085 * longest), 0.7))  # notes stand beside it
     axes.set_ylim(*_limits(plan, lines))
-    edge = axes.get_ylim()[0 if plan.best_is == "most" else 1]
+    edge = axes.get_ylim()[0 if plan.mode == "max" else 1]
     notes = []  # height, text, colour
     for name, line in lines.items():
       look, across = looks[name], [at[point.x] for point in line]
@@ -135,7 +135,7 @@ def _limits(plan: Sweep, lines: Mapping[str, list[Point]]) -> tuple[float, float
   worst = min(values[-1], best + 4 * max(middle - best, abs(best) * 0.01))
   room = 0.06 * (worst - best) or 0.05 * abs(best) or 1.0
   low, high = best - room, worst + room
-  return (-high, -low) if plan.best_is == "most" else (low, high)
+  return (-high, -low) if plan.mode == "max" else (low, high)
 
 
 def trajectories(
@@ -155,7 +155,7 @@ def trajectories(
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, values, linewidth=1, alpha=0.8, marker=marker, markersize=4, **looks[label(plan, row)])
     if finite:  # what has diverged must not flatten the others
-      most = finite[-1] if name == plan.metric and plan.best_is == "most" else finite[int(0.98 * (len(finite) - 1))]
+      most = finite[-1] if name == plan.metric and plan.mode == "max" else finite[int(0.98 * (len(finite) - 1))]
       axes.set_ylim(finite[0], most + 0.02 * abs(most) or 1)
     plain(axes, theme)
     for i, (line, look) in enumerate(looks.items()):

@@ -50,7 +50,7 @@ def write_results(plan: Sweep, jobs: Sequence[Any], workdir: Path) -> str:
   return "\n".join(
     [
       *lines,
-      f"{plan.metric}, {plan.best_is} is best:",
+      f"{plan.metric}, {plan.mode} is best:",
       *(f"  {number(group.mean):>10}  {_named(group.first['trial'], len(group.values))}" for group in best[:5]),
       f"by {best[0].first['command']}",
       f"in {workdir}: {', '.join(files)}",

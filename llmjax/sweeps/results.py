@@ -75,7 +75,7 @@ def measured(plan: Sweep, row: Row) -> float:
 
 def to_minimize(plan: Sweep, value: float) -> float:
   """The value, with its sign turned where the most is best: less is better."""
-  return -value if plan.best_is == "most" else value
+  return -value if plan.mode == "max" else value
 
 
 def x_value(plan: Sweep, row: Row) -> Any:

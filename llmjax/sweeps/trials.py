@@ -38,13 +38,13 @@ class Sweep:
 
   trials: Sequence[Trial]
   metric: str = "eval/heldout/loss"  # which last value decides
-  best_is: str = "least"  # or "most"
+  mode: str = "min"  # or "max"
   x: str = "flops"  # the column along which trials are drawn
   lines: Sequence[str] = ()  # the columns that tell one line from another; what is left, such as seeds, is averaged
 
   def __post_init__(self) -> None:
-    if self.best_is not in ("least", "most"):
-      raise ConfigError(f"Sweep.best_is={self.best_is!r} must be 'least' or 'most'")
+    if self.mode not in ("min", "max"):
+      raise ConfigError(f"Sweep.mode={self.mode!r} must be 'min' or 'max'")
     if not self.trials:
       raise ConfigError("Sweep.trials is empty; give at least one, such as vary('optim.lr', [1e-3])")
 

@@ -110,8 +110,8 @@ class Progress:
     else:
       print(self.line(), file=self._stream, flush=True)
 
-  def say(self, text: str) -> None:
-    """Prints above the live line."""
+  def print_above(self, text: str) -> None:
+    """Print above the live line."""
     if self._live is not None:
       self._console.print(printable(text), markup=False, soft_wrap=True)
     else:

@@ -1,13 +1,14 @@
-"""From a config to a program: model, objective, optimizer, mesh, abstract state, and the jitted step with its layout.
+"""The program of a config: model, objective, optimizer, mesh, abstract state, and the jitted steps.
 
-Training, evaluation and everything else that runs a config starts here. Nothing in this file loops.
+Training, evaluation and everything else that runs a config starts with `make_program`. Nothing in this file loops over
+steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,52 +17,76 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmjax import trees
 from llmjax.checkpoints.sources import (
   FROM_PRETRAINED,
   abstract_params,
   labels_of_init,
   load_params,
   make_objective,
-  open_path,
   pretrained_model_config,
   with_head_fields,
 )
-from llmjax.config import ConfigError, build, durations, values
-from llmjax.data.sources.base import SOURCES, parse_split
-from llmjax.data.tokenizers import base as tokenizers
+from llmjax.config import ConfigError, ConfigTree, to_dict
+from llmjax.config.mesh import RULES, Rules
+from llmjax.config.model import TransformerConfig
+from llmjax.data.pipeline import TrainStream
+from llmjax.data.sources.base import Source
+from llmjax.data.tokenizers.base import Tokenizer
 from llmjax.distributed import sharding
-from llmjax.models import lora
-from llmjax.models.attention import kernels
-from llmjax.models.transformer import MODELS
-from llmjax.objectives.task import Task
+from llmjax.models.attention.kernels import check_attention_kernel
+from llmjax.models.lora import check_lora_targets
 from llmjax.telemetry.flops import forward_flops
-from llmjax.training import optimizers, schedules, step
-from llmjax.training import trainable as training_trainable
-from llmjax.trees import match_rules
-from llmjax.types import Batch, Objective, dummy_batch
+from llmjax.training import optimizers, step
+from llmjax.training.components import (
+  check_config,
+  check_model_fits_objective,
+  count_examples,
+  duration_converter,
+  label_split,
+  make_auxiliary,
+  make_config_tokenizer,
+  make_model,
+  open_source,
+)
+from llmjax.training.schedules import make_schedule
+from llmjax.training.trainable import layer_lr_scales, match_trainable
+from llmjax.trees import Params, PyTree, flatten_tree, merge_trainable, select_leaves, split_trainable, unflatten_tree
+from llmjax.types import Batch, Model, Objective, dummy_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Everything that is fixed before the first step. The config is plain data here, with all its `None`s decided."""
+  """Everything that is fixed before the first step.
 
-  config: Mapping[str, Any]
-  model: Any  # a Linen module with its TransformerConfig as `cfg`
-  tokenizer: Any
+  Attributes:
+    config: plain data; values that were None and had to be inferred are set.
+    total_steps: steps of the run.
+    count_epoch_rows: returns the rows of an epoch, see `count_examples`.
+    learning_rate: step -> learning rate.
+    state_shapes: the train state with a jax.ShapeDtypeStruct at every leaf.
+    state_shardings: the same with a NamedSharding.
+    trainable: the tree of parameters with bools, True if trained.
+    auxiliary: the frozen models of config.auxiliary, by name.
+    train_step: jitted (state, batch, key, learning_rate, auxiliary_params) -> (state, metrics); donates the state.
+    eval_step: jitted (params, batch, auxiliary_params) -> metrics.
+  """
+
+  config: ConfigTree
+  model: Model
+  tokenizer: Tokenizer
   objective: Objective
   tx: optax.GradientTransformation
   mesh: Mesh
-  rules: sharding.Rules
+  rules: Rules
   total_steps: int
-  epoch_examples: Callable[[], int | None]  # how many rows an epoch is, see `count_examples`
-  learning_rate: Callable[[int], float]  # step -> rate
-  state_shapes: step.TrainState  # of ShapeDtypeStruct
-  state_shardings: step.TrainState  # of NamedSharding
-  trainable: Any  # the tree of parameters, True where they learn
-  auxiliary: Mapping[str, Any]  # {name of config.auxiliary: a frozen model}
-  train_step: Any  # jitted (state, batch, key, learning_rate, auxiliary_params) -> (state, metrics); donates the state
-  eval_step: Any  # jitted (params, batch, auxiliary_params) -> metrics
+  count_epoch_rows: Callable[[], int | None]
+  learning_rate: Callable[[int], float]
+  state_shapes: step.TrainState
+  state_shardings: step.TrainState
+  trainable: PyTree
+  auxiliary: Mapping[str, Model]
+  train_step: jax.stages.Wrapped
+  eval_step: jax.stages.Wrapped
 
   @property
   def replicated(self) -> NamedSharding:
@@ -73,79 +98,18 @@ class Program:
 
   @property
   def abstract_state(self) -> step.TrainState:
-    """Shapes with shardings: what a checkpoint is restored into."""
+    """The train state with shapes and shardings: the target that a checkpoint is restored to."""
 
-    def attach(shape: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    def attach(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
-    return jax.tree.map(attach, self.state_shapes, self.state_shardings)
-
-  def steps(self, value: Any, key: str) -> int | None:
-    """A duration of this config in steps."""
-    return duration_converter(self.config, self.total_steps, self.epoch_examples)(value, key)
+    abstract: step.TrainState = jax.tree.map(attach, self.state_shapes, self.state_shardings)
+    return abstract
 
   @property
-  def abstract_params(self) -> Any:
-    """Those of all parameters, whether they learn or not."""
-    return trees.merge_trainable(self.abstract_state.params, self.abstract_state.frozen)
-
-  def init(self, params: Mapping[str, Any] | None = None) -> step.TrainState:
-    """A fresh state, sharded as it is made; with those of `params` that are given (host or device arrays)."""
-    ema = self.config["optim"]["ema_decay"] is not None
-
-    def make(params: Any) -> step.TrainState:
-      return step.make_train_state(params, self.tx, ema, self.trainable)
-
-    return self._start(make, self.state_shardings, params)
-
-  def _start(self, make: Callable[[Any], Any], where: Any, params: Mapping[str, Any] | None) -> Any:
-    """`make` of all parameters, fresh ones where they are not given."""
-
-    def run(key: Any, given: Any) -> Any:
-      fresh = trees.flatten_tree(nn.unbox(step.init_params(key, self.model, dummy_batch())))
-      return make(trees.unflatten_tree({**fresh, **given}))
-
-    places = trees.flatten_tree(trees.merge_trainable(self.state_shardings.params, self.state_shardings.frozen))
-    given = {path: jax.device_put(leaf, places[path]) for path, leaf in trees.flatten_tree(params or {}).items()}
-    with sharding.use_mesh(self.mesh, self.rules):
-      return jax.jit(run, out_shardings=where)(jax.random.key(self.config["seed"]), given)
-
-  @functools.cached_property
-  def auxiliary_params(self) -> dict[str, Any]:
-    """Those of config.auxiliary, read at the first use; where it names no PATH, what this run starts from."""
-    return {name: self._read_auxiliary(name, model) for name, model in self.auxiliary.items()}
-
-  def _read_auxiliary(self, name: str, model: Any) -> Any:
-    path = self.config["auxiliary"][name]["init_from"]
-    abstract = abstract_params(model, self.mesh, self.rules)
-    if path is not None:
-      return load_params(path, model, abstract)[0]
-    where = jax.tree.map(lambda x: x.sharding, abstract)
-    return self._start(lambda params: trees.select_leaves(params, where), where, self.starting_params()[0])
-
-  def starting_params(self) -> tuple[Any, list[str]]:
-    """Parameters from config.init_from, and the names of those that it does not have; none and all without."""
-    path = self.config["init_from"]
-    if path is None:
-      return {}, []
-    return load_params(path, self.model, self.abstract_params, self.config["init_map"])
-
-  def put(self, batch: Batch, batch_size: int) -> Batch:
-    """This host's rows of a batch (NumPy) as global arrays of `batch_size` rows."""
-
-    def one(x: np.ndarray) -> jax.Array:
-      return jax.make_array_from_process_local_data(self.batch_sharding, x, (batch_size, *x.shape[1:]))
-
-    return jax.tree.map(one, batch)
-
-  def local_rows(self, batch_size: int) -> list[int]:
-    """The rows of the global batch that this process makes: those its devices hold (hosts may share rows)."""
-    pieces = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for piece in pieces if piece for row in range(*piece[0].indices(batch_size))})
-
-  def eval_params(self, state: step.TrainState) -> Any:
-    """All parameters as they are evaluated: the average where one is kept, and what is frozen."""
-    return trees.merge_trainable(state.params if self.config["optim"]["ema_decay"] is None else state.ema, state.frozen)
+  def abstract_params(self) -> Params:
+    """All parameters, trainable and frozen, with shapes and shardings."""
+    return merge_trainable(self.abstract_state.params, self.abstract_state.frozen)
 
   @property
   def num_params(self) -> int:
@@ -155,11 +119,103 @@ class Program:
   def num_trainable(self) -> int:
     return sum(x.size for x in jax.tree.leaves(self.state_shapes.params))
 
+  def steps(self, value: object, key: str) -> int | None:
+    """Return a duration of this config in steps; `key` is its config key, for messages."""
+    return duration_converter(self.config, self.total_steps, self.count_epoch_rows)(value, key)
+
+  def init(self, params: Params | None = None) -> step.TrainState:
+    """Return the state before the first step, initialised under its sharding.
+
+    Args:
+      params: parameters (host or device arrays) that replace fresh ones, a part of the tree.
+    """
+    ema = self.config["ema_decay"] is not None
+
+    def make(params: Params) -> step.TrainState:
+      return step.make_train_state(params, self.tx, ema, self.trainable)
+
+    state: step.TrainState = self._init_sharded(make, self.state_shardings, params)
+    return state
+
+  def _init_sharded(self, make: Callable[[Params], PyTree], shardings: PyTree, params: Params | None) -> PyTree:
+    """Return `make` of all parameters: fresh ones, replaced by `params` where given."""
+
+    def run(key: jax.Array, given: Mapping[str, jax.Array]) -> PyTree:
+      fresh = flatten_tree(nn.unbox(step.init_params(key, self.model, dummy_batch())))
+      return make(unflatten_tree({**fresh, **given}))
+
+    where = flatten_tree(merge_trainable(self.state_shardings.params, self.state_shardings.frozen))
+    given = {path: jax.device_put(leaf, where[path]) for path, leaf in flatten_tree(params or {}).items()}
+    with sharding.use_mesh(self.mesh, self.rules):
+      return jax.jit(run, out_shardings=shardings)(jax.random.key(self.config["seed"]), given)
+
+  def starting_params(self) -> tuple[Params, list[str]]:
+    """Return the parameters read from config.init_from, and the names of those that it does not have."""
+    path = self.config["init_from"]
+    if path is None:
+      return {}, []
+    return load_params(path, self.model, self.abstract_params, self.config["init_map"])
+
+  @functools.cached_property
+  def auxiliary_params(self) -> dict[str, Params]:
+    """Parameters of the models of config.auxiliary, read at the first use."""
+    return {name: self._read_auxiliary(name, model) for name, model in self.auxiliary.items()}
+
+  def _read_auxiliary(self, name: str, model: Model) -> Params:
+    path = self.config["auxiliary"][name]["init_from"]
+    abstract = abstract_params(model, self.mesh, self.rules)
+    if path is not None:
+      return load_params(path, model, abstract)[0]
+    # None means a copy of the parameters that this run starts from.
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return self._init_sharded(lambda params: select_leaves(params, shardings), shardings, self.starting_params()[0])
+
+  def put(self, batch: Batch, batch_size: int) -> Batch:
+    """Return this process's rows of a batch (NumPy) as global arrays of `batch_size` rows."""
+
+    def one(x: np.ndarray) -> jax.Array:
+      return jax.make_array_from_process_local_data(self.batch_sharding, x, (batch_size, *x.shape[1:]))
+
+    return jax.tree.map(one, batch)
+
+  def local_rows(self, batch_size: int) -> list[int]:
+    """Return the rows of the global batch that this process's devices hold; processes may share rows."""
+    pieces = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for piece in pieces if piece for row in range(*piece[0].indices(batch_size))})
+
+  def replicate(self, value: np.generic) -> jax.Array:
+    """Return a number on every device.
+
+    `jax.device_put` would let the processes compare their values first, and wait for that.
+    """
+    return jax.make_array_from_process_local_data(self.replicated, np.asarray(value), ())
+
+  def make_stream(self, source: Source, *, prefetch: int) -> TrainStream:
+    """Return this process's rows of the training batches, made from the records of `source`."""
+    config = self.config
+    return TrainStream(
+      source,
+      self.tokenizer,
+      self.objective,
+      batch_size=config["batch_size"],
+      seq_len=config["seq_len"],
+      seed=config["seed"],
+      rows=self.local_rows(config["batch_size"]),
+      pack=config["data"]["pack"],
+      interleave=config["data"]["interleave"],
+      workers=config["data"]["workers"],
+      prefetch=prefetch,
+    )
+
+  def eval_params(self, state: step.TrainState) -> Params:
+    """Return all parameters as they are evaluated: the average if there is one, and the frozen ones."""
+    return merge_trainable(state.params if self.config["ema_decay"] is None else state.ema, state.frozen)
+
   def step_flops(self, batch: Batch) -> float:
-    """Model FLOPs of a train step, forward and backward, as if all parameters learned; see `metrics.forward_flops`."""
+    """Return the model FLOPs of a train step, forward and backward, as if all parameters were trained."""
     others = {name: abstract_params(model) for name, model in self.auxiliary.items()}
 
-    def loss(params: Any, batch: Batch, others: Any) -> Any:
+    def loss(params: Params, batch: Batch, others: Mapping[str, Params]) -> PyTree:
       settings = {"model": self.model, "objective": self.objective, "auxiliary": self.auxiliary}
       return step.objective_sums(params, batch, others, **settings)
 
@@ -167,241 +223,175 @@ class Program:
       return 3 * forward_flops(loss, self.abstract_params, batch, others)
 
 
-def count_examples(config: Mapping[str, Any], objective: Objective, tokenizer: Any) -> int | None:
-  """How many rows an epoch of the training split is, where each example has one of its own; else None.
+def make_program(
+  config: Any, *, tokenizer: Tokenizer | None = None, devices: Sequence[jax.Device] | None = None
+) -> Program:
+  """Build the program of a config. Compiles nothing, and allocates nothing on a device.
 
-  Reads and tokenises all of the split.
+  Args:
+    config: a config as `llmjax.config.default_config` returns it.
+    tokenizer: the tokenizer of a checkpoint; None: that of the config.
+    devices: None: all.
 
   Raises:
-    ConfigError: a record that cannot be learned from, with its place.
+    ConfigError: anything in the config that cannot work.
   """
-  if objective.packing != "never" and (config["data"]["pack"] or not isinstance(objective, Task)):
-    return None
-  count = 0
-  source = open_source(config, config["data"]["train"])
-  for index, record in enumerate(source):
-    try:
-      count += sum(1 for _ in objective.examples(record, tokenizer, config["seq_len"], False))
-    except ConfigError as error:
-      raise ConfigError(f"{source.location(index)}: {error}") from error
-  return count
-
-
-def duration_converter(
-  config: Mapping[str, Any], total_steps: int | None, epoch_examples: Callable[[], int | None]
-) -> Callable[[Any, str], int | None]:
-  """The converter of this config's durations."""
-  return lambda value, key: durations.duration_to_steps(
-    value,
-    key,
-    batch_size=config["batch_size"],
-    seq_len=config["seq_len"],
-    total_steps=total_steps,
-    epoch_tokens=config["data"]["epoch_tokens"],
-    epoch_examples=epoch_examples,
+  task = _build_task(to_dict(config), tokenizer)
+  mesh, rules = _build_mesh(task.config, devices)
+  updates = _build_optimizer(task, mesh, rules)
+  train_step, eval_step = _jit_steps(task, updates, mesh, rules)
+  return Program(
+    config=task.config,
+    model=task.model,
+    tokenizer=task.tokenizer,
+    objective=task.objective,
+    tx=updates.tx,
+    mesh=mesh,
+    rules=rules,
+    total_steps=updates.total_steps,
+    count_epoch_rows=updates.count_epoch_rows,
+    learning_rate=updates.learning_rate,
+    state_shapes=updates.state_shapes,
+    state_shardings=updates.state_shardings,
+    trainable=updates.trainable,
+    auxiliary=task.auxiliary,
+    train_step=train_step,
+    eval_step=eval_step,
   )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-  """What can be said before anything is built."""
-  for key in ("seed", "batch_size", "accum", "seq_len", "total_steps"):
-    if config[key] is None:
-      raise ConfigError(f"config.{key} must be set")
-  for key in ("batch_size", "accum", "seq_len", "logit_tiles"):
-    if config[key] < 1:
-      raise ConfigError(f"config.{key}={config[key]} must be at least 1")
-  if config["batch_size"] % config["accum"]:
-    raise ConfigError(f"config.batch_size={config['batch_size']} is not divisible by config.accum={config['accum']}")
-  for part in ("model", "objective", "optim", "schedule"):
-    if "name" not in config[part]:
-      raise ConfigError(f"config.{part} has no name; see configs/base.py")
-  for part, what in (("corpus", "what to train on"), ("tokenizer", "how text becomes tokens")):
-    if "name" not in config["data"][part]:
-      raise ConfigError(f"config.data.{part}.name must be set: it says {what}; see configs/gpt.py")
+@dataclasses.dataclass(frozen=True)
+class _TaskParts:
+  """What is trained on what: the config with inferred values, and the objects that it names."""
+
+  config: ConfigTree
+  tokenizer: Tokenizer
+  objective: Objective
+  model: Model
+  auxiliary: Mapping[str, Model]
 
 
-def check_model_fits_objective(objective: Objective, cfg: Any, name: str, seq_len: int) -> None:
-  """Whether a model can learn an objective; a model of one's own is trusted where its config does not say."""
-  for stream, length in objective.row_lengths(seq_len).items():
-    if length > getattr(cfg, "max_len", length):
-      raise ConfigError(
-        f"seq_len={seq_len} makes rows of {length} {stream.split('/')[-1]} by objective.name={name!r}, more than "
-        f"model.max_len={cfg.max_len}; raise that, or lower seq_len"
-      )
-  have = getattr(cfg, "stacks", None)
-  if have is not None and have not in objective.stacks:
-    layers = {"encoder": "encoder_layers alone", "decoder": "decoder_layers alone", "both": "both kinds of layers"}
-    wanted = " or ".join(layers[stacks] for stacks in objective.stacks)
-    raise ConfigError(f"objective.name={name!r} needs a model with {wanted}, not with {layers[have]}; change model.*")
-  for key, value in objective.required_model_config.items():
-    if getattr(cfg, key, value) != value:
-      raise ConfigError(
-        f"objective.name={name!r} needs model.{key}={value}, not {getattr(cfg, key)}; change it, or the objective"
-      )
-  if have is not None:
-    objective.check_model(cfg)
+@dataclasses.dataclass(frozen=True)
+class _UpdateParts:
+  """How parameters are updated: durations, learning rate, optimizer, and the train state with its shardings."""
+
+  total_steps: int
+  count_epoch_rows: Callable[[], int | None]
+  learning_rate: Callable[[int], float]
+  tx: optax.GradientTransformation
+  trainable: PyTree
+  state_shapes: step.TrainState
+  state_shardings: step.TrainState
+  param_shardings: PyTree  # of all parameters
 
 
-def make_tokenizer(config: Mapping[str, Any]) -> Any:
-  """The config's tokenizer; trained on the training split where it asks for it, once, and cached."""
-  source = open_source(config, config["data"]["train"])
-  return tokenizers.make_tokenizer(config["data"]["tokenizer"], source)
-
-
-def open_source(config: Mapping[str, Any], split: str) -> Any:
-  """The config's corpus, one split of it."""
-  return build(config["data"]["corpus"], SOURCES, "data.corpus", split=split)
-
-
-def make_model(spec: Mapping[str, Any], vocab_size: int, seq_len: int, *, trust: bool = True) -> tuple[Any, dict]:
-  """The model and its spec with vocabulary and context decided.
-
-  Args:
-    spec: config.model.
-    vocab_size: the tokenizer's; the model's may be larger, never smaller.
-    seq_len: the longest sequence that it will be trained on.
-  """
-  spec = dict(spec)
-  if spec["vocab_size"] is None:
-    spec["vocab_size"] = vocab_size
-  elif spec["vocab_size"] < vocab_size:
-    raise ConfigError(
-      f"model.vocab_size={spec['vocab_size']} is smaller than the tokenizer's {vocab_size}; "
-      f"set model.vocab_size={vocab_size} (or none, which takes the tokenizer's) or a smaller data.tokenizer"
-    )
-  if spec["max_len"] is None:
-    spec["max_len"] = seq_len
-  elif spec["max_len"] < seq_len:
-    raise ConfigError(f"seq_len={seq_len} is longer than model.max_len={spec['max_len']}; lower one or raise the other")
-  return build(spec, MODELS, "model", trust=trust), spec
-
-
-def labelled_split(split: str) -> str:
-  """The split that labels are looked for in: of a file of one's own all, since a rare one may be held out by chance."""
-  name, _, _ = parse_split(split)
-  return split if name else ""
-
-
-def make_auxiliary(config: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
-  """{name: model} of config.auxiliary: that of its PATH, and without one the run's own."""
-  asked = config["auxiliary"]
-  for name in sorted({*objective.auxiliary, *asked}):
-    if name not in asked or name not in objective.auxiliary:
-      known = ", ".join(objective.auxiliary) or "none"
-      raise ConfigError(
-        f"auxiliary.{name}: objective.name={config['objective']['name']!r} needs {known}; mend auxiliary"
-      )
-  models = {}
-  for name, entry in asked.items():
-    if set(entry) != {"init_from"}:
-      raise ConfigError(f"auxiliary.{name}={entry!r} must be {{'init_from': a PATH, or None}}")
-    if entry["init_from"] is None:
-      models[name] = build(config["model"], MODELS, "model")
-      continue
-    with open_path(entry["init_from"]) as source:
-      models[name] = source.make_model(dtype=config["model"]["dtype"])
-  return models
-
-
-def make_program(config: Any, *, tokenizer: Any = None, devices: list[Any] | None = None) -> Program:
-  """Builds everything; compiles nothing, and allocates nothing on a device.
-
-  Args:
-    config: a config like configs/base.py.
-    tokenizer: one that a checkpoint carries; None makes the config's.
-    devices: all by default.
-  Raises:
-    ConfigError: anything in the config that cannot work, one line.
-  """
-  config = values.to_dict(config)
+def _build_task(config: ConfigTree, tokenizer: Tokenizer | None) -> _TaskParts:
+  """Step 1 of `make_program`: tokenizer, objective and models, and the values that they infer."""
   spec, family = config["model"], None
   if spec.get("name") == FROM_PRETRAINED:
     spec, family = pretrained_model_config(config)
     if config["seq_len"] is None:
       config["seq_len"] = min(config["data"]["longest"], spec["max_len"] or config["data"]["longest"])
   check_config(config)
-  tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
+  if tokenizer is None:
+    tokenizer = make_config_tokenizer(config)
   objective = make_objective(
     config["objective"],
     tokenizer,
     config["seq_len"],
     spec,
-    records=lambda: open_source(config, labelled_split(config["data"]["train"])),
+    records=lambda: open_source(config, label_split(config["data"]["train"])),
     learned=labels_of_init(config),
   )
   config["objective"] |= objective.resolved_config
   spec = with_head_fields(spec, objective.head, family, config["model"])
   model, config["model"] = make_model(spec, tokenizer.vocab_size, config["seq_len"])
-  check_model_fits_objective(objective, model.cfg, config["objective"]["name"], config["seq_len"])
-  auxiliary = make_auxiliary(config, objective)
+  check_model_fits_objective(objective, model.cfg, config)
+  return _TaskParts(config, tokenizer, objective, model, make_auxiliary(config, objective))
 
+
+def _build_mesh(config: ConfigTree, devices: Sequence[jax.Device] | None) -> tuple[Mesh, Rules]:
+  """Step 2 of `make_program`: the mesh and the rules, which have to divide the batch."""
   mesh = sharding.make_mesh(config["mesh"], devices)
-  rules = {**sharding.RULES, **config["rules"]}
-  parts = sharding.num_batch_shards(mesh, rules)
-  if config["batch_size"] // config["accum"] % parts:
+  rules = {**RULES, **config["rules"]}
+  shards = sharding.num_batch_shards(mesh, rules)
+  microbatch = config["batch_size"] // config["accum"]
+  if microbatch % shards:
     raise ConfigError(
-      f"batch_size={config['batch_size']} in accum={config['accum']} microbatches is "
-      f"{config['batch_size'] // config['accum']} sequences, not divisible over the {parts} devices of "
-      f"mesh.data x mesh.fsdp; use a multiple of {parts * config['accum']}, or change mesh or accum"
+      f"batch_size={config['batch_size']} in accum={config['accum']} microbatches is {microbatch} sequences, not "
+      f"divisible over the {shards} devices of mesh.data x mesh.fsdp; use a multiple of {shards * config['accum']}, or "
+      "change mesh or accum"
     )
+  return mesh, rules
 
-  epoch = functools.cache(lambda: count_examples(config, objective, tokenizer))
-  total_steps = duration_converter(config, None, epoch)(config["total_steps"], "total_steps")
-  assert total_steps is not None
-  schedule = schedules.make_schedule(config["schedule"], total_steps, duration_converter(config, total_steps, epoch))
-  peak = config["optim"]["lr"]
 
+def _build_optimizer(task: _TaskParts, mesh: Mesh, rules: Rules) -> _UpdateParts:
+  """Step 3 of `make_program`: schedule, optimizer, and the abstract train state."""
+  config, cfg = task.config, task.model.cfg
+  count_epoch_rows = functools.cache(lambda: count_examples(config, task.objective, task.tokenizer))
+  total_steps = duration_converter(config, None, count_epoch_rows)(config["total_steps"], "total_steps")
+  assert total_steps is not None  # `check_config` refuses None
+  schedule = make_schedule(config["schedule"], total_steps, duration_converter(config, total_steps, count_epoch_rows))
+  peak, layer_decay = config["optim"].get("lr"), config["optim"].get("layer_decay")
+  ema = config["ema_decay"] is not None
   with sharding.use_mesh(mesh, rules):
-    kernels.check_attention_kernel(model.cfg)
-    params, axes = sharding.abstract_parameters(model)
-    lora.check_lora_targets(params, model.cfg)
-    trainable = training_trainable.match_trainable(params, config["trainable"], match_rules)
-    decay = config["optim"]["layer_decay"]
-    scales = None if decay is None else training_trainable.layer_lr_scales(params, model.cfg, decay)
-    ratios = getattr(model.cfg, "width_ratios", None)  # a model of one's own has none
-    tx = optimizers.make_optimizer(config["optim"], params, axes, trainable, scales, ratios)
-    ema = config["optim"]["ema_decay"] is not None
+    if isinstance(cfg, TransformerConfig):
+      check_attention_kernel(cfg)
+    params, axes = sharding.abstract_parameters(task.model)
+    check_lora_targets(params, cfg)
+    trainable = match_trainable(params, config["trainable"])
+    scales = None if layer_decay is None else layer_lr_scales(params, cfg, layer_decay)
+    tx = optimizers.make_optimizer(config["optim"], params, axes, trainable, scales, cfg.width_ratios)
     state_shapes = jax.eval_shape(lambda p: step.make_train_state(p, tx, ema, trainable), params)
-  where = sharding.param_shardings(params, axes, mesh, rules)
-  replicated = NamedSharding(mesh, PartitionSpec())
-  learned, frozen = trees.split_trainable(where, trainable)
-  state_shardings = step.TrainState(
-    step=replicated,
-    params=learned,
-    opt_state=optimizers.state_shardings(tx, state_shapes.params, learned, mesh),
-    ema=learned if ema else None,
+  param_shardings = sharding.param_shardings(params, axes, mesh, rules)
+  trained, frozen = split_trainable(param_shardings, trainable)
+  state_shardings: Any = step.TrainState(
+    step=NamedSharding(mesh, PartitionSpec()),  # type: ignore[arg-type]  # shardings in the place of arrays
+    params=trained,
+    opt_state=optimizers.state_shardings(tx, state_shapes.params, trained, mesh),
+    ema=trained if ema else None,
     frozen=frozen,
   )
-  others = {name: jax.tree.map(lambda x: x.sharding, abstract_params(m, mesh, rules)) for name, m in auxiliary.items()}
-  batches = sharding.named_sharding(mesh, "act_batch", rules=rules)
-  shared = {"model": model, "objective": objective, "auxiliary": auxiliary, "tiles": config["logit_tiles"]}
-  train = functools.partial(
-    step.train_step, tx=tx, accum=config["accum"], ema_decay=config["optim"]["ema_decay"], **shared
-  )
-  return Program(
-    config=config,
-    model=model,
-    tokenizer=tokenizer,
-    objective=objective,
-    tx=tx,
-    mesh=mesh,
-    rules=rules,
+  return _UpdateParts(
     total_steps=total_steps,
-    epoch_examples=epoch,
-    learning_rate=lambda s: peak * schedule(s),
+    count_epoch_rows=count_epoch_rows,
+    learning_rate=lambda step: peak * schedule(step),
+    tx=tx,
+    trainable=trainable,
     state_shapes=state_shapes,
     state_shardings=state_shardings,
-    trainable=trainable,
-    auxiliary=auxiliary,
-    train_step=jax.jit(
-      train,
-      donate_argnums=0,
-      in_shardings=(state_shardings, batches, replicated, replicated, others),
-      out_shardings=(state_shardings, replicated),
-    ),
-    eval_step=jax.jit(
-      functools.partial(step.eval_step, **shared),
-      in_shardings=(where, batches, others),
-      out_shardings=replicated,
-    ),
+    param_shardings=param_shardings,
   )
+
+
+def _jit_steps(
+  task: _TaskParts, updates: _UpdateParts, mesh: Mesh, rules: Rules
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+  """Step 4 of `make_program`: the train step and the evaluation step, with their shardings."""
+  config, replicated = task.config, NamedSharding(mesh, PartitionSpec())
+  others = {
+    name: jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh, rules))
+    for name, model in task.auxiliary.items()
+  }
+  batches = sharding.named_sharding(mesh, "act_batch", rules=rules)
+  shared = {
+    "model": task.model,
+    "objective": task.objective,
+    "auxiliary": task.auxiliary,
+    "tiles": config["logit_tiles"],
+  }
+  train = functools.partial(
+    step.train_step, tx=updates.tx, accum=config["accum"], ema_decay=config["ema_decay"], **shared
+  )
+  train_step = jax.jit(
+    train,
+    donate_argnums=0,
+    in_shardings=(updates.state_shardings, batches, replicated, replicated, others),
+    out_shardings=(updates.state_shardings, replicated),
+  )
+  eval_step = jax.jit(
+    functools.partial(step.eval_step, **shared),
+    in_shardings=(updates.param_shardings, batches, others),
+    out_shardings=replicated,
+  )
+  return train_step, eval_step

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
-from llmjax.config import ConfigError, build, to_dict
+from llmjax.config import ConfigError, ConfigTree, build, to_dict
 
-Number = int | float
-
+Number: TypeAlias = int | float
+Schedule: TypeAlias = Callable[[int], float]  # step -> multiple of the peak learning rate
+ToSteps: TypeAlias = Callable[[object, str], int | None]  # (duration, its config key) -> steps
 
 SCHEDULES = {
   "constant": "llmjax.training.schedules:constant",
@@ -20,77 +21,76 @@ SCHEDULES = {
 }
 
 
-def require_keys(spec: Mapping[str, Any], keys: tuple[str, ...], what: str) -> None:
-  for key in keys:
-    if key not in spec:
-      raise ConfigError(f"{what}.{key} is missing; configs/base.py has its default")
+def make_schedule(spec: ConfigTree, total_steps: int, to_steps: ToSteps) -> Schedule:
+  """Return the learning rate of every step as a multiple of its peak: a plain float, computed on the host.
 
-
-def make_schedule(spec: Any, total_steps: int, to_steps: Callable[[Any, str], int | None]) -> Callable[[int], float]:
-  """The learning rate of every step as a multiple of its peak; a plain float, computed on the host.
-
-  With `warmup` = w > 0, steps 0 ... w-1 give 1/w, 2/w, ..., 1 (no step is wasted on a rate of zero), and then the
-  schedule goes on from that peak; without, step 0 is the peak. Where it has `final`, the last step,
-  `total_steps - 1`, and any later one, gives exactly `final` (unless the warm-up ends there).
+  With `warmup` = w > 0, steps 0 ... w-1 give 1/w, 2/w, ..., 1, so that no step has a rate of zero, and the schedule
+  continues from that peak. Without warm-up, step 0 is the peak. If the schedule has a `final` value, the last step,
+  `total_steps - 1`, and any later one give exactly that (unless the warm-up ends there).
 
   Args:
     spec: {"name", "warmup": a duration or None, **keys of the schedule}. "name" is in SCHEDULES, or "module:function"
-      like those here: (its keys, and any of `peak`, `last`, `to_steps`) -> (step -> multiple), for steps >= `peak`.
+      of a function that takes these keys, and any of `peak`, `last`, `to_steps`, and returns a Schedule.
     total_steps: steps of the whole run.
-    to_steps: (duration, config key) -> steps.
+    to_steps: converts durations.
+
   Raises:
     ConfigError: an unknown or missing key, or phases that do not fit into the run.
   """
   spec = to_dict(spec)
-  require_keys(spec, ("warmup",), "schedule")
-  said = spec.pop("warmup")
-  warmup = to_steps(said, "schedule.warmup") or 0
-  if warmup > total_steps:
+  if "warmup" not in spec:
+    raise ConfigError("schedule.warmup is missing; give a duration, or none")
+  warmup = spec.pop("warmup")
+  warmup_steps = to_steps(warmup, "schedule.warmup") or 0
+  if warmup_steps > total_steps:
     raise ConfigError(
-      f"schedule.warmup={said!r} is {warmup} steps, but the run has total_steps={total_steps}; "
+      f"schedule.warmup={warmup!r} is {warmup_steps} steps, but the run has total_steps={total_steps}; "
       "shorten it, or give it in percent ('5%') so that it follows total_steps"
     )
-  peak = max(warmup - 1, 0)
+  peak = max(warmup_steps - 1, 0)
   after = build(spec, SCHEDULES, "schedule", peak=peak, last=max(total_steps - 1, peak), to_steps=to_steps)
-  return lambda step: float((step + 1) / warmup if step < peak else after(step))
+  return lambda step: float((step + 1) / warmup_steps if step < peak else after(step))
 
 
 def _progress(step: int, start: int, end: int) -> float:
-  """0 at `start`, 1 from `end` on; an empty phase has not begun."""
+  """Return the part of a phase that has passed: 0 at `start`, 1 from `end` on; 0 for an empty phase."""
   return min((step - start) / (end - start), 1.0) if end > start else 0.0
 
 
 def _check_final(final: Number | None) -> None:
   if final is not None and not 0 <= final <= 1:
-    raise ConfigError(f"schedule.final={final} must lie between 0 and 1: the last rate as a fraction of the peak")
+    raise ConfigError(f"schedule.final={final} must be between 0 and 1: the last rate as a fraction of the peak")
 
 
-def constant() -> Callable[[int], float]:
-  """The peak to the end."""
+def constant() -> Schedule:
+  """The peak until the end."""
   return lambda step: 1.0
 
 
-def cosine(peak: int, last: int, final: Number = 0.0) -> Callable[[int], float]:
+def cosine(peak: int, last: int, final: Number = 0.0) -> Schedule:
   """Half a cosine from the peak to `final` (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983)."""
   _check_final(final)
   return lambda step: final + (1 - final) * (1 + math.cos(math.pi * _progress(step, peak, last))) / 2
 
 
-def linear(peak: int, last: int, final: Number = 0.0) -> Callable[[int], float]:
-  """A straight line from the peak to `final`."""
+def linear(peak: int, last: int, final: Number = 0.0) -> Schedule:
+  """Linear decay from the peak to `final`."""
   _check_final(final)
   return lambda step: 1 - (1 - final) * _progress(step, peak, last)
 
 
 def inverse_sqrt(
-  peak: int, last: int, to_steps: Callable[[Any, str], int | None], timescale: Any = None, final: Number | None = None
-) -> Callable[[int], float]:
+  peak: int, last: int, to_steps: ToSteps, timescale: object = None, final: Number | None = None
+) -> Schedule:
   """sqrt(timescale / (timescale + steps since the peak)).
 
   Args:
-    timescale: a duration; None takes the warm-up's, which gives 1 / sqrt(step) as in Vaswani et al. 2017
+    peak: step of the peak.
+    last: last step.
+    to_steps: converts durations.
+    timescale: a duration; None: that of the warm-up, which gives 1 / sqrt(step) as in Vaswani et al. 2017
       (https://arxiv.org/abs/1706.03762).
-    final: None leaves the formula alone; a number stretches the curve, so that it falls from 1 to `final`.
+    final: None: the formula as it is; a number: the curve is stretched to fall from 1 to `final`.
   """
   _check_final(final)
   scale = peak + 1 if timescale is None else to_steps(timescale, "schedule.timescale")
@@ -108,17 +108,21 @@ def inverse_sqrt(
 def wsd(
   peak: int,
   last: int,
-  to_steps: Callable[[Any, str], int | None],
-  decay: Any,
+  to_steps: ToSteps,
+  decay: object,
   shape: str = "linear",
   final: Number = 0.0,
-) -> Callable[[int], float]:
-  """Warm-up, stable, decay (Hu et al. 2024, https://arxiv.org/abs/2404.06395): the fall takes the last `decay` steps.
+) -> Schedule:
+  """Warm-up, stable, decay (Hu et al. 2024, https://arxiv.org/abs/2404.06395): the decay takes the last `decay` steps.
 
   Args:
+    peak: step of the peak.
+    last: last step.
+    to_steps: converts durations.
     decay: a duration.
-    shape: of the fall, "linear" or "sqrt", 1 - sqrt(progress) (Hägele et al. 2024, https://arxiv.org/abs/2405.18392).
-    final: where it ends.
+    shape: of the decay: "linear", or "sqrt" for 1 - sqrt(progress) (Hägele et al. 2024,
+      https://arxiv.org/abs/2405.18392).
+    final: last value.
   """
   _check_final(final)
   if shape not in ("linear", "sqrt"):

@@ -1,13 +1,13 @@
-"""The step: from state and batch to the next state and its metrics. Pure functions, jitted by `program`.
+"""The train step: pure functions from state and batch to the next state and metrics; `program.py` jits them.
 
-Losses are named sums. Their denominators are taken first, once, on the whole global batch, so that microbatches,
-padding and data parallelism cannot change the result.
+Losses are named sums. Their denominators are computed once, on the whole global batch, so that microbatches, padding
+and data parallelism cannot change the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,54 +16,71 @@ from flax import linen as nn
 from flax import struct
 
 from llmjax.config import ConfigError
-from llmjax.trees import merge_trainable, split_trainable
-from llmjax.types import Array, Batch, Forward, Metrics, Objective, Outputs, Sums
+from llmjax.trees import Params, PyTree, merge_trainable, split_trainable
+from llmjax.types import Array, Batch, Forward, Metrics, Model, Objective, Outputs, Sums
+
+Auxiliary: TypeAlias = Mapping[str, tuple[Model, Params]]  # {name: a frozen model with its parameters}
 
 
 @struct.dataclass
 class TrainState:
-  """All that a run changes. The optimizer itself and the model are not in it."""
+  """All that changes during a run. The optimizer and the model are not part of it."""
 
-  step: Any  # Int[]
-  params: Any  # those that learn
-  opt_state: Any
-  ema: Any  # an exponential moving average of params, or None
-  frozen: Any = None  # all other parameters, which have neither gradients nor moments, or None
+  step: Array  # Int[]
+  params: Params  # the trainable parameters
+  opt_state: PyTree
+  ema: Params  # exponential moving average of `params`, or None
+  frozen: Params = None  # all other parameters, which have no gradients and no optimizer state, or None
 
 
-def init_params(key: Array, model: nn.Module, batch: Batch) -> Any:
-  """Fresh parameters, in Linen's boxes that carry the logical axis names."""
+def init_params(key: Array, model: Model, batch: Batch) -> Params:
+  """Return fresh parameters in Linen's boxes, which carry the logical axis names."""
   return model.init(key, batch)["params"]
 
 
 def init_state(
-  key: Array, model: nn.Module, tx: optax.GradientTransformation, batch: Batch, ema: bool, trainable: Any = None
+  key: Array,
+  model: Model,
+  tx: optax.GradientTransformation,
+  batch: Batch,
+  ema: bool,
+  trainable: PyTree | None = None,
 ) -> TrainState:
-  """The state before the first step, see `start`."""
+  """Return the state before the first step, with fresh parameters; see `make_train_state`."""
   return make_train_state(nn.unbox(init_params(key, model, batch)), tx, ema, trainable)
 
 
-def make_train_state(params: Any, tx: optax.GradientTransformation, ema: bool, trainable: Any = None) -> TrainState:
-  """The state before the first step from given parameters.
+def make_train_state(
+  params: Params, tx: optax.GradientTransformation, ema: bool, trainable: PyTree | None = None
+) -> TrainState:
+  """Return the state before the first step.
 
   Args:
-    ema: whether an average of the parameters is kept.
-    trainable: the tree of parameters, True where they learn; None is everywhere.
+    params: all parameters.
+    tx: the optimizer.
+    ema: whether to keep an average of the parameters.
+    trainable: the tree of parameters with bools at the leaves; None: all are trained.
   """
-  learned, frozen = (params, None) if trainable is None else split_trainable(params, trainable)
-  average = jax.tree.map(jnp.copy, learned) if ema else None
-  return TrainState(jnp.zeros((), jnp.int32), learned, tx.init(learned), average, frozen)
-
-
-Auxiliary = Mapping[str, tuple[nn.Module, Any]]  # {name: a frozen model with its parameters}
+  trained, frozen = (params, None) if trainable is None else split_trainable(params, trainable)
+  average = jax.tree.map(jnp.copy, trained) if ema else None
+  return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), average, frozen)
 
 
 class ModelForward(Forward):
-  """A Linen module with its parameters, and frozen ones beside it."""
+  """A model bound to its parameters, with the frozen models of config.auxiliary."""
 
   def __init__(
-    self, model: nn.Module, params: Any, chunks: int = 1, auxiliary: Auxiliary | None = None, tiles: int = 1
-  ):
+    self, model: Model, params: Params, chunks: int = 1, auxiliary: Auxiliary | None = None, tiles: int = 1
+  ) -> None:
+    """Bind a model.
+
+    Args:
+      model: the model.
+      params: all its parameters.
+      chunks: microbatches of `map_microbatches`.
+      auxiliary: frozen models by name.
+      tiles: slices of each sequence in `per_token`.
+    """
     self.model, self.params, self.chunks, self.tiles = model, params, chunks, tiles
     self.auxiliary = {name: ModelForward(*each, chunks, tiles=tiles) for name, each in (auxiliary or {}).items()}
 
@@ -76,7 +93,7 @@ class ModelForward(Forward):
   def sentence_logits(self, hidden: Array) -> Array:
     return cast(Array, self.model.apply({"params": self.params}, hidden, method="sentence_logits"))
 
-  def per_token(self, function: Callable[..., Any], out: Outputs, *aligned: Array) -> Any:
+  def per_token(self, function: Callable[..., PyTree], out: Outputs, *aligned: Array) -> PyTree:
     if self.tiles == 1:
       return super().per_token(function, out, *aligned)
     length = out.hidden.shape[1]
@@ -85,28 +102,28 @@ class ModelForward(Forward):
         f"logit_tiles={self.tiles} must divide the {length} tokens of a sequence; change it, or seq_len"
       )
 
-    def cut(x: Array) -> Array:  # strided, so that a sequence that lies on several devices stays there
+    def split(x: Array) -> Array:  # strided, so that a sequence sharded over devices is not moved
       return jnp.moveaxis(x.reshape(x.shape[0], length // self.tiles, self.tiles, *x.shape[2:]), 2, 0)
 
-    def tile(parts: tuple[Array, ...]) -> Any:
+    def tile(parts: tuple[Array, ...]) -> PyTree:
       return function(self.unembed(parts[0]), *parts[1:])
 
-    each = jax.lax.map(jax.checkpoint(tile), tuple(map(cut, (out.hidden, *aligned))))
+    each = jax.lax.map(jax.checkpoint(tile), tuple(map(split, (out.hidden, *aligned))))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], length), each)
 
-  def map_microbatches(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
+  def map_microbatches(self, function: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
     if self.chunks == 1:
       return jax.tree.map(lambda x: x[None], function(batch))
     return jax.lax.map(jax.checkpoint(function), split_microbatches(batch, self.chunks))
 
 
 def split_microbatches(batch: Batch, accum: int) -> Batch:
-  """[B ...] -> [accum B/accum ...], strided: a contiguous cut of a sharded batch would move it between devices."""
+  """Reshape [B ...] to [accum B/accum ...]; strided, because contiguous parts of a sharded batch would be moved."""
   return jax.tree.map(lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def objective_value(sums: Sums, weights: Sums, objective: Objective) -> Array:
-  """Sum of coefficient * sum / weight over the terms; a term of weight zero contributes zero."""
+  """Return the sum over terms of coefficient * sum / weight; a term of weight zero contributes zero."""
   total = jnp.zeros((), jnp.float32)
   for term, coefficient in objective.coefficients.items():
     scale = jnp.where(weights[term] > 0, coefficient / jnp.maximum(weights[term], 1e-30), 0.0)
@@ -115,24 +132,24 @@ def objective_value(sums: Sums, weights: Sums, objective: Objective) -> Array:
 
 
 def compute_gradients(
-  params: Any,
+  params: Params,
   batch: Batch,
   key: Array,
   *,
-  model: nn.Module,
+  model: Model,
   objective: Objective,
   accum: int,
-  frozen: Any = None,
+  frozen: Params = None,
   auxiliary: Auxiliary | None = None,
   tiles: int = 1,
-) -> tuple[Any, Metrics]:
-  """The gradient of the objective on the whole global batch by `params`, and its metrics."""
+) -> tuple[Params, Metrics]:
+  """Return the gradient of the objective on the whole global batch, and the metrics; arguments as in `train_step`."""
   weights = objective.weights(batch)
   chunks, accum = (accum, 1) if objective.whole_batch else (1, accum)
 
-  def loss(params: Any, micro: Batch) -> tuple[Array, Metrics]:
+  def loss(params: Params, microbatch: Batch) -> tuple[Array, Metrics]:
     forward = ModelForward(model, merge_trainable(params, frozen), chunks, auxiliary, tiles)
-    sums, metrics = objective.loss(forward, micro, {"dropout": key})
+    sums, metrics = objective.loss(forward, microbatch, {"dropout": key})
     value = objective_value(sums, weights, objective)
     return value, metrics | ({"objective": (value, jnp.zeros(()))} if len(sums) > 1 or "loss" not in metrics else {})
 
@@ -144,11 +161,11 @@ def compute_gradients(
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def add(total: Any, micro: Batch) -> tuple[Any, None]:
-      return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+    def add_microbatch(total: PyTree, microbatch: Batch) -> tuple[PyTree, None]:
+      return jax.tree.map(jnp.add, total, gradient(params, microbatch)), None
 
-    (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
-  if "objective" in metrics:  # already divided by the global weights: its parts add up to the value itself
+    (grads, metrics), _ = jax.lax.scan(add_microbatch, zeros, parts)
+  if "objective" in metrics:  # divided by the global weights already, so the microbatches add up to the value itself
     metrics["objective"] = (metrics["objective"][0], jnp.ones(()))
   return grads, metrics
 
@@ -158,30 +175,36 @@ def train_step(
   batch: Batch,
   key: Array,
   learning_rate: Array,
-  auxiliary_params: Mapping[str, Any] | None = None,
+  auxiliary_params: Mapping[str, Params] | None = None,
   *,
-  model: nn.Module,
+  model: Model,
   objective: Objective,
   tx: optax.GradientTransformation,
   accum: int,
   ema_decay: float | None,
-  auxiliary: Mapping[str, nn.Module] | None = None,
+  auxiliary: Mapping[str, Model] | None = None,
   tiles: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer update.
+  """Make one optimizer update.
 
   Args:
+    state: the state before the update.
     batch: the global batch; its size is a multiple of `accum`.
-    key: the run's key; randomness is this key folded with the step, then with global row and layer.
-    learning_rate: Float[], an argument so that trials which differ in it share one program.
-    auxiliary_params, auxiliary: of the objective's frozen models, by their names.
-    tx: gives a direction; parameters move by -learning_rate times it.
+    key: the run's key. It is folded with the step, then with global row and layer.
+    learning_rate: Float[], an argument so that trials that differ only in it share one program.
+    auxiliary_params: parameters of the objective's frozen models, by name.
+    model: the model.
+    objective: the objective.
+    tx: returns a direction; parameters move by -learning_rate times it.
     accum: microbatches, computed one after the other.
-    ema_decay: of the average of parameters, None for none.
-    tiles: parts of every sequence whose logits are made one after the other.
+    ema_decay: decay of the average of parameters, None: no average.
+    auxiliary: the objective's frozen models, by name.
+    tiles: slices of each sequence whose logits are computed one after the other.
+
+  Returns:
+    The state after the update, and metrics as (sum, weight).
   """
   key = jax.random.fold_in(key, state.step)
-  others = {name: (other, (auxiliary_params or {})[name]) for name, other in (auxiliary or {}).items()}
   grads, metrics = compute_gradients(
     state.params,
     batch,
@@ -190,7 +213,7 @@ def train_step(
     objective=objective,
     accum=accum,
     frozen=state.frozen,
-    auxiliary=others,
+    auxiliary=_bind_auxiliary(auxiliary, auxiliary_params),
     tiles=tiles,
   )
   direction, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -208,26 +231,30 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
 
+def _bind_auxiliary(models: Mapping[str, Model] | None, params: Mapping[str, Params] | None) -> Auxiliary:
+  return {name: (model, (params or {})[name]) for name, model in (models or {}).items()}
+
+
 def evaluate_batch(
-  params: Any,
+  params: Params,
   batch: Batch,
-  auxiliary_params: Mapping[str, Any] | None = None,
+  auxiliary_params: Mapping[str, Params] | None = None,
   *,
-  model: nn.Module,
+  model: Model,
   objective: Objective,
-  auxiliary: Mapping[str, nn.Module] | None = None,
+  auxiliary: Mapping[str, Model] | None = None,
   tiles: int = 1,
 ) -> tuple[Sums, Metrics]:
-  """The objective's sums, and its metrics as (sum, weight), of a batch without dropout."""
-  others = {name: (other, (auxiliary_params or {})[name]) for name, other in (auxiliary or {}).items()}
-  return objective.loss(ModelForward(model, params, auxiliary=others, tiles=tiles), batch, {})
+  """Return the objective's sums, and its metrics as (sum, weight), without dropout; arguments as in `train_step`."""
+  forward = ModelForward(model, params, auxiliary=_bind_auxiliary(auxiliary, auxiliary_params), tiles=tiles)
+  return objective.loss(forward, batch, {})
 
 
 def objective_sums(*arguments: Any, **settings: Any) -> Sums:
-  """The sums of `evaluate`."""
+  """Return the sums of `evaluate_batch`."""
   return evaluate_batch(*arguments, **settings)[0]
 
 
 def eval_step(*arguments: Any, **settings: Any) -> Metrics:
-  """The metrics of `evaluate`."""
+  """Return the metrics of `evaluate_batch`."""
   return evaluate_batch(*arguments, **settings)[1]

@@ -1,53 +1,50 @@
-"""What of a model learns, and how fast: frozen parts, rates by layer, low-rank adapters merged into what they adapt.
-
-Parameters are nested dicts. What learns and what is frozen are two of them, which together hold every leaf once.
-"""
+"""Which parameters are trained, and their learning rates by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from llmjax.config import ConfigError
-from llmjax.config.model import TransformerConfig
+from llmjax.config.model import ModelConfig, TransformerConfig
 from llmjax.models.layer_stacks import HEADS, layer_locations
-from llmjax.trees import FlatTree, flatten_tree, unflatten_tree
+from llmjax.trees import FlatTree, Params, PyTree, flatten_tree, match_rules, unflatten_tree
 
-EMBEDDINGS = ("embedding", "positions", "token_types", "embedding_norm", "project_in")
+EMBEDDINGS = ("embedding", "positions", "token_types", "embedding_norm", "project_in")  # top names of their parameters
 
 
-def match_trainable(params: Any, rules: Any, match: Callable[[Any, Any, str], Any]) -> Any:
-  """Which parameters learn, a tree of bools, by config.trainable; `match` is `optim.match_rules`.
+def match_trainable(params: Params, rules: Sequence[tuple[str, bool]]) -> PyTree:
+  """Return the tree of bools that config.trainable gives: which parameters are trained.
 
   Raises:
-    ConfigError: a value that is no bool, nothing that learns, or what `match` raises.
+    ConfigError: a value that is not a bool, nothing to train, or an error of `match_rules`.
   """
-  chosen = match(rules, params, "trainable")
-  values = flatten_tree(chosen).values()
-  strange = [value for value in values if not isinstance(value, bool)]
-  if strange:
-    raise ConfigError(f"trainable: {strange[0]!r} must be True or False")
+  trainable = match_rules(rules, params, "trainable")
+  values = list(flatten_tree(trainable).values())
+  for value in values:
+    if not isinstance(value, bool):
+      raise ConfigError(f"trainable: {value!r} must be True or False")
   if not any(values):
-    raise ConfigError("trainable: no parameter learns; give a rule with True")
-  return chosen
+    raise ConfigError("trainable: no parameter is trained; give a rule with True")
+  return trainable
 
 
-def layer_lr_scales(params: Mapping[str, Any], cfg: TransformerConfig, decay: float) -> Any:
-  """What multiplies the learning rate of every parameter: `decay` once for each layer above it (Howard & Ruder 2018;
-  Clark et al. 2020).
+def layer_lr_scales(params: Params, cfg: ModelConfig, decay: float) -> PyTree:
+  """Return factors of the learning rate: `decay` once for each layer above a parameter.
 
-  What is behind the last layer has 1, the last layer `decay`, the first decay^N, the embeddings decay^(N+1); each of
+  Parameters after the last layer have 1, the last layer `decay`, the first layer decay^N, the embeddings decay^(N+1)
+  (Howard & Ruder 2018, https://arxiv.org/abs/1801.06146; Clark et al. 2020, https://arxiv.org/abs/2003.10555). Each of
   two stacks counts its own N.
 
   Returns:
-    The tree of floats, or, for stacked parameters, of Float[N 1 ...].
+    A tree of floats, and of Float[N 1 ...] for stacked parameters.
+
   Raises:
-    ConfigError: `decay` is not in (0, 1].
+    ConfigError: `decay` is not in (0, 1], or the layers of the model are unknown.
   """
   if not isinstance(cfg, TransformerConfig):
-    raise ConfigError("optim.layer_decay needs a model whose layers are known, and this is one of your own; unset it")
+    raise ConfigError("optim.layer_decay needs a model whose layers are known, not a custom one; set it to none")
   if not 0 < decay <= 1:
     raise ConfigError(f"optim.layer_decay={decay} must be above 0 and at most 1; none turns it off")
   depths = {"encoder": cfg.encoder_layers, "decoder": cfg.decoder_layers}
@@ -61,21 +58,19 @@ def layer_lr_scales(params: Mapping[str, Any], cfg: TransformerConfig, decay: fl
     elif rest[:1] == ["final_norm"] or top not in depths:
       scales[path] = 1.0
     else:
-      scales[path] = _layer_scale(rest, leaf, cfg, depths[top], decay)
+      scales[path] = _stack_lr_scale(rest, leaf.shape, cfg, depths[top], decay)
   return unflatten_tree(scales)
 
 
-def _layer_scale(path: list[str], leaf: Any, cfg: TransformerConfig, depth: int, decay: float) -> Any:
-  """Of a parameter inside a stack."""
+def _stack_lr_scale(
+  path: list[str], shape: tuple[int, ...], cfg: TransformerConfig, depth: int, decay: float
+) -> float | np.ndarray:
+  """Return the factor of a parameter inside a stack of `depth` layers."""
   if not cfg.scan:
     return decay ** (depth - int(path[0].removeprefix("layers_")))
-  here = [
-    (i, index) for i, (place, index) in enumerate(layer_locations(cfg, depth)) if tuple(path[: len(place)]) == place
-  ]
-  if here[0][1] is None:
-    return decay ** (depth - here[0][0])
-  scale = np.array([decay ** (depth - i) for i, _ in here], np.float32)
-  return scale.reshape(-1, *(1,) * (len(leaf.shape) - 1))
-
-
-# Low-rank adapters.
+  locations = enumerate(layer_locations(cfg, depth))
+  layers = [(i, index) for i, (prefix, index) in locations if tuple(path[: len(prefix)]) == prefix]
+  if layers[0][1] is None:  # a layer of its own, before or after the groups
+    return decay ** (depth - layers[0][0])
+  scale = np.array([decay ** (depth - i) for i, _ in layers], np.float32)
+  return scale.reshape(-1, *(1,) * (len(shape) - 1))

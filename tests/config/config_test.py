@@ -52,14 +52,14 @@ def test_build_passes_extra_arguments_only_where_accepted():
     ({}, "part has no `name`; known: anything, point"),
     ({"name": None}, "part.name=None is unknown; known: anything, point (or give 'module:function')"),
     ({"name": "poin"}, "part.name='poin' is unknown; did you mean `point`? (or give 'module:function')"),
-    ({"name": "point"}, "part.x: 'point' needs it"),
+    ({"name": "point"}, "part.x is missing; 'point' needs it"),
     ({"name": "point", "x": 1, "orgin": 0}, "part.orgin: 'point' has no such key; known: x, y"),
     ({"name": "point", "x": 1, "origin": 0}, "part.origin: 'point' has no such key; known: x, y"),
     ({"name": "anything", "origin": 0}, "part.origin: 'anything' has no such key; known: name_of_run"),
     ({"name": "nowhere_at_all:f"}, "part.name='nowhere_at_all:f' cannot be imported: No module named 'nowhere_at_all'"),
     ({"name": ":f"}, "part.name=':f' cannot be imported: Empty module name"),
     ({"name": "math:tau2"}, "part.name='math:tau2' cannot be imported: module 'math' has no attribute 'tau2'"),
-    ({"name": "math:tau"}, "part.name='math:tau' is a float, not something to call"),
+    ({"name": "math:tau"}, "part.name='math:tau' is a float, which cannot be called"),
   ],
 )
 def test_build_with_wrong_spec_is_a_one_line_error(spec, line):
@@ -146,8 +146,8 @@ def test_flag_none_unsets_optional_keys_and_removes_evaluations():
     ("schedule.final", "config.schedule.final cannot be none; give a value of type float"),
     ("log.tensorboard", "config.log.tensorboard cannot be none; give a value of type bool"),
     ("evals", "config.evals cannot be none; it is a group of keys"),
-    ("evals.smaple", "config.evals.smaple is no key of this config; did you mean `evals.sample`"),
-    ("rules.vocabb", "config.rules.vocabb is no key of this config; did you mean `rules.vocab`"),
+    ("evals.smaple", "config.evals.smaple does not exist; did you mean `evals.sample`"),
+    ("rules.vocabb", "config.rules.vocabb does not exist; did you mean `rules.vocab`"),
   ],
 )
 def test_flag_none_for_a_required_key_is_refused(key, message):

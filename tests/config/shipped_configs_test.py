@@ -13,13 +13,14 @@ import llmjax
 from configs import base
 from configs.sizes import SIZES
 from llmjax.checkpoints.sources import abstract_params
-from llmjax.config import ConfigError, values
+from llmjax.config import ConfigError, optional, values
 from llmjax.config import files as cfglib
 from llmjax.config.model import TransformerConfig
 from llmjax.data.tokenizers import base as tokenizers
 from llmjax.distributed import sharding
 from llmjax.models.transformer import Transformer
-from llmjax.training import loop, program, step
+from llmjax.training import components, program, step
+from llmjax.training.evals import EvaluationSchedule
 from llmjax.types import dummy_batch
 from tests.support.datasets import small_datasets
 
@@ -193,7 +194,7 @@ def unread_keys(config):
 
 def test_base_config_has_no_unread_key():
   config = base.get_config()
-  config.mesh = config.rules = config.early_stopping = cfglib.optional(None)  # read as a whole
+  config.mesh = config.rules = config.early_stopping = optional(None)  # read as a whole
   assert not unread_keys(config)
   config.log.colour = "red"
   assert unread_keys(config) == ["log.colour"]
@@ -204,7 +205,7 @@ def test_unknown_key_of_a_built_part_is_refused(datasets):
     config = values.to_dict(cfglib.load_config(["--config=gpt:debug"]))
     functools.reduce(lambda c, key: c[key], part.split("."), config)["unknown"] = 1
     with pytest.raises(ConfigError, match="unknown"):
-      loop.make_evals(program.make_program(config))
+      EvaluationSchedule(program.make_program(config))
 
 
 # smoke_test.py trains all shipped configs as they are.
@@ -218,7 +219,7 @@ SLOW_REFERENCES = ("bert:pairs=next", "contrastive:views=dropout")
 def test_config_builds_and_its_step_traces(datasets, reference):
   config = load(f"{reference},debug", "--config.batch_size=8")
   built = program.make_program(config)
-  stream = loop.make_stream(built, program.open_source(config, config.data.train), prefetch=0)
+  stream = built.make_stream(components.open_source(config, config.data.train), prefetch=0)
   batch = next(stream)
   stream.close()
   with sharding.use_mesh(built.mesh, built.rules):

@@ -21,7 +21,7 @@ from tests.support import cases
 from tests.support.tiers import by_tier
 
 COMMON = {
-  **{"lr": 1.0, "ema_decay": None, "weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": None},
+  **{"lr": 1.0, "weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": None},
   **{"lr_scale": ((".*", 1.0),), "layer_decay": None},
 }
 

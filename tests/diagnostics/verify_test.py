@@ -17,7 +17,7 @@ from llmjax.diagnostics import verify
 from llmjax.distributed import sharding
 from llmjax.models.attention import blockwise
 from llmjax.models.transformer import Transformer
-from llmjax.training.optimizers import SHARED_KEYS
+from llmjax.training.optimizers import with_optimizer
 from llmjax.types import Batch
 from tests.support.cases import MIXTRAL, parameters
 
@@ -130,8 +130,8 @@ def config_with(**changes):
   """`gpt:debug` with a loss or an optimizer of `tests.support.local_reductions`."""
   config = to_dict(load_config(["--config=gpt:debug"]))
   if "norm" in changes:
-    common = {key: config["optim"][key] for key in SHARED_KEYS}
-    config["optim"] = {**common, "name": "tests.support.local_reductions:clip_each_parameter", **changes}
+    optimizer = {"name": "tests.support.local_reductions:clip_each_parameter", **changes}
+    config["optim"] = with_optimizer(config["optim"], optimizer)
   else:
     config["objective"] |= {"name": "tests.support.local_reductions:LocalLoss", **changes}
   return config

@@ -22,8 +22,8 @@ from llmjax.checkpoints.manager import Checkpoints
 from llmjax.config import load_config
 from llmjax.telemetry.curves import CURVES, read_curves
 from llmjax.training.loop import run as train_run
-from tests.distributed.processes_test import free_port
 from tests.support import hosts_worker
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SENTENCES = [f"{i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs." for i in range(300)]
@@ -334,7 +334,7 @@ def test_signal_to_one_process_saves_and_ends_both_at_the_same_step(data, tmp_pa
   (code, out, errors), _ = finish(both)
   assert f"resuming {tmp_path / 'x'} at {step:,}/" in out
   assert time.monotonic() - start < 60  # JAX's heartbeat, if no connection is closed under a waiting thread
-  assert (code, "another process has gone" in errors) == (1, True) or (code, "task died" in errors) == (
+  assert (code, "another process has ended" in errors) == (1, True) or (code, "task died" in errors) == (
     -signal.SIGABRT,
     True,
   )

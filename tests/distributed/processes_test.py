@@ -6,20 +6,14 @@ multi_process_test.py runs real processes.
 import json
 import os
 import re
-import socket
 import threading
 
 import pytest
 
 from llmjax.cli.main import COMMANDS, main
 from llmjax.config import ConfigError
-from llmjax.distributed import processes
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
+from llmjax.distributed import cluster, processes, rendezvous
+from tests.support.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -36,15 +30,15 @@ def test_contradicting_processes_all_get_the_same_error(others, message):
 
   def connect(index, count):
     try:
-      processes._rendezvous_client(processes.ProcessInfo(address, count, index), 20)
-    except processes.ProcessGroupError as error:
+      rendezvous._rendezvous_client(cluster.ProcessInfo(address, count, index), 20)
+    except rendezvous.ProcessGroupError as error:
       errors.append((str(error), error.code))
 
   threads = [threading.Thread(target=connect, args=other) for other in others]
   for thread in threads:
     thread.start()
-  with pytest.raises(processes.ProcessGroupError, match=message):
-    processes._rendezvous_server(processes.ProcessInfo(address, 3, 0), 20)
+  with pytest.raises(rendezvous.ProcessGroupError, match=message):
+    rendezvous._rendezvous_server(cluster.ProcessInfo(address, 3, 0), 20)
   for thread in threads:
     thread.join()
   assert len(errors) == 2 and len(set(errors)) == 1 and errors[0][1] == 2
@@ -53,7 +47,7 @@ def test_contradicting_processes_all_get_the_same_error(others, message):
 @pytest.mark.parametrize("code", [1, 2, 130])
 def test_process_ends_with_the_exit_code_of_its_failed_peer(monkeypatch, code):
   monkeypatch.setattr(processes, "_get_value", lambda key, timeout: json.dumps({"ended": "broken", "code": code}))
-  assert processes._compare("x", 2, 1) == ("process 0 has ended: broken", code)
+  assert processes._compare_fingerprints("x", 2, 1) == ("process 0 has ended: broken", code)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +83,7 @@ def test_disagreement_names_keys_and_the_minority_of_processes():
 
 @pytest.fixture
 def bare(monkeypatch):
-  """An environment without variables about other processes."""
+  """Remove environment variables about other processes."""
   for name in list(os.environ):
     if name.startswith(("LLMJAX_", "SLURM_", "TPU_", "KUBERNETES_", "OMPI_", "MEGASCALE_", "JOB_")):
       monkeypatch.delenv(name)
@@ -99,8 +93,8 @@ def bare(monkeypatch):
 @pytest.mark.parametrize(
   "flags, message",
   [
-    (["--num_processes=2"], r"without --coordinator .*LLMJAX_COORDINATOR.* and --process_id"),
-    (["--coordinator=a:1"], r"without --num_processes"),
+    (["--num_processes=2"], r"--coordinator .*LLMJAX_COORDINATOR.* and --process_id .* is missing"),
+    (["--coordinator=a:1"], r"--num_processes .* is missing"),
     (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], r"--process_id=2 must be less than"),
     (["--coordinator=a", "--num_processes=2", "--process_id=0"], r"--coordinator=a must be HOST:PORT"),
     (["--coordinator=a:1", "--num_processes=two", "--process_id=0"], r"--num_processes=two .* must be a number"),
@@ -128,7 +122,7 @@ OPEN_MPI = {
 
 
 @pytest.mark.parametrize(
-  "environment, place",
+  "environment, expected",
   [
     ({}, None),
     (OPEN_MPI, ("10.96.0.1:62624", 2, 1, [1])),
@@ -140,18 +134,18 @@ OPEN_MPI = {
     ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that belongs to no indexed job
   ],
 )
-def test_processes_are_found_in_the_environment(bare, environment, place):
+def test_processes_are_detected_from_the_environment(bare, environment, expected):
   for name, value in environment.items():
     bare.setenv(name, value)
-  found = processes._detect_process_info(1)
-  assert found == place and (found is None or isinstance(found, processes.ProcessInfo))
+  info = cluster.detect_process_info(1)
+  assert info == expected and (info is None or isinstance(info, cluster.ProcessInfo))
 
 
 def test_unreadable_environment_names_the_flag_to_set(bare):
   for name, value in {**SLURM, "SLURM_NTASKS": "four"}.items():
     bare.setenv(name, value)
-  with pytest.raises(ConfigError, match=r"does not say which .*'four'.* --num_processes=1"):
-    processes._detect_process_info(1)
+  with pytest.raises(ConfigError, match=r"which one cannot be read .*'four'.* --num_processes=1"):
+    cluster.detect_process_info(1)
 
 
 @pytest.fixture
@@ -171,23 +165,23 @@ def tpu(bare):
   return set_metadata
 
 
-@pytest.mark.parametrize("names, place", [("localhost", None), ("localhost,b,c", ("localhost:8482", 3, 1, None))])
-def test_tpu_workers_on_gke_are_found(bare, tpu, names, place):
+@pytest.mark.parametrize("names, expected", [("localhost", None), ("localhost,b,c", ("localhost:8482", 3, 1, None))])
+def test_tpu_workers_on_gke_are_detected(bare, tpu, names, expected):
   bare.setenv("TPU_WORKER_HOSTNAMES", names)
   bare.setenv("TPU_WORKER_ID", "1")
-  assert processes._detect_process_info(1) == place
+  assert cluster.detect_process_info(1) == expected
 
 
-@pytest.mark.parametrize("names, place", [("10.0.0.1", None), ("10.0.0.1,10.0.0.2", ("10.0.0.1:8482", 2, 1, None))])
-def test_tpu_workers_on_virtual_machines_are_found(tpu, names, place):
+@pytest.mark.parametrize("names, expected", [("10.0.0.1", None), ("10.0.0.1,10.0.0.2", ("10.0.0.1:8482", 2, 1, None))])
+def test_tpu_workers_on_virtual_machines_are_detected(tpu, names, expected):
   tpu(agent_worker_number="1", worker_network_endpoints=names)
-  assert processes._detect_process_info(1) == place
+  assert cluster.detect_process_info(1) == expected
 
 
 def test_flags_take_precedence_over_the_environment(bare):
   for name, value in {**SLURM, "LLMJAX_COORDINATOR": "a:1", "LLMJAX_NUM_PROCESSES": "2"}.items():
     bare.setenv(name, value)
-  assert processes._explicit_process_info("b:2", None, 1) == ("b:2", 2, 1, None)
+  assert cluster.explicit_process_info("b:2", None, 1) == ("b:2", 2, 1, None)
 
 
 def test_start_with_one_process_ignores_the_environment(bare):

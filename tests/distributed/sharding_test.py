@@ -76,6 +76,6 @@ def test_use_rejects_a_rule_with_an_unknown_mesh_axis():
 
 def test_spec_rejects_two_dimensions_on_one_mesh_axis():
   rules = {**sharding.RULES, "embed": "tensor"}
-  with pytest.raises(ConfigError, match=r"rules\.embed and rules\.mlp both cut over 'tensor'"):
+  with pytest.raises(ConfigError, match=r"rules\.embed and rules\.mlp both shard over 'tensor'"):
     sharding.partition_spec(("embed", "mlp"), rules)
   assert sharding.partition_spec(("embed", None), rules) == PartitionSpec("tensor", None)

@@ -15,7 +15,8 @@ from configs import base
 from llmjax.cli.main import main
 from llmjax.config import ConfigError, build, load_config, to_dict
 from llmjax.evaluation import evaluators, retrieval
-from llmjax.training import evals, loop, program
+from llmjax.training import components, evals, program
+from llmjax.training.evals import EvaluationSchedule
 from tests.inference.embeddings_test import CONFIG
 
 PAIRS = [{"title": f"how to get {i} or {i * 37 % 11}", "text": f"def getItem_{i}(): return {i}"} for i in range(30)]
@@ -175,7 +176,7 @@ def test_unigram_baseline_equals_a_constant_guess(folder, objective, model, term
   built = make(objective, model)
 
   def labels(split):
-    batches = evaluators.held_out_batches(built, program.open_source(built.config, split), 8, None)
+    batches = evaluators.held_out_batches(built, components.open_source(built.config, split), 8, None)
     batches = [batch.extras["mlm"] if objective is SUM else batch for batch in batches]
     return [int(x) for b in batches for x, weight in zip(b.labels[term].flat, b.weights[term].flat) if weight]
 
@@ -200,7 +201,7 @@ def test_shared_evals_build_with_a_unigram_baseline(folder):
     assert "unigram" not in config.evals or config.evals.unigram.max_batches == 3
     built = make(objective, model)
     built.config["evals"].update(to_dict(config.evals))
-    assert loop.make_evals(built).keys() == names
+    assert {each.name for each in EvaluationSchedule(built).evaluations} == names
 
 
 # the command

@@ -161,7 +161,7 @@ def test_loss_gradients_and_adamw_steps_equal_transformers(name):
   objective, batch = learned(name)
   _, axes = sharding.abstract_parameters(model)
   spec = {"name": "adamw", "lr": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-  spec |= {"decay_mask": ((".*", True),), "clip_norm": None, "ema_decay": None}
+  spec |= {"decay_mask": ((".*", True),), "clip_norm": None}
   spec |= {"lr_scale": ((".*", 1.0),), "layer_decay": None}
   tx = optimizers.make_optimizer(spec, params, axes)
 

@@ -20,7 +20,7 @@ from llmjax.cli.main import main
 from llmjax.data.pipeline import TrainStream
 from llmjax.diagnostics.verify import row_hashes
 from llmjax.distributed import processes
-from llmjax.training import loop
+from llmjax.training import program
 
 
 def run_commands(folder, commands) -> None:
@@ -38,7 +38,7 @@ def run_commands(folder, commands) -> None:
       return batch
 
   with contextlib.ExitStack() as patches:
-    patches.enter_context(mock.patch.object(loop, "TrainStream", RecordingStream))
+    patches.enter_context(mock.patch.object(program, "TrainStream", RecordingStream))
     for command in commands:
       with contextlib.redirect_stdout(io.StringIO()) as out:
         code = main(command)

@@ -44,7 +44,7 @@ LOSSES = (
     "accumulation-means-of-microbatch-means",
     "training/step.py",
     "value = objective_value(sums, weights, objective)",
-    "value = objective_value(sums, objective.weights(micro), objective) / accum",
+    "value = objective_value(sums, objective.weights(microbatch), objective) / accum",
     (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
     "tokens in a microbatch with much padding count more",
   ),
@@ -539,7 +539,7 @@ MODELS = (
   ),
   Mutant(
     "lora-scale-not-divided-by-rank",
-    "models/layers.py",
+    "config/model.py",
     "return self.alpha / self.rank",
     "return self.alpha",
     (PEFT + "test_logits_equal_peft[gpt2]",),
@@ -611,20 +611,20 @@ OPTIMIZERS = (
   Mutant(
     "gradient-scaled-by-data-axis",
     "training/step.py",
-    '  if "objective" in metrics:  # already',
-    "  from llmjax import sharding\n\n"
-    '  grads = jax.tree.map(lambda g: g / sharding.parts("act_batch"), grads)\n'
-    '  if "objective" in metrics:  # already',
+    '  if "objective" in metrics:  # divided',
+    "  from llmjax.distributed import sharding\n\n"
+    '  grads = jax.tree.map(lambda g: g / sharding.num_shards("act_batch"), grads)\n'
+    '  if "objective" in metrics:  # divided',
     (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
     "the gradient of a sum is averaged over devices: more devices, smaller steps",
   ),
   Mutant(
     "gradient-scaled-by-expert-axis",
     "training/step.py",
-    '  if "objective" in metrics:  # already',
-    "  from llmjax import sharding\n\n"
-    '  grads = jax.tree.map(lambda g: g / sharding.parts("experts"), grads)\n'
-    '  if "objective" in metrics:  # already',
+    '  if "objective" in metrics:  # divided',
+    "  from llmjax.distributed import sharding\n\n"
+    '  grads = jax.tree.map(lambda g: g / sharding.num_shards("experts"), grads)\n'
+    '  if "objective" in metrics:  # divided',
     (VERIFY + "test_measure_on_mesh_equals_one_device[experts-fsdp=2,expert=2,context=2]",),
     "expert parallelism makes steps smaller",
   ),
@@ -650,10 +650,10 @@ OPTIMIZERS = (
     "clip-after-the-optimizer",
     "training/optimizers.py",
     "    grads, _ = clip.update(_promote_to_float32(grads), optax.EmptyState())\n"
-    "    pairs = jax.tree.map(one, _promote_to_float32(params), grads, state, each, rates, scales)\n"
+    "    pairs = jax.tree.map(one, _promote_to_float32(params), grads, state, each, decays, scales)\n"
     "    return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))",
     "    pairs = jax.tree.map(one, _promote_to_float32(params), _promote_to_float32(grads), "
-    "state, each, rates, scales)\n"
+    "state, each, decays, scales)\n"
     "    direction, state = (jax.tree.map(lambda _, pair, i=i: pair[i], params, pairs) for i in (0, 1))\n"
     "    return clip.update(direction, optax.EmptyState())[0], state",
     (INVARIANTS + "test_clipping_scales_gradients_and_not_directions",),
@@ -662,24 +662,25 @@ OPTIMIZERS = (
   Mutant(
     "weight-decay-on-norms",
     "training/optimizers.py",
-    "return weight_decay / wider if decayed else 0",
-    "return weight_decay / wider",
+    "return weight_decay / multiplier if decays else 0",
+    "return weight_decay / multiplier",
     (OPTIM + "test_weight_decay_is_decoupled_and_masked",),
     "optim.decay_mask is ignored",
   ),
   Mutant(
     "weight-decay-through-the-moments",
     "training/optimizers.py",
-    "direction, part = tx.update(grad, part, param)\n      direction = direction + rate * param if rate else direction",
-    "direction, part = tx.update(grad + rate * param, part, param)",
+    "direction, part = tx.update(grad, part, param)\n"
+    "      direction = direction + decay * param if decay else direction",
+    "direction, part = tx.update(grad + decay * param, part, param)",
     (OPTIM + "test_weight_decay_is_decoupled_and_masked",),
     "AdamW is Adam with L2 regularisation",
   ),
   Mutant(
     "warm-up-begins-at-zero",
     "training/schedules.py",
-    "float((step + 1) / warmup if step < peak else after(step))",
-    "float(step / warmup if step < peak else after(step))",
+    "float((step + 1) / warmup_steps if step < peak else after(step))",
+    "float(step / warmup_steps if step < peak else after(step))",
     (OPTIM + "test_schedule_has_no_zero_warmup_step_and_ends_at_final[cosine]",),
     "the first step has a learning rate of zero",
   ),
@@ -724,8 +725,8 @@ OPTIMIZERS = (
   Mutant(
     "adafactor-factors-laid-out-like-each-other",
     "training/optimizers.py",
-    "v_row=like(x.v_row, larger), v_col=like(x.v_col, smaller)",
-    "v_row=like(x.v_row, smaller), v_col=like(x.v_col, larger)",
+    "v_row=like_param(x.v_row, larger),\n      v_col=like_param(x.v_col, smaller)",
+    "v_row=like_param(x.v_row, smaller),\n      v_col=like_param(x.v_col, larger)",
     (OPTIM + "test_adafactor_factors_are_sharded_like_the_remaining_dimension",),
     "square kernels' factors lie on the wrong axis of the mesh",
   ),
@@ -769,8 +770,8 @@ OPTIMIZERS = (
   Mutant(
     "layer-decay-begins-at-the-first-layer",
     "training/trainable.py",
-    "scale = np.array([decay ** (depth - i) for i, _ in here], np.float32)",
-    "scale = np.array([decay ** (i + 1) for i, _ in here], np.float32)",
+    "scale = np.array([decay ** (depth - i) for i, _ in layers], np.float32)",
+    "scale = np.array([decay ** (i + 1) for i, _ in layers], np.float32)",
     (FINETUNE + "test_layer_scales_are_powers_of_the_depth_below_the_top",),
     "the first layers learn fastest",
   ),
@@ -862,17 +863,17 @@ DATA = (
 RESUME = (
   Mutant(
     "resume-restarts-the-data",
-    "training/loop.py",
-    "  if cursor is not None:\n    stream.restore(cursor)",
-    "  if cursor is not None:\n    stream.restore(stream.cursor)",
+    "training/session.py",
+    "self.stream.restore(cursor)",
+    "self.stream.restore(self.stream.cursor)",
     (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
     "a resumed run reads the beginning of the data again",
   ),
   Mutant(
     "resume-restarts-the-schedule",
     "training/loop.py",
-    "rate = replicate(np.float32(program.learning_rate(step)), program)",
-    "rate = replicate(np.float32(program.learning_rate(step - first)), program)",
+    "learning_rate = program.replicate(np.float32(program.learning_rate(step)))",
+    "learning_rate = program.replicate(np.float32(program.learning_rate(step - session.first_step)))",
     (INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",),
     "a resumed run warms up again",
   ),
@@ -910,7 +911,7 @@ RESUME = (
   Mutant(
     "evaluation-ignores-the-average",
     "training/program.py",
-    'merge_trainable(state.params if self.config["optim"]["ema_decay"] is None else state.ema, state.frozen)',
+    'merge_trainable(state.params if self.config["ema_decay"] is None else state.ema, state.frozen)',
     "merge_trainable(state.params, state.frozen)",
     (INVARIANTS + "test_evaluated_parameters_are_the_average",),
   ),

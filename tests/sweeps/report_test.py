@@ -95,7 +95,7 @@ def test_group_with_an_early_failed_seed_has_no_point(ended):
 
 
 def test_points_with_equal_x_show_the_best_setting_and_its_spread(ended):
-  plan = Sweep(product(vary(LR, [1, 2, 3]), seeds(2)), x="parameters", metric="eval/x/accuracy", best_is="most")
+  plan = Sweep(product(vary(LR, [1, 2, 3]), seeds(2)), x="parameters", metric="eval/x/accuracy", mode="max")
   groups = groups_of(plan, ended(plan.trials, [0.5, 0.7, 0.9, 0.1, NAN, 1.0], plan.metric))
   assert points(plan, groups) == {"": [(10, 0.6, 0.5, 0.7, 2)]}
   assert "the best of 2 settings" in caption(plan, groups) and "failed" in caption(plan, groups)
@@ -108,7 +108,7 @@ def test_x_may_be_the_seed(ended):
 
 
 def test_frontier_omits_points_worse_than_a_cheaper_one(ended):
-  plan = Sweep(vary("size", [1, 2, 3, 4]), x="size", best_is="most")
+  plan = Sweep(vary("size", [1, 2, 3, 4]), x="size", mode="max")
   lines = points(plan, groups_of(plan, ended(plan.trials, [1.0, 0.5, 2.0, 2.0])))
   assert frontier(plan, lines) == [(1, 1.0), (3, 2.0)]
 

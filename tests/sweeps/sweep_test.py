@@ -21,7 +21,7 @@ from llmjax.config import ConfigError, load_config, to_dict
 from llmjax.sweeps import admission, pool
 from llmjax.sweeps import command as sweeps
 from llmjax.sweeps.trials import COSTS, Sweep
-from llmjax.training.program import make_model
+from llmjax.training.components import make_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -202,9 +202,9 @@ def test_killed_sweep_resumes_without_lost_or_repeated_trials(files, home):
   "plan, message",
   [
     ({"metric": "eval/heldot/loss"}, "is none of the run's measurements: eval/heldout/..., eval/nap/..."),
-    ({"metric": "eval/heldout/loss", "best_is": "most"}, "would take the worst for the best"),
+    ({"metric": "eval/heldout/loss", "mode": "max"}, "would select the worst value"),
     ({"metric": "train/loss"}, ""),
-    ({"metric": "eval/nap/x", "best_is": "most"}, ""),
+    ({"metric": "eval/nap/x", "mode": "max"}, ""),
   ],
 )
 def test_metric_that_trials_do_not_measure_is_refused(plan, message):

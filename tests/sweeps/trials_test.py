@@ -92,7 +92,7 @@ def test_names_differ_on_case_insensitive_file_systems():
     (lambda: names([{"a": 1, "b": 2}, {"b": 2, "a": 1}]), "there twice"),
     (lambda: log_uniform(0, 1), "0 < low"),
     (lambda: Sweep([]), "empty"),
-    (lambda: Sweep([{}], best_is="lowest"), "'least' or 'most'"),
+    (lambda: Sweep([{}], mode="lowest"), "'min' or 'max'"),
   ],
 )
 def test_invalid_trials_are_refused(make, message):

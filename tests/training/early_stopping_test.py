@@ -11,68 +11,67 @@ import pytest
 from llmjax.checkpoints.sources import locate_checkpoint, open_checkpoint
 from llmjax.config import ConfigError, load_config
 from llmjax.evaluation import evaluators
-from llmjax.training import loop
+from llmjax.training import loop, step_metrics
 from llmjax.training.early_stopping import EarlyStopping, check_metric
 
 
 def test_patience_counts_evaluations_without_improvement():
-  stopper = EarlyStopping("eval/x/f1", "most", 2)
+  stopper = EarlyStopping("eval/x/f1", "max", 2)
   values = [0.1, 0.3, 0.3, 0.2, 0.4]
   assert [stopper.update({"eval/x/f1": v}) for v in values] == [False, False, False, True, False]
-  assert stopper.state == {"metric": "eval/x/f1", "best_is": "most", "best": 0.4, "failures": 0}
+  assert stopper.state == {"metric": "eval/x/f1", "mode": "max", "best": 0.4, "failures": 0}
   assert not stopper.update({"eval/y/f1": 9.0}) and stopper.failures == 0  # not the metric's evaluation
   assert not stopper.update({"eval/x/f1": float("nan")}) and stopper.failures == 1
 
 
 def test_state_is_restored_for_the_same_metric_only():
-  stopper = EarlyStopping("eval/x/f1", "most", 2)
+  stopper = EarlyStopping("eval/x/f1", "max", 2)
   stopper.update({"eval/x/f1": 0.4})
   stopper.update({"eval/x/f1": 0.3})
-  restored = EarlyStopping("eval/x/f1", "most", 2)
+  restored = EarlyStopping("eval/x/f1", "max", 2)
   restored.restore(json.loads(json.dumps(stopper.state)))
   assert restored == stopper
-  other = EarlyStopping("eval/x/loss", "least", 2)
+  other = EarlyStopping("eval/x/loss", "min", 2)
   other.restore(stopper.state)
   assert other.best is None and other.failures == 0
 
 
 def test_metric_that_was_not_measured_is_refused_with_a_suggestion():
   with pytest.raises(ConfigError, match=r"'eval/x/f1' was not measured; did you mean `eval/x/f1_macro`"):
-    EarlyStopping("eval/x/f1", "most", 2).update({"eval/x/f1_macro": 1.0})
+    EarlyStopping("eval/x/f1", "max", 2).update({"eval/x/f1_macro": 1.0})
 
 
 def test_without_metric_nothing_stops():
-  assert not EarlyStopping(None, "least", 1).update({"eval/x/f1": 1.0})
+  assert not EarlyStopping(None, "min", 1).update({"eval/x/f1": 1.0})
 
 
 def test_patience_below_one_is_refused():
   with pytest.raises(ConfigError, match="patience=0 must be at least 1"):
-    EarlyStopping("a", "least", 0)
+    EarlyStopping("a", "min", 0)
 
 
 @pytest.mark.parametrize(
-  ("metric", "direction"),
+  ("metric", "mode"),
   [
-    *((f"heldout/{name}", "least") for name in ("loss", "perplexity", "bits_per_byte", "sft_loss", "mlm/loss")),
+    *((f"heldout/{name}", "min") for name in ("loss", "perplexity", "bits_per_byte", "sft_loss", "mlm/loss")),
     *(
-      (f"answers/{name}", "most")
+      (f"answers/{name}", "max")
       for name in ("f1", "f1_macro", "f1/loss", "no_answer_accuracy", "exact_match", "rougeLsum")
     ),
   ],
 )
 @pytest.mark.parametrize("key", ["checkpoint.best", "early_stopping.metric"])
-def test_wrong_direction_of_a_known_metric_is_refused(metric, direction, key):
-  evals, [other] = {"heldout": 0, "answers": 0}, {"least", "most"} - {direction}
-  check_metric(f"eval/{metric}", direction, evals, key)
-  way_out = f"would take the worst for the best; set {key.partition('.')[0]}.best_is={direction!r}"
-  with pytest.raises(ConfigError, match=way_out):
-    check_metric(f"eval/{metric}", other, evals, key)
-  check_metric("eval/answers/alignment", direction, evals, key)
-  check_metric(None, other, evals, key)
+def test_wrong_mode_of_a_known_metric_is_refused(metric, mode, key):
+  evals, [other] = {"heldout": 0, "answers": 0}, {"min", "max"} - {mode}
+  check_metric(f"eval/{metric}", mode, evals, key, "key.of_mode")
+  with pytest.raises(ConfigError, match=f"would select the worst value; set key.of_mode={mode!r}"):
+    check_metric(f"eval/{metric}", other, evals, key, "key.of_mode")
+  check_metric("eval/answers/alignment", mode, evals, key, "key.of_mode")
+  check_metric(None, other, evals, key, "key.of_mode")
 
 
 def likelihood(program, **settings):
-  """An evaluator with a metric that increases and whose direction llmjax does not know."""
+  """An evaluator with a metric that increases and whose better direction llmjax does not know."""
   measure = evaluators.heldout_loss(program, **settings)
   return lambda params: {"loss": (loss := measure(params)["loss"]), "likelihood": -loss}
 
@@ -110,7 +109,7 @@ def expected(stopped, monkeypatch):
 
 def test_run_stops_after_evaluations_without_improvement(stopped):
   _, _, output = stopped
-  assert "has not been better than" in output and "is finished at 4 steps" in output
+  assert "has not improved on" in output and "is finished at 4 steps" in output
 
 
 def test_stopped_run_is_not_continued(expected, capsys):
@@ -119,7 +118,7 @@ def test_stopped_run_is_not_continued(expected, capsys):
 
 
 def test_killed_run_stops_early_at_the_same_step(expected, capsys, monkeypatch):
-  add = loop.Meter.add
+  add = step_metrics.StepMetrics.add
 
   def add_and_fail(self, step, *args):
     add(self, step, *args)
@@ -127,7 +126,7 @@ def test_killed_run_stops_early_at_the_same_step(expected, capsys, monkeypatch):
       raise RuntimeError("lost")
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Meter, "add", add_and_fail)
+    patch.setattr(step_metrics.StepMetrics, "add", add_and_fail)
     with pytest.raises(RuntimeError, match="lost"):
       loop.run(load_config(FLAGS), "lost")
   assert loop.run(load_config(FLAGS), "lost") == expected
@@ -138,7 +137,7 @@ def test_killed_run_stops_early_at_the_same_step(expected, capsys, monkeypatch):
 def test_interrupted_run_stops_early_at_the_same_step(expected, capsys, monkeypatch):
   calls = itertools.count(1)
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "interruption", lambda: contextlib.nullcontext(lambda step: next(calls) == 3))
+    patch.setattr(loop, "catch_interruption", lambda: contextlib.nullcontext(lambda step: next(calls) == 3))
     with pytest.raises(KeyboardInterrupt):
       loop.run(load_config(FLAGS), "interrupted")
   assert loop.run(load_config(FLAGS), "interrupted") == expected
@@ -156,9 +155,9 @@ def test_best_checkpoint_is_the_one_with_the_minimal_loss(expected):
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--config.early_stopping.metric=heldout/loss", r"early_stopping.metric='heldout/loss' is none"),
-    ("--config.early_stopping.best_is=max", r"early_stopping.best_is='max' must be 'least' or 'most'"),
-    ("--config.checkpoint.best_is=max", r"checkpoint.best_is='max' must be 'least' or 'most'"),
+    ("--config.early_stopping.metric=heldout/loss", r"early_stopping.metric='heldout/loss' is not measured"),
+    ("--config.early_stopping.mode=most", r"early_stopping.mode='most' must be 'min' or 'max'"),
+    ("--config.checkpoint.best_mode=most", r"checkpoint.best_mode='most' must be 'min' or 'max'"),
   ],
 )
 def test_unknown_metric_is_refused_before_the_first_step(expected, flag, message):

@@ -17,7 +17,8 @@ from llmjax.config import files as cfglib
 from llmjax.distributed import sharding
 from llmjax.models.lora import is_adapter
 from llmjax.training import loop
-from llmjax.training.program import make_program, open_source
+from llmjax.training.components import open_source
+from llmjax.training.program import make_program
 from llmjax.trees import flatten_tree
 
 LABELS = ("no", "yes")
@@ -33,7 +34,7 @@ TUNED = {
   "model.lora_dropout": 0.1,
   "model.dropout": 0.1,
   "optim.layer_decay": 0.5,
-  "optim.ema_decay": 0.9,
+  "ema_decay": 0.9,
 }
 
 
@@ -54,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoder_run(folder):
   """A run of masked_lm with an average of its parameters."""
-  run(folder, "masked", {"optim.ema_decay": 0.5}, MASKED)
+  run(folder, "masked", {"ema_decay": 0.5}, MASKED)
   return folder / "masked"
 
 
@@ -176,7 +177,7 @@ def test_checkpoint_without_newer_config_keys_resumes_identically(folder, encode
     manifest.write_text(json.dumps(content))
   assert "lora_rank" not in manifest.read_text()
   assert llmjax.load(folder / "older").model.cfg.lora is None
-  longer = {"optim.ema_decay": 0.5, "total_steps": 3, **CONSTANT}
+  longer = {"ema_decay": 0.5, "total_steps": 3, **CONSTANT}
   assert_identical(run(folder, "older", longer, MASKED), run(folder, "newer", longer, MASKED))
 
 
@@ -196,7 +197,7 @@ def test_run_with_adapters_on_eight_devices_equals_one_device(folder):
     mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, **sizes})
     rules = {"rules.vocab": None, "rules.act_vocab": None, "mesh": mesh}
     program = make_program(make_config(folder, CLASSIFICATION, settings | rules), devices=jax.devices()[:devices])
-    stream = loop.make_stream(program, open_source(program.config, "train"), prefetch=0)
+    stream = program.make_stream(open_source(program.config, "train"), prefetch=0)
     state, key = program.init(), jax.device_put(jax.random.key(0), program.replicated)
     with sharding.use_mesh(program.mesh, program.rules):
       for _ in range(2):
@@ -303,7 +304,7 @@ def preference(folder, decoder_run):
 def test_reference_model_equals_the_initial_model_with_adapters(folder, preference):
   program = make_program(make_config(folder, PREFERENCE, preference))
   state = program.init(program.starting_params()[0])
-  stream = loop.make_stream(program, open_source(program.config, "train"), prefetch=0)
+  stream = program.make_stream(open_source(program.config, "train"), prefetch=0)
   batch = program.put(next(stream), 8)
   stream.close()
   metrics = program.eval_step(program.eval_params(state), batch, program.auxiliary_params)

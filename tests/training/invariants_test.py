@@ -28,7 +28,7 @@ from tests.support.compare import assert_trees_close, assert_trees_identical, no
 
 CASE = CASES["gpt causal_lm"]
 RATE, DECAY = 0.5, 0.8
-SGD = {"name": "sgd", "momentum": 0.0, "lr": 1.0, "ema_decay": DECAY, "weight_decay": 0.0, "clip_norm": None}
+SGD = {"name": "sgd", "momentum": 0.0, "lr": 1.0, "weight_decay": 0.0, "clip_norm": None}
 SGD |= {"decay_mask": ((".*", True),), "lr_scale": ((".*", 1.0),), "layer_decay": None}
 
 
@@ -189,7 +189,7 @@ def test_evaluated_parameters_are_the_average():
   """Frozen parameters have no average."""
   state = step.TrainState(0, {"a": 1}, None, {"a": 2}, {"b": 3})
   for decay, learned in ((None, 1), (0.9, 2)):
-    program = types.SimpleNamespace(config={"optim": {"ema_decay": decay}})
+    program = types.SimpleNamespace(config={"ema_decay": decay})
     assert Program.eval_params(program, state) == {"a": learned, "b": 3}
 
 
@@ -203,7 +203,7 @@ def test_interrupted_run_has_the_loss_curve_of_a_whole_run(home):
   """Equality is bitwise, with warm-up, Adam, an EMA, dropout and prefetched batches, from a checkpoint in mid-epoch."""
   (home / "t.txt").write_text("".join(f"{i}: a quick fox jumps over {i * 37 % 101} dogs.\n" for i in range(200)))
   flags = [f"--config=char:text={home / 't.txt'},debug", "--config.batch_size=8", "--config.log.tensorboard=false"]
-  flags += ["--config.model.dropout=0.1", "--config.optim.ema_decay=0.9", "--config.data.prefetch=3"]
+  flags += ["--config.model.dropout=0.1", "--config.ema_decay=0.9", "--config.data.prefetch=3"]
   flags += ["--config.total_steps=5", "--config.schedule.warmup=3", "--config.log.every=1", "--config.evals={}"]
   flags += ["--config.checkpoint.every=2", "--config.checkpoint.keep=9", "--config.model.decoder_layers=1"]
   config = cfglib.load_config(flags)

@@ -53,7 +53,7 @@ def make_grads(steps=4):
 
 
 def make_tx(name, params, axes=AXES, **keys):
-  common = {"lr": 1.0, "ema_decay": None, "weight_decay": 0.0, "decay_mask": EVERYWHERE, "clip_norm": None}
+  common = {"lr": 1.0, "weight_decay": 0.0, "decay_mask": EVERYWHERE, "clip_norm": None}
   common |= {"lr_scale": ((".*", 1.0),), "layer_decay": None}
   return optimizers.make_optimizer({"name": name, **common, **OPTIMIZERS.get(name, {}), **keys}, params, axes)
 

@@ -346,7 +346,7 @@ def test_layout_stack_inverts_unstack(name):
   )
 
 
-OPTIM = {"weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": 1.0, "lr": 0.1, "ema_decay": None}
+OPTIM = {"weight_decay": 0.1, "decay_mask": ((".*", True),), "clip_norm": 1.0, "lr": 0.1}
 OPTIM |= {"lr_scale": ((".*", 1.0),), "layer_decay": None}
 
 

@@ -9,22 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import trees
 from llmjax.config import ConfigError
 from llmjax.models import lora
 from llmjax.models.layer_stacks import stack_layers, unstack_layers
 from llmjax.models.lora import is_adapter, merge_lora
 from llmjax.models.transformer import Transformer
 from llmjax.training import optimizers, step
-from llmjax.training import trainable as training_trainable
-from llmjax.training.trainable import layer_lr_scales
+from llmjax.training.trainable import layer_lr_scales, match_trainable
 from llmjax.trees import flatten_tree, merge_trainable, split_trainable, unflatten_tree
 from tests.support.cases import CASES, GPT, MODERNBERT, T5, gradients, make_batch, mesh_shardings, parameters
 from tests.support.tiers import by_tier
 
 LORA = ((r".*lora_[ab]", True), (r".*", False))
 ATTENTION, ALL = r".*attention/(query|value)", r"(en|de)coder/.*"
-COMMON = {"lr": 1.0, "ema_decay": None, "weight_decay": 0.0, "decay_mask": ((".*", True),), "clip_norm": None}
+COMMON = {"lr": 1.0, "weight_decay": 0.0, "decay_mask": ((".*", True),), "clip_norm": None}
 COMMON |= {"lr_scale": ((".*", 1.0),), "layer_decay": None}
 
 
@@ -53,7 +51,7 @@ def logits(cfg, params, batch, **rngs):
 
 
 def trainable(params, rules=LORA):
-  return training_trainable.match_trainable(params, rules, trees.match_rules)
+  return match_trainable(params, rules)
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -191,8 +189,8 @@ def test_frozen_parameters_stay_and_have_no_moments_or_average(rules):
   [
     (((r".*lorra.*", True), (r".*", False)), r"trainable: '\.\*lorra\.\*' matches no parameter"),
     (((r".*", 1),), r"trainable: 1 must be True or False"),
-    (((r".*", False),), r"trainable: no parameter learns"),
-    (((r".*lora_a", True),), r"trainable: no rule matches .* end with a rule for all the rest"),
+    (((r".*", False),), r"trainable: no parameter is trained"),
+    (((r".*lora_a", True),), r"trainable: no rule matches .* end with a rule for all others"),
   ],
 )
 def test_trainable_rejects_invalid_rules(rules, words):
