@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 import llmjax
-from llmjax.cli.main import fit_prompt, main, read_prompt, shown
+from llmjax.cli.commands import terminal_text
+from llmjax.cli.generate import read_prompt
+from llmjax.cli.main import main
 from llmjax.config import ConfigError
+from llmjax.inference.text import fit_prompt
 
 TEXT = "".join(f"line {i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400))
 
@@ -145,9 +148,9 @@ def test_prompt_that_is_not_utf8_is_refused(monkeypatch):
 
 def test_shown_replaces_control_characters_on_a_terminal(monkeypatch):
   text = "a\x1b[2Jb\n"
-  assert shown(text) == text
+  assert terminal_text(text) == text
   monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-  assert shown(text) == "a\ufffd[2Jb\n"
+  assert terminal_text(text) == "a\ufffd[2Jb\n"
 
 
 def test_finished_run_is_not_trained_again(run_x, capsys):
