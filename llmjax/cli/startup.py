@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
 
-from llmjax.config import Json, to_dict
+from llmjax.config import ConfigLike, Json, to_dict
 from llmjax.distributed import processes
 from llmjax.distributed.cluster import ENVIRONMENT_VARIABLES
 
 
-def start_jax(arguments: argparse.Namespace | None = None, config: Any = None) -> None:
+def start_jax(arguments: argparse.Namespace | None = None, config: ConfigLike = None) -> None:
   """Set up JAX before it is used.
 
   Args:
@@ -34,7 +33,7 @@ def start_jax(arguments: argparse.Namespace | None = None, config: Any = None) -
     _join_processes(arguments, config)
 
 
-def _join_processes(arguments: argparse.Namespace, config: Any) -> None:
+def _join_processes(arguments: argparse.Namespace, config: ConfigLike) -> None:
   processes.join_processes(
     arguments.coordinator,
     arguments.num_processes,

@@ -14,11 +14,12 @@ from llmjax.config.files import (
   split_config_flag,
 )
 from llmjax.config.registry import build, resolve_callable
-from llmjax.config.values import ConfigTree, Json, config_differences, flatten_config, to_dict
+from llmjax.config.values import ConfigLike, ConfigTree, Json, config_differences, flatten_config, to_dict
 
 __all__ = [
   "ALIASES",
   "ConfigError",
+  "ConfigLike",
   "ConfigTree",
   "Json",
   "add_config_roots",

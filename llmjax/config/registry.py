@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmjax.config.errors import ConfigError, suggest_name
-from llmjax.config.values import to_dict
+from llmjax.config.values import ConfigLike, to_dict
 
 
 def resolve_callable(name: str, registry: Mapping[str, str], key: str, *, trust: bool = True) -> Callable[..., Any]:
@@ -41,7 +41,7 @@ def resolve_callable(name: str, registry: Mapping[str, str], key: str, *, trust:
   return resolved
 
 
-def build(spec: Any, registry: Mapping[str, str], key: str, *, trust: bool = True, **runtime: Any) -> Any:
+def build(spec: ConfigLike, registry: Mapping[str, str], key: str, *, trust: bool = True, **runtime: Any) -> Any:
   """Call what `spec["name"]` names with the rest of `spec`: the only way from a config to an object.
 
   Args:

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict, FieldReference
 
 Json: TypeAlias = Any  # what JSON can hold
+ConfigLike: TypeAlias = Any  # a ConfigDict, a part of one, or the same as plain data
 ConfigTree: TypeAlias = dict[str, Any]  # a config, or a part of one, as plain data
 
 
-def to_dict(spec: Any) -> Any:
+def to_dict(spec: ConfigLike) -> Json:
   """Return a config as plain containers with references resolved; lists become tuples."""
   if isinstance(spec, FieldReference):
     spec = spec.get()
@@ -23,7 +24,7 @@ def to_dict(spec: Any) -> Any:
   return spec
 
 
-def flatten_config(spec: Any, prefix: str = "") -> ConfigTree:
+def flatten_config(spec: ConfigLike, prefix: str = "") -> ConfigTree:
   """Return {"a": {"b": 1}} as {"a.b": 1}; empty dicts stay as leaves."""
   flat: ConfigTree = {}
   for key, value in to_dict(spec).items():
@@ -34,7 +35,7 @@ def flatten_config(spec: Any, prefix: str = "") -> ConfigTree:
   return flat
 
 
-def config_differences(old: Any, new: Any) -> dict[str, tuple[Json, Json]]:
+def config_differences(old: ConfigLike, new: ConfigLike) -> dict[str, tuple[Json, Json]]:
   """Return {key: (old, new)} of two configs, compared as JSON does (tuples equal lists)."""
 
   def as_json(value: Json) -> Json:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmjax.config import ConfigError, suggest_name
 from llmjax.config.mesh import MESH_AXES, RULES, Rules
-from llmjax.trees import Params, PyTree, path_string
+from llmjax.trees import KeyPath, Params, PyTree, path_string
 from llmjax.types import Model, dummy_batch
 
 LogicalAxes = tuple[str | None, ...]  # one logical name for each dimension
@@ -233,7 +233,7 @@ def param_shardings(shapes: Params, axes: PyTree, mesh: Mesh, rules: Rules = RUL
     ConfigError: a dimension that its mesh axes do not divide; raised before anything is compiled.
   """
 
-  def one(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, names: LogicalAxes) -> NamedSharding:
+  def one(path: KeyPath, leaf: jax.ShapeDtypeStruct, names: LogicalAxes) -> NamedSharding:
     for size, name in zip(leaf.shape, names, strict=True):
       mesh_axes = _as_tuple(rules[name]) if name is not None and name in rules else ()
       shards = math.prod(mesh.shape[axis] for axis in mesh_axes)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from llmjax.config import ConfigLike
 from llmjax.distributed import sharding
 from llmjax.training.interruption import catch_interruption
 from llmjax.training.session import Session, open_session
 
 
-def run(config: Any, workdir: str | Path, *, fresh: bool = False) -> dict[str, float]:
+def run(config: ConfigLike, workdir: str | Path, *, fresh: bool = False) -> dict[str, float]:
   """Train `config` in `workdir`, or resume the run there, to the end.
 
   Args:

@@ -26,7 +26,7 @@ from llmjax.checkpoints.sources import (
   pretrained_model_config,
   with_head_fields,
 )
-from llmjax.config import ConfigError, ConfigTree, to_dict
+from llmjax.config import ConfigError, ConfigLike, ConfigTree, to_dict
 from llmjax.config.mesh import RULES, Rules
 from llmjax.config.model import TransformerConfig
 from llmjax.data.pipeline import TrainStream
@@ -224,7 +224,7 @@ class Program:
 
 
 def make_program(
-  config: Any, *, tokenizer: Tokenizer | None = None, devices: Sequence[jax.Device] | None = None
+  config: ConfigLike, *, tokenizer: Tokenizer | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Program:
   """Build the program of a config. Compiles nothing, and allocates nothing on a device.
 

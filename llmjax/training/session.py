@@ -6,14 +6,13 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from llmjax.checkpoints.manager import Checkpoints
 from llmjax.checkpoints.manifest import make_manifest
 from llmjax.checkpoints.sources import INHERITED_ENTRIES, inherited_manifest_entries
-from llmjax.config import ConfigTree, Json, to_dict
+from llmjax.config import ConfigLike, ConfigTree, Json, to_dict
 from llmjax.data.pipeline import merge_cursors
 from llmjax.data.sources.base import Source
 from llmjax.distributed import processes
@@ -32,7 +31,7 @@ from llmjax.training.step_metrics import StepMetrics
 
 
 @contextlib.contextmanager
-def open_session(config: Any, workdir: str | Path, *, fresh: bool = False) -> Iterator[Session]:
+def open_session(config: ConfigLike, workdir: str | Path, *, fresh: bool = False) -> Iterator[Session]:
   """Open a session for a config and a workdir, and close it at the end; arguments as in `loop.run`."""
   with contextlib.ExitStack() as stack:
     yield _open(to_dict(config), as_path(workdir), fresh, stack)
