@@ -1,4 +1,4 @@
-"""Configs that ship. A folder `configs` of one's own may add to them: `from configs import base, mine`."""
+"""Configs that ship with llmjax. A folder `configs` of your own extends them: `from configs import base, mine`."""
 
 from pkgutil import extend_path
 

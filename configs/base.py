@@ -1,6 +1,6 @@
 """The defaults, and groups of evaluations. Other configs start from here; this one is not run itself.
 
-All keys and their defaults are documented in `llmjax/config/defaults.py`, those of the model in `llmjax/config/model.py`.
+`llmjax/config/defaults.py` documents all keys and their defaults, `llmjax/config/model.py` those of the model.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def language_model_evals(config: ConfigDict, prompt: str | None) -> None:
-  """Held-out loss over the whole split, and a prompt (None: the beginning of the held-out text) continued."""
+  """Add the held-out loss, and the continuation of a prompt (None: the beginning of the held-out text)."""
   _heldout(config)
   config.evals.sample = ConfigDict(
     {
@@ -30,21 +30,21 @@ def language_model_evals(config: ConfigDict, prompt: str | None) -> None:
 
 
 def token_evals(config: ConfigDict) -> None:
-  """Held-out loss over the whole split, beside what guessing by frequency gives on the same labels."""
+  """Add the held-out loss, and as its baseline that of token frequencies on the same labels."""
   _heldout(config)
-  # Its keys follow those of `heldout`.
+  # These keys follow those of `heldout`.
   same = {key: config.evals.heldout.get_oneway_ref(key) for key in ("split", "batch_size", "max_batches")}
   config.evals.unigram = ConfigDict({"name": "unigram", "every": optional(None), "at": (), **same})
 
 
 def retrieval_evals(config: ConfigDict, bm25: bool = False) -> None:
-  """Held-out loss, and each anchor's own positive looked for among all of the split, by BM25 too where asked for."""
+  """Add the held-out loss, and retrieval of each anchor's positive among the whole split, optionally with BM25."""
   _heldout(config)
   config.evals.retrieval = ConfigDict(
     {
       "name": "retrieval",
       "every": optional("20%"),
-      "at": (0,),  # what an untrained model finds
+      "at": (0,),  # as baseline: the untrained model
       "split": optional(None, str),
       "batch_tokens": 16384,
       "limit": optional(None, int),
@@ -54,7 +54,7 @@ def retrieval_evals(config: ConfigDict, bm25: bool = False) -> None:
 
 
 def task_evals(config: ConfigDict) -> None:
-  """Held-out loss, and what the task measures of its answers to the same records."""
+  """Add the held-out loss, and the task's metrics of answers to the same records."""
   _heldout(config)
   config.evals.answers = ConfigDict(
     {

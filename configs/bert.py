@@ -1,17 +1,17 @@
-"""A BERT on text:  llmjax train --config=bert:size=nano
+"""BERT on text:  llmjax train --config=bert:size=nano
 
-It learns to tell tokens that were hidden from those around them. The argument chooses, separated by commas:
+An encoder is trained to predict masked tokens. The argument has, separated by commas:
   size=NAME       an encoder of configs/sizes.py: nano (default), bert_tiny ... bert_large, roberta_base, roberta_large,
                   modernbert_base, modernbert_large
-  pairs=KIND      what is learned of two pieces of text besides: next, whether the second follows the first; order,
-                  which of them comes first; none. By default as published: next for BERT, none for all others
-  whole_words     hide words as a whole
-  init_from=PATH  instead of a size: the model of a run, a Hugging Face folder or a hub name, trained further
+  pairs=KIND      a second task on two texts: next, whether the second follows the first; order, which of them comes
+                  first; none. The default is as published: next for BERT, none for all others
+  whole_words     mask whole words
+  init_from=PATH  instead of a size: continue the training of a run, a Hugging Face folder or a hub name
   corpus=NAME     an entry of configs/corpora.py: python_stdlib (default, no download), lm1b, wiki40b, c4, ...
   text=FILES      your own text instead: a file or glob of text, JSONL, Parquet, CSV or TSV; the last tenth is held out
-  column=NAME     which field of a record is the text (text)
+  column=NAME     field of a record with the text (text)
   optim=NAME      adamw, adafactor, lion, muon or sgd
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if arg.pairs is not None:
     config.objective.sentence_pairs = arg.pairs
   if config.objective.sentence_pairs == "none":
-    config.model.update(pooler=False, sentence_classes=0)  # nothing would train them
+    config.model.update(pooler=False, sentence_classes=0)  # no loss would train them
   else:
     config.model.update(pooler=True, sentence_classes=2, token_types=2)
   base.token_evals(config)

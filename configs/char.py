@@ -1,10 +1,10 @@
-"""A character model of any text file:  llmjax train --config=char:text=my.txt
+"""Character model of any text file:  llmjax train --config=char:text=my.txt
 
-The first nine tenths of the characters are trained on, the last tenth is held out, all of it, in disjoint windows.
-The default shape is that of nanoGPT's CPU example for tiny Shakespeare (4 layers, width 128, context 64, batch 12, 2000
-steps), with a better recipe for the same number of parameters. The argument chooses, separated by commas:
+The first nine tenths of the characters are trained on; the last tenth is held out, all of it, in disjoint windows. The
+default shape is that of nanoGPT's CPU example for tiny Shakespeare (4 layers, width 128, context 64, batch 12, 2000
+steps), with a better recipe for the same number of parameters. The argument has, separated by commas:
   text=FILES         a file or a glob (default: Python's own help texts, pydoc_data/topics.py)
-  recipe=nanogpt     AdamW, LayerNorm, learned positions and GELU, as nanoGPT has them
+  recipe=nanogpt     AdamW, LayerNorm, learned positions and GELU, as in nanoGPT
   debug              two steps of the smallest shape
 """
 

@@ -1,17 +1,17 @@
-"""Classes of texts:  llmjax train --config=classify
+"""Classification and regression of texts:  llmjax train --config=classify
 
-As it stands, a small encoder from scratch learns which package of Python's library a function is from. Labels are
-those of the training data, or of the classifier that init_from names, if it knows them all, and are saved with the
-model. The argument chooses, separated by commas:
+Without arguments, a small encoder is trained from scratch to name the package of a Python function. The labels are
+those of the training data, or of the classifier in init_from if it has all of them; they are saved with the model. The
+argument has, separated by commas:
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
-  size=NAME       without one, an encoder of configs/sizes.py to start from scratch (nano)
+  size=NAME       without init_from: an encoder of configs/sizes.py, trained from scratch (nano)
   train=FILES     your own data: a file or glob of JSONL, CSV, TSV or Parquet
-  eval=FILES      what is held out; without it, a random tenth of `train` is
-  text=FIELD      the field of a record that is read (text); pair=FIELD a second text
-  label=FIELD     what is learned (label)
-  kind=KIND       single (default): one label; multi: any number of them, a list or a text with commas; regression
+  eval=FILES      held-out data; without it, a random tenth of `train`
+  text=FIELD      field of a record with the text (text); pair=FIELD with a second text
+  label=FIELD     field with the label (label)
+  kind=KIND       single (default): one label; multi: any number of labels, a list or a text with commas; regression
   corpus=NAME     an entry of configs/corpora.py instead: package (default, no download), glue_sst2, glue_mnli, ...
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""What the configs of language models share: a size, a corpus and an optimizer, chosen by the config's argument."""
+"""Shared parts of language-model configs: size, corpus and optimizer by the config's argument."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from configs import base, corpora
 from configs.sizes import SIZES, Size
 from llmjax.config import ConfigError, optional, parse_arg, suggest_name
 
-# What each optimizer is given where a size has no settings of its own for it.
+# Settings of each optimizer for sizes that have none for it.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
   "adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8},
   "adafactor": {},
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def pretrained() -> ConfigDict:
-  """Instead of a size: the model of init_from as it is there, but for those of these that are set."""
+  """Return config.model for the model of init_from; keys that are set replace its own."""
   numbers = ("dropout", "attention_dropout", "mlp_dropout", "lora_alpha", "lora_dropout")
   return ConfigDict(
     {
@@ -32,36 +32,36 @@ def pretrained() -> ConfigDict:
   )
 
 
-# How it is trained.
-FURTHER: dict[str, Any] = {"lr": 5e-5, "optim": {"name": "adamw", "weight_decay": 0.01}}
+# Recipe for a pretrained model.
+CONTINUED: dict[str, Any] = {"lr": 5e-5, "optim": {"name": "adamw", "weight_decay": 0.01}}
 
 
 def parse(arg: str | None, corpus: str = "python_stdlib", **more: Any) -> ConfigDict:
-  """The argument of a config: what all have, with the default corpus, and `more` of its own."""
+  """Parse the argument of a config: the parts that all have, and `more` of its own."""
   own = {"size": "nano", "init_from": None, "corpus": corpus, "text": None, "column": "text", "optim": None}
   return parse_arg(arg, **own, debug=False, **more)
 
 
 def choose(what: str, name: str, table: Any) -> Any:
-  """An entry of a table; `what` is the config argument that names it."""
+  """Return an entry of a table; `what` is the config argument that names it."""
   if name not in table:
     raise ConfigError(f"config argument {what}={name!r} is unknown; {suggest_name(name, table)}")
   return table[name]
 
 
 def find_size(arg: ConfigDict, stacks: str) -> Size:
-  """The entry of `SIZES[stacks]` that the argument names."""
-  size = choose("size", arg.size, SIZES[stacks])  # also looked at where debug takes its place
+  """Return the entry of `SIZES[stacks]` that the argument names."""
+  size = choose("size", arg.size, SIZES[stacks])  # checked also if debug replaces it
   return SIZES[stacks]["debug"] if arg.debug else size
 
 
 def make(arg: ConfigDict, size: Size, **tokenizer: Any) -> ConfigDict:
-  """All but objective and evaluations: a size's model and recipe, a corpus, a vocabulary with what `tokenizer` adds."""
+  """Return a config without objective and evaluations: a size's model and recipe, a corpus, and a tokenizer."""
   config = base.get_config()
   if arg.init_from:
     config.init_from = arg.init_from
     config.model = pretrained()
-    size = {**size, **FURTHER}
+    size = {**size, **CONTINUED}
   else:
     config.model.update(size["model"])
   config.seq_len = size["seq_len"]
@@ -70,7 +70,7 @@ def make(arg: ConfigDict, size: Size, **tokenizer: Any) -> ConfigDict:
   corpora.choose(config, arg.corpus, arg.text, arg.column)
   config.batch_size = size["batch_tokens"] // config.seq_len
   if config.batch_size < 64:
-    config.data.interleave = 16  # with few rows, few documents are seen at a time
+    config.data.interleave = 16  # few rows would otherwise show few documents at a time
   config.data.tokenizer = ConfigDict({"name": "sentencepiece", "vocab_size": 4096, "path": optional(None, str)})
   config.data.tokenizer.update(tokenizer)
 
@@ -85,11 +85,11 @@ def make(arg: ConfigDict, size: Size, **tokenizer: Any) -> ConfigDict:
 
 
 def finish(config: ConfigDict, arg: ConfigDict) -> ConfigDict:
-  """The config; where the argument says `debug`, with little of all that takes time."""
+  """Return the config; with `debug`, reduce all that takes time."""
   if arg.debug:
     config.data.tokenizer.vocab_size = 512
     config.evals.heldout.max_batches = 2
     if "unigram" in config.evals:
-      del config.evals.unigram  # it counts much of the training text
+      del config.evals.unigram  # it reads much of the training text
     config.log.every = 1
   return config

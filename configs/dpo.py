@@ -1,19 +1,18 @@
 """Preference tuning by DPO:  llmjax train --config=dpo
 
-A decoder learns which of two answers is better, measured against the model that it starts from. As it stands, a small
-one from scratch learns to tell what a Python function does from what another one of the same file does; in earnest:
+Trains a decoder to prefer the better of two answers, relative to the model that it starts from. Without arguments, a
+small decoder is trained from scratch to tell the summary of a Python function from that of another. The usual command:
   llmjax train --config=dpo:init_from=runs/sft,train=preferences.jsonl
-The argument chooses, separated by commas:
+The argument has, separated by commas:
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
-  reference=PATH  the frozen model that it is measured against; without it, what the run starts from
-  size=NAME       without a pretrained one, a decoder of configs/sizes.py to start from scratch (nano)
+  reference=PATH  the frozen reference model; without it, what the run starts from
+  size=NAME       without init_from: a decoder of configs/sizes.py, trained from scratch (nano)
   train=FILES     your own data: a file or glob of JSONL or Parquet with prompt, chosen and rejected, texts or messages
-  eval=FILES      what is held out; without it, a random tenth of `train` is
+  eval=FILES      held-out data; without it, a random tenth of `train`
   variant=NAME    sigmoid (default, DPO), ipo or hinge
-  prompt=FIELD, chosen=FIELD, rejected=FIELD  what the fields of a record are called; prompt=none where the answers are
-                  whole chats
+  prompt=FIELD, chosen=FIELD, rejected=FIELD  names of these fields; prompt=none if the answers are whole chats
   corpus=NAME     an entry of configs/corpora.py instead: preferences (default, no download)
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sft_weight=0.0,
   )
   config.auxiliary.reference = ConfigDict({"init_from": optional(arg.reference, str)})
-  # The reference has no dropout, and the two would differ by it.
+  # The reference has no dropout, which would make the two models differ.
   config.model.update(dropout=0.0, attention_dropout=0.0, mlp_dropout=0.0)
   config = tasks.finish(config, arg, None)
   del config.evals.answers

@@ -1,15 +1,15 @@
-"""A GPT on text:  llmjax train --config=gpt:size=nano
+"""GPT on text:  llmjax train --config=gpt:size=nano
 
-The argument chooses, separated by commas:
+The argument has, separated by commas:
   size=NAME       a decoder of configs/sizes.py: nano (default), nano_moe (eight experts), gpt2_124m ... gpt2_1.5b,
                   gpt3_125m ... gpt3_175b, llama2_7b ... llama2_70b, llama3_1b ... llama3_405b
-  objective=NAME  causal_lm (default), or prefix_lm: a first part of each piece of text is seen both ways
-  init_from=PATH  instead of a size: the model of a run, a Hugging Face folder or a hub name, trained further
+  objective=NAME  causal_lm (default), or prefix_lm, where a first part of each text has bidirectional attention
+  init_from=PATH  instead of a size: continue the training of a run, a Hugging Face folder or a hub name
   corpus=NAME     an entry of configs/corpora.py: python_stdlib (default, no download), lm1b, wiki40b, c4, ...
   text=FILES      your own text instead: a file or glob of text, JSONL, Parquet, CSV or TSV; the last tenth is held out
-  column=NAME     which field of a record is the text (text)
+  column=NAME     field of a record with the text (text)
   optim=NAME      adamw, adafactor, lion, muon or sgd
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict

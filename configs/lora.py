@@ -1,15 +1,16 @@
-"""Any of these with low-rank adapters:  llmjax train --config=lora
+"""Any of the others with low-rank adapters:  llmjax train --config=lora
 
-Small matrices beside the projections learn, and the model stays as it is (Hu et al. 2021). As it stands, adapters of
-a small decoder from scratch, to see that it works; in earnest:
+Small matrices beside the projections are trained, and the model stays as it is (Hu et al. 2021,
+https://arxiv.org/abs/2106.09685). Without arguments, adapters of a small decoder that starts from scratch are trained,
+to check that it works. Usual commands:
   llmjax train --config=lora:task=sft,init_from=PATH
   llmjax train --config=lora:task=classify,init_from=PATH,train=my.csv,text=review,label=stars
   llmjax export --model=runs/... --output=DIR --adapter
-The argument chooses, separated by commas:
-  task=NAME       the config that is trained so: gpt (default), bert, t5, classify, tag, qa, seq2seq, sft, dpo; the rest
-                  of the argument is its own
+The argument has, separated by commas:
+  task=NAME       the config to train with adapters: gpt (default), bert, t5, classify, tag, qa, seq2seq, sft, dpo; all
+                  other parts of the argument are passed to it
   rank=R          of the adapters (8); their products are scaled by alpha=A / rank (16)
-  targets=REGEX   the paths of projections that have them: ".*attention/(query|value)"; ".*(attention|mlp)/.*" is all
+  targets=REGEX   paths of the projections with adapters: ".*attention/(query|value)"; ".*(attention|mlp)/.*" is all
 """
 
 from importlib import import_module
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from llmjax.config import ConfigError, split_arg, suggest_name
 
 TASKS = ("gpt", "bert", "t5", "classify", "tag", "qa", "seq2seq", "sft", "dpo")
-LEARNED = (  # the adapters, and what a task has behind the last layer of its own
+TRAINABLE_WITH_HEAD = (  # the adapters, and what a task adds after the last layer
   (r".*/lora_[ab]|head.*|crf/.*|pooler/.*", True),
   (r".*", False),
 )
@@ -32,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     raise ConfigError(f"config argument task={own.task!r} is unknown; {suggest_name(own.task, TASKS)}")
   config = import_module(f"configs.{own.task}").get_config(rest)
   config.model.update(lora_rank=own.rank, lora_alpha=own.alpha, lora_dropout=0.05, lora_targets=own.targets)
-  config.trainable = LEARNED if own.task in ("classify", "tag", "qa") else ADAPTERS
+  config.trainable = TRAINABLE_WITH_HEAD if own.task in ("classify", "tag", "qa") else ADAPTERS
   config.optim.weight_decay = 0.0
   if own.task == "dpo":
     config.model.lora_dropout = 0.0

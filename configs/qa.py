@@ -1,16 +1,16 @@
-"""Answers that stand in a text:  llmjax train --config=qa
+"""Extractive question answering:  llmjax train --config=qa
 
-As it stands, a small encoder from scratch learns where a docstring says what a parameter is. Long contexts are read in
-windows. The argument chooses, separated by commas:
-  no_answer       a question may have none, as in SQuAD 2.0
+Without arguments, a small encoder is trained from scratch to find the description of a parameter in a docstring. Long
+contexts are read in windows. The argument has, separated by commas:
+  no_answer       questions may have no answer, as in SQuAD 2.0
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
-  size=NAME       without one, an encoder of configs/sizes.py to start from scratch (nano)
+  size=NAME       without init_from: an encoder of configs/sizes.py, trained from scratch (nano)
   train=FILES     your own data: a file or glob of SQuAD's JSON (.json), JSONL or Parquet with question, context, and
-                  answers [{"text": ..., "start": a character of the context}]
-  eval=FILES      what is held out; without it, a random tenth of `train` is
-  question=FIELD, context=FIELD, answers=FIELD  what the fields of a record are called
+                  answers [{"text": ..., "start": index of a character in the context}]
+  eval=FILES      held-out data; without it, a random tenth of `train`
+  question=FIELD, context=FIELD, answers=FIELD  names of these fields in a record
   corpus=NAME     an entry of configs/corpora.py instead: params (default, no download), squad, squad2
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict

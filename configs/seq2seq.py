@@ -1,19 +1,19 @@
-"""Texts from texts, such as summaries and translations:  llmjax train --config=seq2seq
+"""Text to text, such as summaries and translations:  llmjax train --config=seq2seq
 
-As it stands, a small encoder–decoder from scratch learns to say what a Python function does. The argument chooses,
+Without arguments, a small encoder-decoder is trained from scratch to describe Python functions. The argument has,
 separated by commas:
-  decoder         a decoder alone, which goes on from the source; a pretrained model is what it is
+  decoder         a decoder, which continues the source; a pretrained model keeps its own stacks
   metric=NAME     rouge (default), for summaries; bleu, for translations
-  prefix=TEXT     stands before every source, such as "summarize: "
+  prefix=TEXT     text before every source, such as "summarize: "
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
-  size=NAME       without one, an entry of configs/sizes.py to start from scratch (nano)
+  size=NAME       without init_from: an entry of configs/sizes.py, trained from scratch (nano)
   train=FILES     your own data: a file or glob of JSONL, CSV, TSV or Parquet
-  targets=FILES   `train` is plain text, and its lines' targets are the lines of these
-  eval=FILES      what is held out, eval_targets=FILES its targets; without it, a random tenth of `train` is
-  source=FIELD    the field of a record that is read (source), target=FIELD what is learned (target)
+  targets=FILES   `train` is plain text, and line i of these files is the target of its line i
+  eval=FILES      held-out data, eval_targets=FILES its targets; without it, a random tenth of `train`
+  source=FIELD    field of a record with the input (source); target=FIELD with the output (target)
   corpus=NAME     an entry of configs/corpora.py instead: docstring_pairs (default, no download), cnn_dailymail,
                   gigaword, wmt16_de_en
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def parallel(arg: ConfigDict, config: ConfigDict) -> ConfigDict:
-  """Two files of lines that belong together."""
+  """Return a corpus of two files whose lines match."""
   if (arg.eval is None) != (arg.eval_targets is None):
     raise ConfigError("config arguments eval=FILES and eval_targets=FILES belong together; give both, or neither")
   one = {"files": arg.train, "targets": arg.targets}

@@ -1,15 +1,15 @@
 """Instruction tuning:  llmjax train --config=sft
 
-A decoder learns what the assistant says in chats, and nothing else of them. As it stands, a small one from scratch is
-asked what Python functions do. The argument chooses, separated by commas:
+Trains a decoder on the assistant's messages in chats; the loss is on these messages only. Without arguments, a small
+decoder is trained from scratch to describe Python functions. The argument has, separated by commas:
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
-  size=NAME       without one, a decoder of configs/sizes.py to start from scratch (nano)
+  size=NAME       without init_from: a decoder of configs/sizes.py, trained from scratch (nano)
   train=FILES     your own data: a file or glob of JSONL or Parquet with messages [{"role": ..., "content": ...}]
-  eval=FILES      what is held out; without it, a random tenth of `train` is
-  messages=FIELD  the field of a record that holds a chat (messages); or
-  prompt=FIELD,response=FIELD  two fields of text: what the user says, and what the assistant answers
+  eval=FILES      held-out data; without it, a random tenth of `train`
+  messages=FIELD  field of a record that holds a chat (messages); or
+  prompt=FIELD,response=FIELD  two fields of text: the user's message and the assistant's answer
   corpus=NAME     an entry of configs/corpora.py instead: docstring_pairs (default, no download)
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       "response_len": 64,
     }
   )
-  config.data.pack = True  # many turns are short, and only answers bear loss
+  config.data.pack = True  # many turns are short, and only answers have a loss
   config.data.interleave = 16
   config.total_steps = 1000
   config = tasks.finish(config, arg, "rougeL")

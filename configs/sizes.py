@@ -1,22 +1,21 @@
-"""Model shapes by name: `SIZES[stacks][name]` holds the model's keys and the recipe that was published with them.
+"""Model shapes by name: `SIZES[stacks][name]` has the model's keys and its published recipe.
 
-`stacks` is which of a Transformer's stacks there are: "decoder", "encoder" or "both". Of the recipe there are always
-"seq_len", "batch_tokens" (input tokens an update) and "lr" (its peak), and where known "total_steps", and keys of
-`optim`, `schedule` and the objective.
+`stacks` is "decoder", "encoder" or "both". A recipe has "seq_len", "batch_tokens" (input tokens per update) and "lr"
+(peak learning rate), and if known "total_steps", "optim", "schedule" and "objective".
 
 Sources of decoders: GPT-2 (Radford et al. 2019, and the released configs), GPT-3 (Brown et al. 2020, table 2.1), Llama
 2 (Touvron et al. 2023), Llama 3 (Grattafiori et al. 2024, and the released configs of 3.2 for 1B and 3B).
-Where the GPT-3 table contradicts itself: XL lists 24 heads of 128 at width 2048; 16 x 128 = 2048 is taken. 13B lists
-width 5140 with 40 heads of 128; 40 x 128 = 5120 is taken.
+The GPT-3 table contradicts itself twice. XL lists 24 heads of 128 at width 2048; here it has 16 heads. 13B lists width
+5140 with 40 heads of 128; here it has width 5120.
 
-Of encoders: BERT (Devlin et al. 2019; its small sizes are Turc et al. 2019; uncased vocabulary), RoBERTa (Liu et al.
-2019, table 9), ModernBERT (Warner et al. 2024, and its released pretraining config), all with the released configs.
-BERT's first 90 % of steps had rows of 128 tokens; here all have 512. RoBERTa's released checkpoints have 514 rows of
-positions, the first two of which are never used; here there are 512. ModernBERT's shape is the final one: its rotary
-base was 10,000 everywhere until rows grew from 1,024 to 8,192 tokens, after 1.7 of 2 trillion.
+Sources of encoders: BERT (Devlin et al. 2019; its small sizes are Turc et al. 2019; uncased vocabulary), RoBERTa (Liu
+et al. 2019, table 9), ModernBERT (Warner et al. 2024, and its released pretraining config), all with the released
+configs. BERT's first 90 % of steps had sequences of 128 tokens; here all have 512. RoBERTa's released checkpoints have
+514 positions, the first two of which are never used; here there are 512. ModernBERT has its final shape: until
+sequences grew from 1,024 to 8,192 tokens, after 1.7 of 2 trillion tokens, its rotary base was 10,000 in all layers.
 
-Of encoder–decoders: T5 (Raffel et al. 2020) and T5 v1.1 (Shazeer 2020), with the released configs. Version 1.0 was
-trained on supervised tasks as well. Its rate is constant for 10,000 steps; here it rises to the same over as many.
+Sources of encoder-decoders: T5 (Raffel et al. 2020) and T5 v1.1 (Shazeer 2020), with the released configs. Version 1.0
+was trained on supervised tasks as well. Its learning rate is constant for 10,000 steps; here it is warmed up over them.
 """
 
 from typing import Any
@@ -27,7 +26,7 @@ NO_BIASES = {"norm_bias": False, "qkv_bias": False, "attention_out_bias": False,
 
 
 def gpt(layers: int, width: int, heads: int, context: int, **recipe: Any) -> Size:
-  """GPT-2's and GPT-3's choices: pre-norm LayerNorm, learned positions, GELU, biases, tied embeddings."""
+  """Return GPT-2's and GPT-3's choices: pre-norm LayerNorm, learned positions, GELU, biases, tied embeddings."""
   model = {
     "vocab_size": 50257,
     "d_model": width,
@@ -55,7 +54,7 @@ def llama(
   tied: bool = False,
   **recipe: Any,
 ) -> Size:
-  """Llama's choices: RMSNorm, rotary positions, SwiGLU, no biases, grouped heads."""
+  """Return Llama's choices: RMSNorm, rotary positions, SwiGLU, no biases, grouped heads."""
   model = {
     "vocab_size": vocab,
     "d_model": width,
@@ -76,7 +75,7 @@ def llama(
 
 
 def bert(layers: int, width: int, **recipe: Any) -> Size:
-  """BERT's choices: post-norm LayerNorm, learned positions, GELU, biases, dropout, heads for tokens and sentences."""
+  """Return BERT's choices: post-norm LayerNorm, learned positions, GELU, biases, dropout, two heads."""
   model = {
     "vocab_size": 30522,
     "d_model": width,
@@ -103,7 +102,7 @@ def bert(layers: int, width: int, **recipe: Any) -> Size:
 
 
 def roberta(layers: int, width: int, **recipe: Any) -> Size:
-  """BERT without pairs of sentences, and with GPT-2's vocabulary."""
+  """Return BERT's choices without sentence pairs, and with GPT-2's vocabulary."""
   size = bert(layers, width, **recipe)
   size["model"] |= {"vocab_size": 50265, "norm_epsilon": 1e-5, "token_types": 1}
   size["model"] |= {"pooler": False, "sentence_classes": 0}
@@ -111,7 +110,7 @@ def roberta(layers: int, width: int, **recipe: Any) -> Size:
 
 
 def modernbert(layers: int, width: int, ff: int, **recipe: Any) -> Size:
-  """ModernBERT's choices: pre-norm, rotary positions, GeGLU, no biases; two of three layers see a window alone."""
+  """Return ModernBERT's choices: pre-norm, rotary positions, GeGLU, no biases; two of three layers are local."""
   model = {
     "vocab_size": 50368,
     "d_model": width,
@@ -138,7 +137,7 @@ def modernbert(layers: int, width: int, ff: int, **recipe: Any) -> Size:
 
 
 def t5(layers: int, width: int, heads: int, ff: int, head_dim: int = 64) -> Size:
-  """T5's choices: RMSNorm, relative positions, unscaled scores, no biases; version 1.0: ReLU, tied embeddings."""
+  """Return T5 v1.0's choices: RMSNorm, relative positions, unscaled scores, no biases, ReLU, tied embeddings."""
   model = {
     "vocab_size": 32128,
     "d_model": width,
@@ -168,7 +167,7 @@ def t5(layers: int, width: int, heads: int, ff: int, head_dim: int = 64) -> Size
 
 
 def t5_v1_1(layers: int, width: int, heads: int, ff: int) -> Size:
-  """T5 v1.1: gated GELU, an output projection of its own, no dropout before fine-tuning."""
+  """Return T5 v1.1's choices: gated GELU, untied output projection, no dropout before fine-tuning."""
   size = t5(layers, width, heads, ff)
   size["model"] |= {"activation": "gelu", "gated": True, "tie_embeddings": False, "scale_tied_logits": False}
   size["model"] |= dict.fromkeys(("dropout", "attention_dropout", "mlp_dropout"), 0.0)
@@ -185,8 +184,10 @@ def small(
   experts: int = 0,
   **recipe: Any,
 ) -> Size:
-  """Llama's choices with query-key norms and tied embeddings, for small models trained with Muon; of `experts`, half as
-  wide as the MLP in their place, each token goes through two."""
+  """Return Llama's choices with query-key norms and tied embeddings, for small models trained with Muon.
+
+  With `experts`, each is half as wide as the MLP that they replace, and each token uses two.
+  """
   ff = 8 * width // 3 // 8 * 8
   size = llama(decoder_layers, width, heads, heads, ff, vocab=1, context=context, base=10_000.0, tied=True)
   size["model"] |= {"vocab_size": None, "encoder_layers": encoder_layers, "qk_norm": True}
@@ -194,7 +195,8 @@ def small(
   if experts:
     size["model"] |= {"num_experts": experts, "experts_per_token": 2, "expert_d_ff": ff // 2}
     recipe["objective"] = {"balance": 0.01}
-  size["model"]["embedding_stddev"] = 0.02  # tied to the output: 1/sqrt(D) would begin with a loss above uniform's
+  # The table is tied to the output: with 1/sqrt(D), the initial loss is above that of a uniform prediction.
+  size["model"]["embedding_stddev"] = 0.02
   return {**size, "lr": 0.02, "optim": {"name": "muon"}, **recipe}
 
 
@@ -213,8 +215,8 @@ ROBERTA = {
   "total_steps": 500_000,
   "optim": {"name": "adamw", "b2": 0.98, "eps": 1e-6, "weight_decay": 0.01, "clip_norm": None},
 }
-# In place of its StableAdamW, which bounds the step of each parameter, AdamW with clipped gradients. Its rate falls in
-# the last 50 billion tokens.
+# AdamW with clipped gradients replaces its StableAdamW, which bounds the step of each parameter. Its learning rate
+# decays in the last 50 billion tokens.
 MODERNBERT = {
   "total_steps": "1719B tokens",
   "optim": {"name": "adamw", "b2": 0.98, "eps": 1e-6, "weight_decay": 1e-5},
@@ -222,7 +224,7 @@ MODERNBERT = {
   "objective": {"rate": 0.3},
 }
 T5 = {
-  "lr": 0.01,  # times each parameter's own size
+  "lr": 0.01,  # relative to the root mean square of each parameter
   "batch_tokens": 2**20,
   "total_steps": 1_000_000,
   "optim": {"name": "adafactor", "parameter_scale": True, "weight_decay": 0.0, "clip_norm": None},
@@ -231,11 +233,11 @@ T5 = {
 }
 
 DECODERS = {
-  # for the machine at hand
+  # chosen for two CPU cores, not published
   "debug": small(32, 2, 32, decoder_layers=2, batch_tokens=2**8, total_steps=2),
   "nano": small(256, 4, 256, decoder_layers=4, batch_tokens=2**11, total_steps=600),
   "nano_moe": small(256, 4, 256, decoder_layers=4, experts=8, batch_tokens=2**11, total_steps=600),
-  # GPT-2 publishes no learning rate; that of GPT-3 at the same size is taken
+  # GPT-2 publishes no learning rate; this is that of GPT-3 at the same size
   "gpt2_124m": gpt(12, 768, 12, 1024, lr=6e-4, batch_tokens=2**19),
   "gpt2_355m": gpt(24, 1024, 16, 1024, lr=3e-4, batch_tokens=2**19),
   "gpt2_774m": gpt(36, 1280, 20, 1024, lr=2.5e-4, batch_tokens=2**19),

@@ -1,16 +1,16 @@
-"""Tags of words:  llmjax train --config=tag
+"""Tagging of words:  llmjax train --config=tag
 
-As it stands, a small encoder from scratch learns what the names in Python code are: what is called, defined, imported.
-Tags are those of the training data, or of the tagger that init_from names, if it knows them all, and are saved with the
-model; spans (B-X I-X) never break their scheme. The argument chooses, separated by commas:
-  crf             a linear-chain CRF: scores of one tag after another besides
+Without arguments, a small encoder is trained from scratch to tag names in Python code (called, defined, imported). The
+tags are those of the training data, or of the tagger in init_from if it has all of them; they are saved with the model.
+Predicted spans (B-X I-X) are always consistent with their scheme. The argument has, separated by commas:
+  crf             a linear-chain CRF, which also scores transitions between tags
   init_from=PATH  the pretrained model: a run, a Hugging Face folder or a hub name
-  size=NAME       without one, an encoder of configs/sizes.py to start from scratch (nano)
+  size=NAME       without init_from: an encoder of configs/sizes.py, trained from scratch (nano)
   train=FILES     your own data: a file or glob of CoNLL columns (.conll), JSONL or Parquet
-  eval=FILES      what is held out; without it, a random tenth of `train` is
-  tokens=FIELD    the field of a record that holds the words (tokens), tags=FIELD their tags (tags)
+  eval=FILES      held-out data; without it, a random tenth of `train`
+  tokens=FIELD    field of a record with the words (tokens); tags=FIELD with their tags (tags)
   corpus=NAME     an entry of configs/corpora.py instead: tokens (default, no download)
-  debug           the smallest shape and two steps, to see that everything works
+  debug           the smallest shape and two steps, to check that everything works
 """
 
 from ml_collections import ConfigDict

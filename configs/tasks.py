@@ -1,4 +1,4 @@
-"""What the configs of fine-tuning share: a pretrained model or a small one from scratch, labelled data, a recipe."""
+"""Shared parts of fine-tuning configs: a pretrained or a small model, labelled data, and a recipe."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from llmjax.config import ConfigError, optional, parse_arg
 
 
 def parse(arg: str | None, corpus: str, **more: Any) -> ConfigDict:
-  """The argument of a config: what all have, with the default corpus, and `more` of its own."""
+  """Parse the argument of a config: the parts that all have, and `more` of its own."""
   own = {"init_from": None, "size": "nano", "train": None, "eval": None, "corpus": corpus}
   return parse_arg(arg, **own, debug=False, **more)
 
@@ -17,13 +17,15 @@ def parse(arg: str | None, corpus: str, **more: Any) -> ConfigDict:
 def make(
   arg: ConfigDict, stacks: str, fields: dict[str, str | None], *, seq_len: int = 128, longest: int = 128
 ) -> ConfigDict:
-  """All but the task's own metrics: model, data, recipe, and an objective that knows its fields.
+  """Return a config without the task's metrics: model, data, recipe, and the fields of its objective.
 
   Args:
-    stacks: of a model from scratch.
-    fields: {key of the objective: field of a record}; None is what the corpus says, or the key itself, or of "pair" no
-      such field.
-    seq_len: of a model from scratch; `longest`: at most, of a pretrained one.
+    arg: the parsed argument.
+    stacks: of a model that is trained from scratch.
+    fields: {key of the objective: field of a record}; None: that of the corpus, else the key itself (no field for
+      "pair").
+    seq_len: of a model that is trained from scratch.
+    longest: maximum seq_len of a pretrained model.
   """
   config = base.get_config()
   size = common.find_size(arg, stacks)
@@ -41,14 +43,14 @@ def make(
   config.optim.lr = 5e-5 if arg.init_from else 1e-3
   config.optim.weight_decay = 0.01
   config.schedule = ConfigDict({"name": "linear", "warmup": optional("10%"), "final": 0.0})
-  config.data.pack = False  # an update is as many examples as it says
+  config.data.pack = False  # batch_size is then the number of examples
   config.total_steps = "3 epochs"
   base.task_evals(config)
   return config
 
 
 def choose_data(config: ConfigDict, arg: ConfigDict, fields: dict[str, str | None]) -> dict[str, Any]:
-  """Sets config.data's corpus and splits; returns the fields of its records."""
+  """Set the corpus and splits of config.data; return the fields of its records."""
   if arg.train is None:
     if arg.eval is not None:
       raise ConfigError("config argument eval=FILES needs train=FILES")
@@ -66,14 +68,14 @@ def choose_data(config: ConfigDict, arg: ConfigDict, fields: dict[str, str | Non
 
 
 def generation(config: ConfigDict) -> None:
-  """How the answers of a task that writes texts are found when they are measured, and for how many records."""
+  """Add how the answers of a generating task are generated for evaluation, and for how many records."""
   config.evals.answers.limit = 500
   config.evals.answers.update(num_beams=1, max_new_tokens=optional(None, int), length_penalty=optional(None, float))
 
 
 def finish(config: ConfigDict, arg: ConfigDict, best: str | None) -> ConfigDict:
-  """The config, which keeps the checkpoint with the most of a metric; with `debug`, with little of all that takes
-  time."""
+  """Return the config, which keeps the checkpoint with the highest `best` metric; with `debug`, reduce all that
+  takes time."""
   config.checkpoint.best_mode = "max"
   if best is not None:
     config.checkpoint.best = f"eval/answers/{best}"

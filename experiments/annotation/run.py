@@ -1,4 +1,4 @@
-"""Annotation without any labels: embed, cluster, fit a maximum-entropy classifier, train on what it is sure of.
+"""Annotation without labels: embed, cluster, fit a softmax regression, train on its confident predictions.
 
   python experiments/annotation/run.py --model=PATH --workdir=DIR
 
@@ -23,9 +23,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", required=True, help="the pretrained model that texts are embedded with, and trained")
   parser.add_argument("--workdir", required=True)
-  parser.add_argument("--clusters", type=int, help="how many (default: as many as there are true labels)")
-  parser.add_argument("--min_confidence", type=float, default=0.9, help="of the classifier in a pseudo-label")
-  parser.add_argument("--total_steps", default="1 epochs", help="of training on pseudo-labels")
+  parser.add_argument("--clusters", type=int, help="number of clusters (default: that of the true labels)")
+  parser.add_argument("--min_confidence", type=float, default=0.9, help="minimum confidence of a pseudo-label")
+  parser.add_argument("--total_steps", default="1 epochs", help="duration of training on pseudo-labels")
   arguments, flags = parser.parse_known_args()
   start_jax()
   workdir = Path(arguments.workdir)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> dict[str, float]:
-  """{measure: number}: agreement with the true labels on the held-out functions, after every stage."""
+  """Return {metric: agreement with the true labels on the held-out functions}, for every stage."""
   from llmjax.checkpoints.sources import open_path
   from llmjax.data.sources.tfds import python_stdlib
   from llmjax.inference.predict import check_task, predict
@@ -101,7 +101,7 @@ def draw(results: dict[str, float], path: Path) -> None:
 
 
 def cluster(vectors: np.ndarray, other: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """k-means (Lloyd 1982) of vectors of length 1, and the nearest centres of others."""
+  """Cluster vectors of length 1 by k-means (Lloyd 1982); return their clusters and the nearest ones of others."""
   from sklearn.cluster import KMeans
 
   found = KMeans(count, n_init=10, random_state=0).fit(vectors)
@@ -111,7 +111,7 @@ def cluster(vectors: np.ndarray, other: np.ndarray, count: int) -> tuple[np.ndar
 def maximum_entropy(
   vectors: np.ndarray, clusters: np.ndarray, other: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Softmax regression on the clusters: labels with their probabilities, and labels of others."""
+  """Fit a softmax regression on the clusters; return labels with probabilities, and labels of others."""
   from sklearn.linear_model import LogisticRegression
 
   classifier = LogisticRegression(C=10.0, max_iter=1000).fit(vectors, clusters)

@@ -1,4 +1,4 @@
-"""How much memory a train step takes, by the length of its sequences and by its batch; compiled, never run.
+"""Memory of a train step by sequence length and batch size; compiled, never run.
 
   python experiments/memory/run.py --output=DIR
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def mebibytes(flags: list[str], mesh: dict[str, int] | None, devices: list[Any] | None) -> float:
-  """Of one device, beside the step's arguments."""
+  """Return the temporary memory of one device in MiB, besides the arguments of the step."""
   config = load_config(flags)
   config.mesh.update({"data": 1} if mesh is None else mesh)
   program = make_program(config, devices=devices)
@@ -85,7 +85,7 @@ def mebibytes(flags: list[str], mesh: dict[str, int] | None, devices: list[Any] 
 
 
 def compiled(program: Program) -> Any:
-  """The train step."""
+  """Return the compiled train step."""
   config = program.config
   stream = make_stream(program, open_source(config, config["data"]["train"]), prefetch=0)
   batch = next(stream)

@@ -1,4 +1,4 @@
-"""Fits the loss of small runs, says what a larger one will have, and draws both.
+"""Fit the loss of small runs, predict that of a larger one, and draw both.
 
 python experiments/scaling_law/analyse.py runs/scaling_law                 the fit, and the command of the larger run
 python experiments/scaling_law/analyse.py runs/scaling_law runs/larger     what that run had, beside what was said
@@ -22,13 +22,13 @@ WIDTHS = range(16, 257, 16)  # that the larger run may have
 
 
 def loss(theta, size, tokens):
-  """E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556, equation 2)."""
+  """Return E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556, equation 2)."""
   e, a, b, alpha, beta = theta
   return np.exp(e) + np.exp(a - alpha * np.log(size)) + np.exp(b - beta * np.log(tokens))
 
 
 def fit(size, tokens, measured):
-  """The five numbers, by least Huber loss of the logarithm from the best of many starts, as they were fitted there."""
+  """Fit the five numbers as in the paper: minimal Huber loss of the logarithm, best of many starts."""
 
   def objective(theta):
     error = np.abs(np.log(loss(theta, size, tokens)) - np.log(measured))
@@ -51,7 +51,7 @@ def tokens_of(flops, size):
 
 
 def best_width(theta, flops):
-  """The width that loses least at so many FLOPs."""
+  """Return the width with the lowest loss for a number of FLOPs."""
   return min(WIDTHS, key=lambda width: loss(theta, parameters(width), tokens_of(flops, parameters(width))))
 
 
