@@ -133,10 +133,10 @@ def test_checkpoint_inspect_lists_the_arrays(run_x, capsys):
 def test_fit_truncates_the_prompt_to_the_context(context):
   for length in {1, context // 2, context - 1, context, 3 * context}:
     ids = np.arange(max(length, 1))
-    kept, count = fit_prompt(ids, context, None)
-    assert 1 <= count <= 200 and len(kept) + count <= context
-    assert len(kept) >= min(len(ids), context // 2)
-    np.testing.assert_array_equal(kept, ids[len(ids) - len(kept) :])
+    remaining, count = fit_prompt(ids, context, None)
+    assert 1 <= count <= 200 and len(remaining) + count <= context
+    assert len(remaining) >= min(len(ids), context // 2)
+    np.testing.assert_array_equal(remaining, ids[len(ids) - len(remaining) :])
     assert len(fit_prompt(ids, context, context - 1)[0]) == 1
 
 

@@ -251,7 +251,7 @@ def test_duration_in_percent_is_exact_for_whole_steps():
 @pytest.mark.parametrize(
   "value, known, message",
   [
-    ("soon", {}, "part.every='soon' is not a duration; say 500"),
+    ("soon", {}, "part.every='soon' is not a duration; give 500"),
     (True, {}, "part.every=True is not a duration"),
     (-5, {}, "part.every=-5 is not a duration"),
     (float("nan"), {}, "part.every=nan is not a duration"),

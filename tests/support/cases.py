@@ -165,25 +165,25 @@ def pieces(case, count, seed=0):
 
 @functools.cache
 def make_batch(case, seed=0, rows=ROWS):
-  """A batch of the pipeline. Weights are made uneven: some rows bear much loss, some little."""
+  """Return a batch of the pipeline with uneven weights: some rows have much loss, some little."""
   source = texts(seed)
   settings = {"batch_size": rows, "seq_len": LENGTH, "seed": seed, "workers": 1, "prefetch": 0}
   stream = TrainStream(source, TOKENIZER, case.objective, **settings)
   batch = next(stream)
   stream.close()
-  return uneven(batch)
+  return with_uneven_weights(batch)
 
 
-def uneven(batch):
+def with_uneven_weights(batch):
   scale = np.linspace(0.05, 1, len(batch.rows), dtype=np.float32)[:, None]
   return dataclasses.replace(
     batch,
     weights={term: w * scale for term, w in batch.weights.items()},
-    extras={name: uneven(inner) for name, inner in batch.extras.items()},
+    extras={name: with_uneven_weights(inner) for name, inner in batch.extras.items()},
   )
 
 
-def predicted(batch):
+def predicted_tokens(batch):
   """The stream that labels are aligned with."""
   return batch.inputs if batch.targets is None else batch.targets
 

@@ -15,10 +15,10 @@ PACKAGES = ("asyncio", "email", "json")
 def small_library() -> list[tuple[str, str]]:
   """Return about a tenth of the library's files and help topics, with records in every split of every config."""
   documents = python_stdlib.documents()
-  kept = [document for document in documents if document[0].split("/")[0] in PACKAGES]
+  selected = [document for document in documents if document[0].split("/")[0] in PACKAGES]
   modules = [document for document in documents if "/" not in document[0]]
   topics = [document for document in documents if document[0].startswith("pydoc_data")]
-  return [*kept, *modules[::20], *topics[::8]]
+  return [*selected, *modules[::20], *topics[::8]]
 
 
 @contextlib.contextmanager

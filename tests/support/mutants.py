@@ -38,9 +38,9 @@ COPIED += (".gitignore", "LICENSE", "README.md", "pyproject.toml", "setup.py")
 # Run at the start of every Python process in the copy, also of commands that tests start.
 SITECUSTOMIZE = f"""
 import importlib.util, os, sys
-found = importlib.util.find_spec("llmjax")
-if found is None or not found.origin.startswith(os.environ["{COPY}"] + os.sep):
-  sys.stderr.write(f"llmjax is {{found and found.origin}}, not the mutated copy\\n")
+spec = importlib.util.find_spec("llmjax")
+if spec is None or not spec.origin.startswith(os.environ["{COPY}"] + os.sep):
+  sys.stderr.write(f"llmjax is {{spec and spec.origin}}, not the mutated copy\\n")
   sys.stderr.flush()
   os._exit(70)
 """
@@ -157,10 +157,10 @@ def run_pytest(copy: Path, arguments: Sequence[str], *, timeout: float, write_by
     REPORT: str(report),
     COPY: str(copy),
   }
-  # The bytecode of a file is found by its time in whole seconds and its size, which a mutation may leave as they are.
+  # Bytecode is identified by the time of its file in whole seconds and its size, which a mutation may not change.
   environment |= {} if write_bytecode else {"PYTHONDONTWRITEBYTECODE": "1"}
   command = [sys.executable, "-m", "pytest", "-p", "tests.support.mutants", "-p", "no:cacheprovider", "--tb=line"]
-  start, found = time.monotonic(), TestRun()
+  start, test_run = time.monotonic(), TestRun()
   with open(log, "wb") as output:
     process = subprocess.Popen(
       [*command, *arguments], cwd=copy, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -168,23 +168,23 @@ def run_pytest(copy: Path, arguments: Sequence[str], *, timeout: float, write_by
     try:
       code = process.wait(timeout)
     except subprocess.TimeoutExpired:
-      found.errors.append(f"no end after {timeout:.0f} seconds")
+      test_run.errors.append(f"no end after {timeout:.0f} seconds")
       code = 0
     finally:
       if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-  found.seconds = time.monotonic() - start
+  test_run.seconds = time.monotonic() - start
   for line in report.read_text(encoding="utf-8").splitlines():
     for outcome, value in json.loads(line).items():
-      reported = getattr(found, "errors" if outcome == "error" else outcome)
+      reported = getattr(test_run, "errors" if outcome == "error" else outcome)
       if value not in reported:  # with xdist, by the worker and by its controller
         reported.append(value)
-  if code not in (0, 1) and not found.errors:
+  if code not in (0, 1) and not test_run.errors:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     lines = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
-    found.errors.append(f"pytest exited with {code}: {'; '.join(lines)}")
-  return found
+    test_run.errors.append(f"pytest exited with {code}: {'; '.join(lines)}")
+  return test_run
 
 
 def matching(test: str, node_ids: Iterable[str]) -> list[str]:
@@ -226,12 +226,12 @@ def run_mutant(copy: Path, mutant: Mutant) -> Result:
     return Result(mutant.name, [], list(mutant.tests), 0.0, str(error))
   try:
     path.write_text(mutated, encoding="utf-8")
-    found = run_pytest(copy, ["-m", "not full", *mutant.tests], timeout=TIMEOUT)
+    test_run = run_pytest(copy, ["-m", "not full", *mutant.tests], timeout=TIMEOUT)
   finally:
     path.write_text(source, encoding="utf-8")
-  caught = [test for test in mutant.tests if matching(test, found.failed)]
+  caught = [test for test in mutant.tests if matching(test, test_run.failed)]
   missed = [test for test in mutant.tests if test not in caught]
-  return Result(mutant.name, caught, missed, found.seconds, "; ".join(found.errors) or None)
+  return Result(mutant.name, caught, missed, test_run.seconds, "; ".join(test_run.errors) or None)
 
 
 def run_all(copies: Sequence[Path], mutants: Sequence[Mutant]) -> Iterator[Result]:
@@ -289,11 +289,13 @@ def all_tests(mutant: Mutant) -> int:
     commit_copy(copy)
     side_by_side = ("-n", str(WORKERS), "--dist", "loadfile")
     # The list of mutants does not fit a file that is mutated already.
-    found = run_pytest(copy, ["tests", "-m", "not full", "--ignore=tests/mutants_test.py", *side_by_side], timeout=7200)
-  for line in (*found.errors, *sorted(found.failed)):
+    test_run = run_pytest(
+      copy, ["tests", "-m", "not full", "--ignore=tests/mutants_test.py", *side_by_side], timeout=7200
+    )
+  for line in (*test_run.errors, *sorted(test_run.failed)):
     print(line)
-  print(f"{mutant.name}: {len(found.failed)} of {len(found.failed) + len(found.passed)} tests fail")
-  return 0 if found.failed else 1
+  print(f"{mutant.name}: {len(test_run.failed)} of {len(test_run.failed) + len(test_run.passed)} tests fail")
+  return 0 if test_run.failed else 1
 
 
 def run(mutants: Sequence[Mutant], output: Path | None = None) -> int:

@@ -98,8 +98,8 @@ def sgd_steps():
   advance, first = sgd()
   grads, states, metrics = [], [first], []
   for _ in range(2):
-    for found, value in zip((grads, states, metrics), advance(states[-1])):
-      found.append(value)
+    for history, value in zip((grads, states, metrics), advance(states[-1])):
+      history.append(value)
   return grads, states, metrics
 
 
@@ -188,9 +188,9 @@ def test_evaluation_weighs_batches_by_their_weights(monkeypatch):
 def test_evaluated_parameters_are_the_average():
   """Frozen parameters have no average."""
   state = step.TrainState(0, {"a": 1}, None, {"a": 2}, {"b": 3})
-  for decay, learned in ((None, 1), (0.9, 2)):
+  for decay, expected in ((None, 1), (0.9, 2)):
     program = types.SimpleNamespace(config={"ema_decay": decay})
-    assert Program.eval_params(program, state) == {"a": learned, "b": 3}
+    assert Program.eval_params(program, state) == {"a": expected, "b": 3}
 
 
 def losses(workdir):

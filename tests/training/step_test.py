@@ -30,7 +30,7 @@ from tests.support.cases import (
   make_batch,
   parameters,
   pieces,
-  predicted,
+  predicted_tokens,
   with_dropout,
 )
 from tests.support.compare import assert_trees_close, assert_trees_identical
@@ -73,7 +73,7 @@ def test_gradient_of_a_document_ignores_other_documents_in_the_row(name):
   assert_same = assert_same_results if case.cfg.num_experts else assert_trees_identical
   params, _ = parameters(case.cfg)
   batch = make_batch(case)
-  segments = predicted(batch).segments
+  segments = predicted_tokens(batch).segments
   assert (segments.max(axis=1) >= 2).sum() > 4
   changed = replace_ids(batch, lambda tokens: tokens.segments == 1)
   with pytest.raises(AssertionError):
