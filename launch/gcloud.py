@@ -1,4 +1,4 @@
-"""The gcloud commands of tpu_vm.py as lists of words, how they are run, and what their answers mean.
+"""gcloud commands of tpu_vm.py as lists of words, how they are run, and the states that gcloud reports.
 
 Functions take the flags of tpu_vm.py as `options`.
 """
@@ -6,7 +6,7 @@ Functions take the flags of tpu_vm.py as `options`.
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import json
 import os
 import re
@@ -16,9 +16,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from command_line import Unsettled, pauses
+from command_line import MAX_TRIES, OutcomeUnknown, pauses, print_status
 
-# https://cloud.google.com/tpu/docs/runtimes: what JAX uses.
+# Runtime versions for JAX by type, from https://cloud.google.com/tpu/docs/runtimes.
 RUNTIMES = {
   "v2": "tpu-ubuntu2204-base",
   "v3": "tpu-ubuntu2204-base",
@@ -28,9 +28,9 @@ RUNTIMES = {
   "v6e": "v2-alpha-tpuv6e",
 }
 
-# The states of a queued resource (google.cloud.tpu.v2.QueuedResourceState.State) and of a node (Node.State), as what
-# they mean here. `look` adds "absent", where there is no such thing, and "unknown", where gcloud cannot say.
-QUEUED = {
+# Our states for those of queued resources (google.cloud.tpu.v2.QueuedResourceState.State) and of nodes (Node.State).
+# `query_state` adds "absent" if there is no such resource, and "unknown" if gcloud fails.
+REQUEST_STATES = {
   "CREATING": "waiting",
   "ACCEPTED": "waiting",
   "WAITING_FOR_RESOURCES": "waiting",
@@ -41,7 +41,7 @@ QUEUED = {
   "FAILED": "failed",
   "DELETING": "deleting",
 }
-NODE = {
+NODE_STATES = {
   "CREATING": "waiting",
   "STARTING": "waiting",
   "RESTARTING": "waiting",
@@ -55,31 +55,36 @@ NODE = {
   "DELETING": "deleting",
 }
 
-TRIES = 20  # of a connection, before giving up
-BROKEN, BUSY, MISSING = 65, 66, 127  # exit codes of tpu_worker.sh, or without it; ssh has 255, gcloud 1
-MARK = "\036llmjax "  # before the state of a worker
+# Exit codes of tpu_worker.sh, and of a shell that does not find it. ssh has 255, gcloud 1.
+INSTALLATION_FAILED, OTHER_RUN, NO_SCRIPT = 65, 66, 127
+STATE_MARK = "\036llmjax "  # starts the line of a worker's state
+LOG_CHUNK = 1_000_000  # bytes of a log in one query
+MEGASCALE_PORT = 8081  # between slices; Ray's TPU support uses the same
 NOISE = r"(SSH|SCP|Retrying): |Using (ssh|scp) batch size|#####|SSH key found|Failed to execute command on multiple"
 
 
-class Gone(Exception):
-  """The VMs are not active any more; `args` are what they are instead, and why."""
+class VmsLost(Exception):
+  """The VMs are not active any more; `args` are their state and the reason."""
 
 
-class Untouched(Unsettled):
-  """What is there is not ours to delete."""
+class VmsNotOurs(OutcomeUnknown):
+  """The VMs may belong to another run, so they must not be deleted."""
 
 
-def gcloud(options: argparse.Namespace, *words: str) -> list[str]:
+# Commands.
+
+
+def gcloud_command(options: argparse.Namespace, *words: str) -> list[str]:
   project = [f"--project={options.project}"] if options.project else []
   return ["gcloud", "compute", "tpus", *words, f"--zone={options.zone}", *project, "--quiet"]
 
 
-def create(options: argparse.Namespace) -> list[str]:
-  several = options.slices > 1
-  given = {
-    "node-id": "" if several else options.name,
-    "node-count": options.slices if several else "",
-    "node-prefix": options.name if several else "",
+def create_request_command(options: argparse.Namespace) -> list[str]:
+  is_multislice = options.slices > 1
+  values = {
+    "node-id": "" if is_multislice else options.name,
+    "node-count": options.slices if is_multislice else "",
+    "node-prefix": options.name if is_multislice else "",
     "accelerator-type": options.type,
     "runtime-version": options.runtime_version or RUNTIMES[options.type.rpartition("-")[0]],
     "network": options.network,
@@ -87,128 +92,179 @@ def create(options: argparse.Namespace) -> list[str]:
     "service-account": options.service_account,
   }
   switches = {"spot": options.spot, "reserved": options.reserved, "internal-ips": options.internal_ips}
-  flags = [f"--{key}={value}" for key, value in given.items() if value]
-  flags += [f"--{key}" for key, value in switches.items() if value]
-  return gcloud(options, "queued-resources", "create", options.name, *flags, "--format=json")
+  flags = [f"--{name}={value}" for name, value in values.items() if value]
+  flags += [f"--{name}" for name, is_set in switches.items() if is_set]
+  return gcloud_command(options, "queued-resources", "create", options.name, *flags, "--format=json")
 
 
-def describe(options: argparse.Namespace) -> list[str]:
-  return gcloud(options, "queued-resources", "describe", options.name, "--format=json")
+def describe_request_command(options: argparse.Namespace) -> list[str]:
+  return gcloud_command(options, "queued-resources", "describe", options.name, "--format=json")
 
 
-def delete(options: argparse.Namespace) -> list[str]:
-  return gcloud(options, "queued-resources", "delete", options.name, "--force")
+def delete_request_command(options: argparse.Namespace) -> list[str]:
+  return gcloud_command(options, "queued-resources", "delete", options.name, "--force")
 
 
-def describe_node(options: argparse.Namespace, node: str) -> list[str]:
-  return gcloud(options, "tpu-vm", "describe", node, "--format=json")
+def describe_node_command(options: argparse.Namespace, node: str) -> list[str]:
+  return gcloud_command(options, "tpu-vm", "describe", node, "--format=json")
 
 
-def address(options: argparse.Namespace) -> list[str]:
-  """Of worker 0 of the first slice."""
-  return gcloud(options, "tpu-vm", "describe", nodes(options)[0], "--format=value(networkEndpoints[0].ipAddress)")
+def address_command(options: argparse.Namespace) -> list[str]:
+  """Print the address of worker 0 of the first slice."""
+  field = "--format=value(networkEndpoints[0].ipAddress)"
+  return gcloud_command(options, "tpu-vm", "describe", node_names(options)[0], field)
 
 
-def ssh(options: argparse.Namespace, node: str, worker: str, command: str) -> list[str]:
-  flags = ["--ssh-flag=-oConnectTimeout=30", "--ssh-flag=-oServerAliveInterval=15", *_internal(options)]
-  return gcloud(options, "tpu-vm", "ssh", node, f"--worker={worker}", *flags, f"--command={command}")
+def ssh_command(options: argparse.Namespace, node: str, worker: str, command: str) -> list[str]:
+  flags = ["--ssh-flag=-oConnectTimeout=30", "--ssh-flag=-oServerAliveInterval=15", *_internal_ip(options)]
+  return gcloud_command(options, "tpu-vm", "ssh", node, f"--worker={worker}", *flags, f"--command={command}")
 
 
-def scp(options: argparse.Namespace, node: str, source: str, target: str) -> list[str]:
-  return gcloud(options, "tpu-vm", "scp", source, f"{node}:{target}", "--worker=all", *_internal(options))
+def scp_command(options: argparse.Namespace, node: str, source: str, target: str) -> list[str]:
+  return gcloud_command(options, "tpu-vm", "scp", source, f"{node}:{target}", "--worker=all", *_internal_ip(options))
 
 
-def _internal(options: argparse.Namespace) -> list[str]:
+def _internal_ip(options: argparse.Namespace) -> list[str]:
   return ["--internal-ip"] if options.internal_ips else []
 
 
-def nodes(options: argparse.Namespace) -> list[str]:
-  """The names of the slices: those that --node-prefix gives them."""
+def node_names(options: argparse.Namespace) -> list[str]:
+  """Return the names of the slices, which --node-prefix numbers."""
   return [options.name] if options.slices == 1 else [f"{options.name}-{index}" for index in range(options.slices)]
 
 
-def everywhere(options: argparse.Namespace, command: str) -> list[list[str]]:
-  """On all workers of all slices."""
-  return [ssh(options, node, "all", command) for node in nodes(options)]
+def on_all_workers(options: argparse.Namespace, command: str) -> list[list[str]]:
+  """Return ssh commands for all workers, one for each slice."""
+  return [ssh_command(options, node, "all", command) for node in node_names(options)]
 
 
-def worker(*words: str, script: str = ".llmjax/worker.sh") -> str:
-  """A subcommand of tpu_worker.sh, for the worker's shell."""
+# Commands for the shell of a worker.
+
+
+def worker_command(*words: str, script: str = ".llmjax/worker.sh") -> str:
+  """Return the call of a subcommand of tpu_worker.sh."""
   return shlex.join(["bash", script, *words])
 
 
-def together(commands: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
-  """The exit code, output and errors of each, run at once."""
-  running: list[subprocess.Popen[bytes]] = []
+def ready_command(options: argparse.Namespace, commit: str) -> str:
+  """Succeed if the commit and its extras are installed."""
+  return _commit_command(options, commit, "ready")
+
+
+def install_command(options: argparse.Namespace, commit: str) -> str:
+  unpack = f"mkdir -p llmjax-{commit} && tar -xzf llmjax-{commit}.tar.gz -C llmjax-{commit}"
+  return f"{unpack} && {_commit_command(options, commit, 'install')}"
+
+
+def _commit_command(options: argparse.Namespace, commit: str, action: str) -> str:
+  extras = ",".join(dict.fromkeys(["tpu", "gcs", *options.extra]))  # without `gcs` a run cannot save in a bucket
+  return worker_command(action, commit, extras, script=f"llmjax-{commit}/launch/tpu_worker.sh")
+
+
+def start_command(options: argparse.Namespace, commit: str) -> str:
+  """Start the run. Equal runs have equal ids: a worker does not start one again that it is running."""
+  run_id = hashlib.sha256(json.dumps([commit, options.arguments]).encode()).hexdigest()[:12]
+  return worker_command("begin", run_id, commit, *options.arguments)
+
+
+def run_log_command(options: argparse.Namespace, offset: int) -> list[str]:
+  """Print the state of worker 0 of the first slice, and at most LOG_CHUNK bytes of its log."""
+  return ssh_command(options, node_names(options)[0], "0", worker_command("log", str(offset), str(LOG_CHUNK)))
+
+
+def slice_variables(options: argparse.Namespace, coordinator: str, index: int) -> dict[str, str]:
+  """Return the environment variables that connect a slice to the others.
+
+  JAX (jax/_src/clusters/cloud_tpu_cluster.py) and libtpu otherwise read them from the VM's metadata, which existing VMs
+  need not have.
+  """
+  if options.slices == 1:
+    return {}
+  return {
+    "MEGASCALE_COORDINATOR_ADDRESS": coordinator,
+    "MEGASCALE_PORT": str(MEGASCALE_PORT),
+    "MEGASCALE_NUM_SLICES": str(options.slices),
+    "MEGASCALE_SLICE_ID": str(index),
+  }
+
+
+# Running commands.
+
+
+def run_parallel(commands: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
+  """Run commands at the same time; return the exit code, output and errors of each."""
+  processes: list[subprocess.Popen[bytes]] = []
   pipe = subprocess.PIPE
   try:
     for command in commands:
-      running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe))
-    texts = [[os.fsdecode(text) for text in process.communicate()] for process in running]
+      processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe))
+    texts = [[os.fsdecode(text) for text in process.communicate()] for process in processes]
   except FileNotFoundError:
-    raise Untouched(
-      "gcloud was not found; install it from https://cloud.google.com/sdk/docs/install and run gcloud auth login"
+    raise VmsNotOurs(
+      "gcloud: not found on the PATH. Install it from https://cloud.google.com/sdk/docs/install and run "
+      "`gcloud auth login`"
     ) from None
   finally:
-    for process in running:
+    for process in processes:
       process.kill()
-  return [(process.returncode, output, errors) for process, (output, errors) in zip(running, texts)]
+  return [(process.returncode, output, errors) for process, (output, errors) in zip(processes, texts)]
 
 
-def remote(options: argparse.Namespace, commands: Sequence[Sequence[str]]) -> list[str]:
-  """The outputs of commands on the VMs; again where a connection fails, Gone where the VMs are not there."""
-  for pause in itertools.islice(pauses(options.poll), TRIES):
-    results = together(commands)
+def run_on_workers(options: argparse.Namespace, commands: Sequence[Sequence[str]]) -> list[str]:
+  """Run ssh or scp commands at the same time, and again if a connection fails; return their outputs.
+
+  Raises:
+    VmsLost: The VMs are not active any more.
+    OutcomeUnknown: A worker cannot do it, or there is no connection.
+  """
+  name = options.name
+  for pause in pauses(options.poll, MAX_TRIES):
+    results = run_parallel(commands)
     failed = [(code, errors) for code, _, errors in results if code]
     if not failed:
       return [output for _, output, _ in results]
     for code, errors in failed:
-      if code == BUSY:
-        raise Untouched(f"{options.name}: {last(errors)}; wait, end that by tpu_vm.py stop, or use another --name")
-      if code == BROKEN:
+      if code == OTHER_RUN:
+        raise VmsNotOurs(f"{name}: {error_line(errors)}. Wait, end it with `tpu_vm.py stop`, or use another --name")
+      if code == INSTALLATION_FAILED:
         print(errors, file=sys.stderr)
-        raise Unsettled(f"{options.name}: the installation failed, see above; mend it and run again")
-      if code == MISSING:
-        raise Unsettled(f"{options.name}: nothing was run there yet, or its home was emptied; tpu_vm.py run does both")
-    state, why = look(options)
+        raise OutcomeUnknown(f"{name}: the installation failed, see above. Fix it and run the same command again")
+      if code == NO_SCRIPT:
+        raise OutcomeUnknown(f"{name}: nothing was run there yet, or its home was emptied. Use `tpu_vm.py run`")
+    state, reason = query_state(options)
     if state not in ("active", "unknown"):
-      raise Gone(state, why)
-    say(f"{options.name}: no connection ({last(failed[0][1])}); trying again")
+      raise VmsLost(state, reason)
+    print_status(f"{name}: no connection ({error_line(failed[0][1])}); retrying")
     time.sleep(pause)
-  raise Unsettled(
-    f"{options.name}: no connection in {TRIES} tries; the network's firewall must allow ssh (--internal_ips: from "
-    "within the network), and the agent have the key (ssh-add ~/.ssh/google_compute_engine)"
+  raise OutcomeUnknown(
+    f"{name}: no connection in {MAX_TRIES} tries. The network's firewall must allow ssh (with --internal_ips: from "
+    "within the network), and the ssh agent must have the key (ssh-add ~/.ssh/google_compute_engine)"
   )
 
 
-def look(options: argparse.Namespace) -> tuple[str, str]:
-  """The state of what was asked for, and what Google Cloud says about it."""
-  if not options.existing:
-    state, said = _look(describe(options), QUEUED)
-    if state != "active":
-      return state, said
-  for node in nodes(options):
-    state, said = _look(describe_node(options, node), NODE)
+def query_state(options: argparse.Namespace) -> tuple[str, str]:
+  """Return the state of the VMs, and Google Cloud's reason for it."""
+  queries = [] if options.existing else [(describe_request_command(options), REQUEST_STATES)]
+  queries += [(describe_node_command(options, node), NODE_STATES) for node in node_names(options)]
+  state, reason = "", ""
+  for command, states in queries:
+    state, reason = _describe_state(command, states)
     if state != "active":
       break
-  return state, said
+  return state, reason
 
 
-def _look(command: Sequence[str], states: dict[str, str]) -> tuple[str, str]:
-  code, output, errors = together([command])[0]
+def _describe_state(command: Sequence[str], states: dict[str, str]) -> tuple[str, str]:
+  code, output, errors = run_parallel([command])[0]
   if code:
-    return ("absent" if "NOT_FOUND" in errors else "unknown"), last(errors)
+    return ("absent" if "NOT_FOUND" in errors else "unknown"), error_line(errors)
   state = json.loads(output)["state"]
   details = state if isinstance(state, dict) else {"state": state}
   error = details.get("failedData", {}).get("error", {}).get("message", "")
   return states.get(details["state"], "waiting"), error or details["state"]
 
 
-def last(text: str) -> str:
-  """The line of gcloud's errors that says what is wrong."""
-  lines = [line for line in text.splitlines() if line.strip() and not re.match(NOISE, line)]
+def error_line(errors: str) -> str:
+  """Return the line of gcloud's errors that contains the reason."""
+  lines = [line for line in errors.splitlines() if line.strip() and not re.match(NOISE, line)]
   return next((line for line in reversed(lines) if line.startswith("ERROR: (")), lines[-1] if lines else "no message")
-
-
-def say(text: str) -> None:
-  print(f"tpu_vm.py: {text}", file=sys.stderr, flush=True)

@@ -1,98 +1,92 @@
 #!/usr/bin/env python3
-"""Runs `llmjax` in several processes on this machine, as one. Needs nothing but Python 3.9."""
+"""Run `llmjax` in several connected processes on this machine. Needs only Python 3.9."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import IO, Any
 
-from command_line import Parser, positive, serve, split
+from arguments import LauncherParser, add_shared_flags, check_command, positive_int, split_arguments
+from command_line import find_llmjax, run_main
 
-PATIENCE = 10.0  # seconds in which the others may say why they end too, once one has failed
+EXIT_TIMEOUT = 10.0  # seconds for the other processes to end by themselves after one has failed
 EPILOG = """\
-Process 0 has this terminal; lines of the others begin with [1], [2], ... Ctrl-C and SIGTERM go to all of them: a
-training saves after the same step, and the same command goes on. When one fails, all end, with its exit code.
+Process 0 has this terminal; lines of the others start with [1], [2], ... Ctrl-C and SIGTERM go to all of them: training
+saves after the same step, and the same command resumes. When one fails, all end, with its exit code.
 
 examples:
-  # two processes on the CPU, with two simulated devices in each
+  # two processes on the CPU, with two simulated devices each
   python3 launch/processes.py --processes=2 --devices=2 -- train --config=gpt:size=nano
-  # four processes with a GPU each
+  # four processes with one GPU each
   python3 launch/processes.py --processes=4 --gpus -- train --config=gpt:size=gpt2_124m
 """
 
 
-def find_llmjax(venv: str | None = None) -> str:
-  """The path of `llmjax`: that of `venv`, or that of the .venv beside this folder, or the PATH's."""
-  root = Path(__file__).resolve().parent.parent
-  place = Path(venv or root / ".venv").absolute() / "bin" / "llmjax"
-  found = str(place) if place.exists() else None if venv else shutil.which("llmjax")
-  if found is None:
-    raise ValueError(
-      f"no llmjax at {place}{'' if venv else ' and none on the PATH'}; `bash launch/setup.sh` makes .venv"
-    )
-  return found
+def find_free_port() -> int:
+  with socket.socket() as server:
+    server.bind(("127.0.0.1", 0))
+    return int(server.getsockname()[1])
 
 
-def free_port() -> int:
-  with socket.socket() as opened:
-    opened.bind(("127.0.0.1", 0))
-    return int(opened.getsockname()[1])
+def process_environments(count: int, devices: int | None, gpus: bool, base: Mapping[str, str]) -> list[dict[str, str]]:
+  """Return the variables that each process has in addition to `base`.
 
-
-def environments(count: int, devices: int | None, gpus: bool, given: Mapping[str, str]) -> list[dict[str, str]]:
-  """What each process has beyond the environment `given`."""
-  coordinator = f"127.0.0.1:{free_port()}"
-  own = [
+  Args:
+    count: Number of processes.
+    devices: Simulated CPU devices of each, None for real devices.
+    gpus: Give each process one of the GPUs that `base` makes visible.
+    base: Environment of the launcher.
+  """
+  coordinator = f"127.0.0.1:{find_free_port()}"
+  environments = [
     {"LLMJAX_COORDINATOR": coordinator, "LLMJAX_NUM_PROCESSES": str(count), "LLMJAX_PROCESS_ID": str(index)}
     for index in range(count)
   ]
   if devices:
-    # A number in XLA_FLAGS would be ignored beside this one.
-    own = [each | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} for each in own]
+    # JAX_NUM_CPU_DEVICES overrides a number of devices in XLA_FLAGS.
+    environments = [e | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} for e in environments]
   if gpus:
-    visible = given.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    visible = base.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     if len(visible) < count:
       raise ValueError(
-        f"--processes={count} --gpus needs a GPU for each, and CUDA_VISIBLE_DEVICES={','.join(visible)} shows "
-        f"{len(visible)}; start fewer, or show more"
+        f"--processes={count} --gpus: needs one GPU each, and CUDA_VISIBLE_DEVICES={','.join(visible)} shows "
+        f"{len(visible)}. Start fewer processes or make more GPUs visible"
       )
-    own = [each | {"CUDA_VISIBLE_DEVICES": gpu} for each, gpu in zip(own, visible)]
-  return own
+    environments = [e | {"CUDA_VISIBLE_DEVICES": gpu} for e, gpu in zip(environments, visible)]
+  return environments
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], index: int) -> subprocess.Popen[str]:
-  """One process, in a session of its own: a Ctrl-C then comes once, from here."""
-  piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+def start_process(command: Sequence[str], variables: Mapping[str, str], index: int) -> subprocess.Popen[str]:
+  """Start a process in its own session, so that it receives a Ctrl-C only once, from the launcher."""
+  pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
   return subprocess.Popen(
     command,
-    env={**os.environ, **environment, **({"PYTHONUNBUFFERED": "1"} if index else {})},
+    env={**os.environ, **variables, **({"PYTHONUNBUFFERED": "1"} if index else {})},
     stdin=subprocess.DEVNULL,
     start_new_session=True,
-    **(piped if index else {}),
+    **(pipes if index else {}),
   )
 
 
-def pass_on(lines: IO[str], index: int) -> None:
+def print_prefixed(lines: IO[str], index: int) -> None:
   for line in lines:
     print(f"[{index}] {line}", end="", flush=True)
 
 
-def follow(processes: Sequence[subprocess.Popen[str]]) -> int:
-  """Waits for all; returns the exit code of the first that failed, 0 where none did."""
+def wait_for_processes(processes: Sequence[subprocess.Popen[str]]) -> int:
+  """Wait until all have ended; return the exit code of the first that failed, 0 if none did."""
   code, deadline = 0, float("inf")
   while any(process.poll() is None for process in processes):
     failed = [process.returncode for process in processes if process.poll()]
     if failed and not code:
-      code, deadline = failed[0], time.monotonic() + PATIENCE
+      code, deadline = failed[0], time.monotonic() + EXIT_TIMEOUT
     if time.monotonic() > deadline:
       for process in processes:
         process.kill()
@@ -101,8 +95,8 @@ def follow(processes: Sequence[subprocess.Popen[str]]) -> int:
   return code if code >= 0 else 128 - code
 
 
-def run(command: Sequence[str], own: Sequence[Mapping[str, str]]) -> int:
-  """Runs the command once in each environment, and passes signals on; returns the exit code for all."""
+def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+  """Run the command in each environment and forward signals; return the exit code for all."""
   processes: list[subprocess.Popen[str]] = []
 
   def forward(number: int, _: object) -> None:
@@ -114,12 +108,12 @@ def run(command: Sequence[str], own: Sequence[Mapping[str, str]]) -> int:
     signal.signal(number, forward)
   readers = []
   try:
-    for index, environment in enumerate(own):
-      processes.append(start(command, environment, index))
+    for index, variables in enumerate(environments):
+      processes.append(start_process(command, variables, index))
       if index:
-        readers.append(threading.Thread(target=pass_on, args=(processes[-1].stdout, index), daemon=True))
+        readers.append(threading.Thread(target=print_prefixed, args=(processes[-1].stdout, index), daemon=True))
         readers[-1].start()
-    return follow(processes)
+    return wait_for_processes(processes)
   finally:
     for process in processes:
       process.kill()
@@ -127,38 +121,34 @@ def run(command: Sequence[str], own: Sequence[Mapping[str, str]]) -> int:
       reader.join(1)
 
 
-def parser() -> Parser:
-  made = Parser(
+def make_processes_parser() -> LauncherParser:
+  parser = LauncherParser(
     prog="processes.py",
     usage="python3 launch/processes.py --processes=N [--devices=N | --gpus] -- COMMAND ...",
     description=__doc__,
     epilog=EPILOG,
   )
-  made.add_argument("--processes", type=positive, required=True, metavar="N", help="how many")
-  kind = made.add_mutually_exclusive_group()
-  kind.add_argument("--devices", type=positive, metavar="N", help="simulated CPU devices in each")
-  kind.add_argument("--gpus", action="store_true", help="a GPU for each, in the order of CUDA_VISIBLE_DEVICES")
-  made.add_argument(
-    "--venv", metavar="DIR", help="whose llmjax is run (default: .venv beside this folder, or the PATH's)"
-  )
-  made.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
-  return made
+  parser.add_argument("--processes", type=positive_int, required=True, metavar="N", help="number of processes")
+  devices = parser.add_mutually_exclusive_group()
+  devices.add_argument("--devices", type=positive_int, metavar="N", help="simulated CPU devices of each process")
+  devices.add_argument("--gpus", action="store_true", help="one GPU each, in the order of CUDA_VISIBLE_DEVICES")
+  add_shared_flags(parser, "venv", "dry_run")
+  return parser
 
 
 def main(argv: Sequence[str]) -> int:
-  own, command = split(argv)
-  arguments = parser().parse_args(own)
-  if not command:
-    raise ValueError("nothing to run; put it behind --, such as `-- train --config=gpt:size=nano`")
-  each = environments(arguments.processes, arguments.devices, arguments.gpus, os.environ)
-  words = [find_llmjax(arguments.venv), *command]
-  if not arguments.dry_run:
-    return run(words, each)
-  for environment in each:
-    print(*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(words), "&")
+  own, command = split_arguments(argv)
+  options = make_processes_parser().parse_args(own)
+  check_command(command)
+  environments = process_environments(options.processes, options.devices, options.gpus, os.environ)
+  words = [find_llmjax(options.venv), *command]
+  if not options.dry_run:
+    return run_processes(words, environments)
+  for variables in environments:
+    print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(words), "&")
   print("wait")
   return 0
 
 
 if __name__ == "__main__":
-  serve(main, "nothing was started")
+  run_main(main, "nothing was started")

@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
-"""What goes to other machines: the code as a clean git archive with its commit in `.commit`, secrets by name, extras.
+"""Archive of the code, with its commit in `.commit`, and values of environment variables, for the other launchers.
 
   python3 launch/shipping.py --output=llmjax.tar.gz            # prints the commit
-  python3 launch/shipping.py --output=llmjax.tar.gz --dirty    # the tracked files as they are
+  python3 launch/shipping.py --output=llmjax.tar.gz --dirty    # with uncommitted changes of tracked files
 
-Shared by the launchers beside it; needs git, and nothing of llmjax.
+Needs git; llmjax need not be installed.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import gzip
 import hashlib
 import io
@@ -22,26 +20,28 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import Parser, serve
+from arguments import LauncherParser, add_shared_flags
+from command_line import ROOT, run_main
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-def archive(root: Path, output: Path, dirty: bool = False) -> str:
-  """Writes a .tar.gz of the commit that is checked out.
+def write_archive(root: Path, output: Path, dirty: bool = False) -> str:
+  """Write the commit that is checked out to a .tar.gz; report untracked files, which it does not contain.
 
   Args:
-    root: of the git checkout.
-    dirty: whether tracked files with uncommitted changes are shipped as they are.
+    root: Folder of the git checkout.
+    output: File to write.
+    dirty: Archive tracked files with their uncommitted changes, instead of refusing these.
+
   Returns:
-    the commit, or COMMIT-dirty-DIGEST where it says less than what was shipped.
+    The commit; COMMIT-dirty-DIGEST if uncommitted changes are in the archive.
+
   Raises:
-    ValueError: not a git checkout, or changes without `dirty`.
+    ValueError: The folder is not a git checkout, or has changes and `dirty` is false.
   """
-  commit, content = _pack(root, dirty)
-  untracked = _names(_git(root, "ls-files", "--others", "--exclude-standard", "-z"))
+  commit, content = _pack_commit(root, dirty)
+  untracked = _split_names(_run_git(root, "ls-files", "--others", "--exclude-standard", "-z"))
   if untracked:
-    print(f"{_few(untracked)} not shipped: not known to git (git add)", file=sys.stderr)
+    print(f"{_summarize(untracked)} not shipped: unknown to git (git add)", file=sys.stderr)
   with io.BytesIO(content) as buffer:
     with tarfile.open(fileobj=buffer, mode="a") as tar:
       text = f"{commit}\n".encode()
@@ -52,53 +52,52 @@ def archive(root: Path, output: Path, dirty: bool = False) -> str:
   return commit
 
 
-def commit(root: Path, dirty: bool = False) -> str:
-  """What `archive` would return."""
-  return _pack(root, dirty)[0]
+def commit_to_ship(root: Path, dirty: bool = False) -> str:
+  """Return what `write_archive` would return."""
+  return _pack_commit(root, dirty)[0]
 
 
-def secrets(names: Sequence[str]) -> dict[str, str]:
-  """The values of environment variables; ValueError where one is not set, or cannot be a line of a file."""
+def archive_command(output: str, dirty: bool) -> list[str]:
+  """Return the command that writes an archive of this checkout."""
+  return ["python3", str(ROOT / "launch" / "shipping.py"), f"--output={output}", *(["--dirty"] if dirty else [])]
+
+
+def secret_values(names: Sequence[str]) -> dict[str, str]:
+  """Return values of environment variables.
+
+  Raises:
+    ValueError: A variable is not set, or its value has several lines, which an environment file cannot have.
+  """
   for name in names:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+      name = name.split("=")[0]
       raise ValueError(
-        f"--env={name.split('=')[0]} must be the name of an environment variable alone: values on a command line can "
-        f"be seen by others; export {name.split('=')[0]}=... and pass its name"
+        f"--env={name}: must be only the name of an environment variable, since others can read values on a command "
+        f"line. Export {name}=... and pass its name"
       )
     if name not in os.environ:
-      raise ValueError(f"--env={name}: {name} is not set here; export it, or leave the flag out")
+      raise ValueError(f"--env={name}: {name} is not set in this shell. Export it or omit the flag")
     if "\n" in os.environ[name]:
-      raise ValueError(f"--env={name}: the value of {name} has several lines, and must be one")
+      raise ValueError(f"--env={name}: the value of {name} has several lines. It must be one line")
   return {name: os.environ[name] for name in names}
 
 
-def extras(text: str) -> list[str]:
-  """Names of setup.py's extras with commas between, for argparse: pip would ignore one that is not there."""
-  nodes = ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
-  values = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "extras_require"]
-  names = [ast.literal_eval(key) for value in values if isinstance(value, ast.Dict) for key in value.keys if key]
-  for name in text.split(","):
-    if name not in names:
-      raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(names)}")
-  return text.split(",")
-
-
-def _pack(root: Path, dirty: bool) -> tuple[str, bytes]:
-  """The commit and an uncompressed tar."""
-  head = _git(root, "rev-parse", "HEAD").decode().strip()
-  changed = _names(_git(root, "diff", "--name-only", "-z", "HEAD"))
+def _pack_commit(root: Path, dirty: bool) -> tuple[str, bytes]:
+  """Return the commit and an uncompressed tar."""
+  head = _run_git(root, "rev-parse", "HEAD").decode().strip()
+  changed = _split_names(_run_git(root, "diff", "--name-only", "-z", "HEAD"))
   if not changed:
-    return head, _git(root, "archive", "--format=tar", "HEAD")
+    return head, _run_git(root, "archive", "--format=tar", "HEAD")
   if not dirty:
-    raise ValueError(f"uncommitted changes in {_few(changed)}; commit them, or ship them with --dirty")
-  content = _tar(root, _names(_git(root, "ls-files", "-z")))
+    raise ValueError(f"uncommitted changes in {_summarize(changed)}. Commit them or ship them with --dirty")
+  content = _pack_files(root, _split_names(_run_git(root, "ls-files", "-z")))
   return f"{head}-dirty-{hashlib.sha256(content).hexdigest()[:8]}", content
 
 
-def _tar(root: Path, names: Sequence[str]) -> bytes:
-  """Of files as they are, without times and owners, so that equal files give equal bytes."""
+def _pack_files(root: Path, names: Sequence[str]) -> bytes:
+  """Return a tar without times and owners, so that equal files give equal bytes."""
 
-  def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+  def without_metadata(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.mtime = member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member
@@ -106,42 +105,42 @@ def _tar(root: Path, names: Sequence[str]) -> bytes:
   with io.BytesIO() as buffer:
     with tarfile.open(fileobj=buffer, mode="w") as tar:
       for name in sorted(names):
-        if os.path.lexists(root / name):  # it may have been deleted
-          tar.add(root / name, arcname=name, recursive=False, filter=plain)
+        if os.path.lexists(root / name):  # a tracked file can be deleted
+          tar.add(root / name, arcname=name, recursive=False, filter=without_metadata)
     return buffer.getvalue()
 
 
-def _names(output: bytes) -> list[str]:
+def _split_names(output: bytes) -> list[str]:
   return [os.fsdecode(name) for name in output.split(b"\0") if name]
 
 
-def _few(names: Sequence[str], count: int = 5) -> str:
-  more = f" and {len(names) - count} more" if len(names) > count else ""
-  return f"{', '.join(names[:count])}{more}"
+def _summarize(names: Sequence[str], max_shown: int = 5) -> str:
+  more = f" and {len(names) - max_shown} more" if len(names) > max_shown else ""
+  return f"{', '.join(names[:max_shown])}{more}"
 
 
-def _git(root: Path, *words: str) -> bytes:
+def _run_git(root: Path, *words: str) -> bytes:
   try:
     done = subprocess.run(["git", "-C", str(root), *words], capture_output=True)
   except FileNotFoundError:
-    raise ValueError("code is shipped from a git checkout, and git is not installed; install git") from None
+    raise ValueError("git: not found on the PATH, and code is shipped from a git checkout. Install git") from None
   if done.returncode:
+    error = done.stderr.decode(errors="replace").strip().splitlines()[-1]
     raise ValueError(
-      f"{root} must be a git checkout with a commit, since that is what is shipped "
-      f"({done.stderr.decode(errors='replace').strip().splitlines()[-1]}); clone the repository, or git init and commit"
+      f"{root}: must be a git checkout with a commit, got: {error}. Clone the repository, or git init and commit"
     )
   return done.stdout
 
 
-def main(words: Sequence[str]) -> int:
-  parser = Parser(prog="shipping.py", description=__doc__)
+def main(argv: Sequence[str]) -> int:
+  parser = LauncherParser(prog="shipping.py", description=__doc__)
   parser.add_argument("--output", type=Path, required=True, help="the .tar.gz to write")
-  parser.add_argument("--root", type=Path, default=ROOT, help="of the checkout (this one)")
-  parser.add_argument("--dirty", action="store_true", help="ship uncommitted changes of tracked files")
-  options = parser.parse_args(words)
-  print(archive(options.root, options.output, options.dirty))
+  parser.add_argument("--root", type=Path, default=ROOT, help="folder of the checkout (default: this one)")
+  add_shared_flags(parser, "dirty")
+  options = parser.parse_args(argv)
+  print(write_archive(options.root, options.output, options.dirty))
   return 0
 
 
 if __name__ == "__main__":
-  serve(main, "nothing was shipped")
+  run_main(main, "no archive was written")

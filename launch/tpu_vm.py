@@ -1,472 +1,374 @@
 #!/usr/bin/env python3
-"""Runs llmjax on Cloud TPU VMs: requests them, installs this commit on every worker, runs, follows, deletes.
+"""Run llmjax on Cloud TPU VMs: request them, install this commit on every worker, run, follow, delete.
 
-A queued resource is requested, waited for, and used; where Google Cloud takes the VMs away (spot), they are requested
-anew and the same command goes on from its bucket. The VMs are deleted at the end, however the run ends, unless --keep
-or --existing says otherwise. A run survives a lost connection and the end of this script: the same command finds it
-again. Needs gcloud (logged in), git, and Python 3.9; llmjax need not be installed here.
+The VMs are requested as a queued resource. If Google Cloud preempts them (spot), they are requested again and the run
+resumes from its bucket. The VMs are deleted at the end, however the run ends, unless --keep or --existing is set. The
+run survives a lost connection and the end of this script: the same command finds it again. Needs gcloud (logged in),
+git, and Python 3.9; llmjax need not be installed here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import itertools
-import json
 import os
 import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import gcloud
 import shipping
-from command_line import Parser, Unsettled, pauses, positive, serve, split
-from gcloud import MARK, RUNTIMES, TRIES, Gone, Untouched, everywhere, last, look, nodes, remote, say, worker
+from arguments import (
+  LauncherParser,
+  add_shared_flags,
+  check_command,
+  check_name,
+  is_train_without_bucket,
+  split_arguments,
+)
+from command_line import MAX_TRIES, ROOT, OutcomeUnknown, pauses, print_status, run_main
+from dry_run import tpu_vm_dry_run
+from gcloud import (
+  LOG_CHUNK,
+  RUNTIMES,
+  STATE_MARK,
+  VmsLost,
+  VmsNotOurs,
+  error_line,
+  node_names,
+  on_all_workers,
+  query_state,
+  run_on_workers,
+  worker_command,
+)
 
 EXAMPLES = """examples:
   python3 launch/tpu_vm.py run --name=a --zone=us-west4-a --type=v5litepod-16 --spot -- \\
     train --config=gpt:size=gpt2_124m --workdir=gs://BUCKET/a
   the same with --slices=2             several slices as one run (multislice)
-  the same with --extra=wandb --env=WANDB_API_KEY     an extra of setup.py, and a variable of this shell, by name
+  the same with --extra=wandb --env=WANDB_API_KEY     an extra of setup.py, and a variable of this shell
   the same with --dry_run              prints every command, and runs none
-  python3 launch/tpu_vm.py run --name=mine --zone=us-west4-a --existing -- train ...     on a TPU VM that is there
+  python3 launch/tpu_vm.py run --name=mine --zone=us-west4-a --existing -- train ...     on an existing TPU VM
   python3 launch/tpu_vm.py logs --name=a --zone=us-west4-a --follow
   python3 launch/tpu_vm.py stop --name=a --zone=us-west4-a        the run saves and ends; the VMs stay
   python3 launch/tpu_vm.py delete --name=a --zone=us-west4-a
 
-TPUs with several workers need the key in the agent: ssh-add ~/.ssh/google_compute_engine"""
+TPUs with several workers need the key in the ssh agent: ssh-add ~/.ssh/google_compute_engine"""
 
-MEGASCALE_PORT = 8081  # between slices; what Ray's TPU support uses
-CHUNK = 1_000_000  # bytes of a log at once
-SAVING = 600.0  # seconds that a run which is told to end may reasonably take to save
-
-# The life of a run: requested, waiting, active, installed, running, ended; and again from the start if preempted.
+SAVE_TIMEOUT = 600.0  # seconds for a run to save after it was told to end
 
 
-def run(options: argparse.Namespace) -> int:
-  secrets = shipping.secrets(options.env)
+# Subcommands.
+
+
+def run_on_vms(options: argparse.Namespace) -> int:
+  """Request the VMs, install, run, follow and delete, again after a preemption; return the exit code of the run."""
+  secrets = shipping.secret_values(options.env)
   keep = options.keep or options.existing
-  interrupted = begun = False
+  interrupted = started = False
   with tempfile.TemporaryDirectory() as folder:
     archive = Path(folder) / "llmjax.tar.gz"
-    commit = shipping.archive(shipping.ROOT, archive, options.dirty)
-    say(f"commit {commit}")
+    commit = shipping.write_archive(ROOT, archive, options.dirty)
+    print_status(f"commit {commit}")
     try:
       for _ in range(options.max_restarts + 1):
         try:
-          acquire(options)
-          install(options, archive, commit)
-          begin(options, Path(folder), commit, secrets)
-          begun = True
-          code = follow(options)
+          acquire_vms(options)
+          install_on_workers(options, archive, commit)
+          start_on_workers(options, Path(folder), commit, secrets)
+          started = True
+          code = follow_run(options)
           if code is not None:
-            say(f"{options.name}: the run has ended with exit code {code}")
+            print_status(f"{options.name}: the run has ended with exit code {code}")
             return code
-          say(f"{options.name}: a worker has restarted and lost the run; starting it again")
-        except Gone as gone:
-          begun = False
-          state, why = gone.args
+          print_status(f"{options.name}: a worker has restarted and lost the run; starting it again")
+        except VmsLost as lost:
+          started = False
+          state, reason = lost.args
           if state != "preempted" or options.existing:
-            refuse(options, state, why)
-          say(f"{options.name}: preempted ({why}); requesting it anew")
-      raise Unsettled(
-        f"{options.name} was lost {options.max_restarts + 1} times, and --max_restarts={options.max_restarts}; run the "
-        "same command to go on"
+            raise_permanent_failure(options, state, reason)
+          print_status(f"{options.name}: preempted ({reason}); requesting it again")
+      raise OutcomeUnknown(
+        f"{options.name}: was lost {options.max_restarts + 1} times, with --max_restarts={options.max_restarts}. Run "
+        "the same command to resume"
       )
-    except (Untouched, ValueError):  # what is there is not ours, or nothing is
+    except (VmsNotOurs, ValueError):  # there are no VMs of this run to delete
       keep = True
       raise
     except KeyboardInterrupt:
       interrupted = True
-      say(f"{options.name} is {'left running' if keep else 'being deleted; Ctrl-C again leaves it as it is'}")
+      print_status(f"{options.name} is {'left running' if keep else 'being deleted; Ctrl-C again leaves it as it is'}")
       raise
     finally:
       if not keep:
-        release(options, saving=interrupted and begun)
+        release_vms(options, save_first=interrupted and started)
 
 
-def acquire(options: argparse.Namespace) -> None:
-  """Returns when the VMs are active: those that are there, or new ones."""
-  state, why = look(options)
+def print_vm_status(options: argparse.Namespace) -> int:
+  state, reason = query_state(options)
   if state == "unknown":
-    raise Untouched(f"gcloud cannot tell whether {options.name} exists: {why}")
+    raise OutcomeUnknown(f"{options.name}: {reason}")
+  print(f"{options.name}: {state} ({reason})")
+  if state == "active":
+    for host, worker_state in worker_states(options).items():
+      print(f"{host}: {worker_state}")
+  return 0
+
+
+def print_run_log(options: argparse.Namespace) -> int:
+  follow_log(options, visible=True, wait=options.follow)
+  return 0
+
+
+def stop_run(options: argparse.Namespace) -> int:
+  save_and_end(options)
+  print_status(f"{options.name}: the run was told to save, and has ended; the VMs stay until they are deleted")
+  return 0
+
+
+def delete_vms(options: argparse.Namespace) -> int:
+  release_vms(options)
+  return 0
+
+
+# Steps of a run: request, install, start, follow, delete.
+
+
+def acquire_vms(options: argparse.Namespace) -> None:
+  """Request the VMs unless they exist, and wait until they are active."""
+  state, reason = query_state(options)
+  if state == "unknown":
+    raise VmsNotOurs(f"{options.name}: gcloud does not report whether it exists ({reason})")
   if options.existing and state != "active":
-    refuse(options, state, why)
+    raise_permanent_failure(options, state, reason)
   if state in ("preempted", "failed", "deleting"):
-    say(f"{options.name}: deleting what is left of it ({why})")
-    release(options)
+    print_status(f"{options.name}: deleting what is left of it ({reason})")
+    release_vms(options)
     state = "absent"
   if state == "absent":
-    request(options)
+    request_vms(options)
   else:
-    say(f"{options.name} is there")
-  said = ""
+    print_status(f"{options.name}: already exists")
+  printed_reason = ""
   for pause in pauses(options.poll):
-    state, why = look(options)
+    state, reason = query_state(options)
     if state == "active":
-      say(f"{options.name}: active")
+      print_status(f"{options.name}: active")
       return
     if state not in ("waiting", "unknown"):
-      raise Gone(state, why)
-    if why != said:
-      say(f"{options.name}: waiting ({why})")
-      said = why
+      raise VmsLost(state, reason)
+    if reason != printed_reason:
+      print_status(f"{options.name}: waiting ({reason})")
+      printed_reason = reason
     time.sleep(pause)
 
 
-def request(options: argparse.Namespace) -> None:
+def request_vms(options: argparse.Namespace) -> None:
   if not options.type:
-    raise ValueError(f"there is no {options.name}, and requesting it needs --type, such as --type=v5litepod-16")
-  say(f"{options.name}: requesting {options.slices} x {options.type}")
-  code, _, errors = gcloud.together([gcloud.create(options)])[0]
+    raise ValueError(f"--name={options.name}: does not exist, and requesting it needs --type, such as v5litepod-16")
+  print_status(f"{options.name}: requesting {options.slices} x {options.type}")
+  code, _, errors = gcloud.run_parallel([gcloud.create_request_command(options)])[0]
   if code and "ALREADY_EXISTS" not in errors:
-    raise Gone("failed", last(errors))
+    raise VmsLost("failed", error_line(errors))
 
 
-def refuse(options: argparse.Namespace, state: str, why: str) -> NoReturn:
-  """Says what trying again does not mend."""
-  quota = re.search(r"[Qq]uota (?:limit |metric )?'([^']+)'", why)
-  if quota or "RESOURCE_EXHAUSTED" in why:
-    raise Unsettled(
-      f"{options.name}: the quota {quota[1] if quota else 'for TPUs'} is used up ({why}); delete queued resources that "
-      f"are left over (gcloud compute tpus queued-resources list --zone={options.zone}), ask for more at "
+def raise_permanent_failure(options: argparse.Namespace, state: str, reason: str) -> NoReturn:
+  """Raise OutcomeUnknown for a failure that a retry does not fix."""
+  quota = re.search(r"[Qq]uota (?:limit |metric )?'([^']+)'", reason)
+  if quota or "RESOURCE_EXHAUSTED" in reason:
+    raise OutcomeUnknown(
+      f"{options.name}: the quota {quota[1] if quota else 'for TPUs'} is used up ({reason}). Delete unused queued "
+      f"resources (gcloud compute tpus queued-resources list --zone={options.zone}), request more quota at "
       "https://console.cloud.google.com/iam-admin/quotas, or choose another --zone, --type or --spot"
     )
   if options.existing:
-    raise Unsettled(f"{options.name} is {state} ({why}); --existing needs a TPU VM in {options.zone} that is READY")
+    raise OutcomeUnknown(f"{options.name}: is {state} ({reason}). --existing needs a READY TPU VM in {options.zone}")
   if state in ("absent", "deleting"):
-    raise Unsettled(f"{options.name} was deleted by someone else ({why}); run the same command to request it anew")
-  raise Unsettled(f"{options.name} {state}: {why}; mend it, or choose another --zone or --type, and run again")
+    raise OutcomeUnknown(
+      f"{options.name}: was deleted by someone else ({reason}). Run the same command to request it again"
+    )
+  raise OutcomeUnknown(
+    f"{options.name}: {state} ({reason}). Fix it, or choose another --zone or --type, and run the same command again"
+  )
 
 
-def install(options: argparse.Namespace, archive: Path, commit: str) -> None:
-  """The commit and its extras on all workers; quick where they are there."""
-  if any(code for code, _, _ in gcloud.together(everywhere(options, ready(options, commit)))):
-    say(f"{options.name}: installing {commit} on all workers (some minutes)")
-    remote(options, [gcloud.scp(options, node, str(archive), f"llmjax-{commit}.tar.gz") for node in nodes(options)])
-    remote(options, everywhere(options, unpack(options, commit)))
+def install_on_workers(options: argparse.Namespace, archive: Path, commit: str) -> None:
+  """Install the commit and its extras on all workers, unless they are installed."""
+  if any(code for code, _, _ in gcloud.run_parallel(on_all_workers(options, gcloud.ready_command(options, commit)))):
+    print_status(f"{options.name}: installing {commit} on all workers (some minutes)")
+    target = f"llmjax-{commit}.tar.gz"
+    run_on_workers(options, [gcloud.scp_command(options, n, str(archive), target) for n in node_names(options)])
+    run_on_workers(options, on_all_workers(options, gcloud.install_command(options, commit)))
 
 
-def ready(options: argparse.Namespace, commit: str) -> str:
-  return worker("ready", commit, extras(options), script=f"llmjax-{commit}/launch/tpu_worker.sh")
-
-
-def extras(options: argparse.Namespace) -> str:
-  """What pip installs; without `gcs` nothing can be saved in a bucket."""
-  return ",".join(dict.fromkeys(["tpu", "gcs", *options.extra]))
-
-
-def unpack(options: argparse.Namespace, commit: str) -> str:
-  install = worker("install", commit, extras(options), script=f"llmjax-{commit}/launch/tpu_worker.sh")
-  return f"mkdir -p llmjax-{commit} && tar -xzf llmjax-{commit}.tar.gz -C llmjax-{commit} && {install}"
-
-
-def begin(options: argparse.Namespace, folder: Path, commit: str, secrets: dict[str, str]) -> None:
-  """Starts the run on all workers, where it is not running already."""
-  first = remote(options, [gcloud.address(options)])[0].strip() if options.slices > 1 else ""
+def start_on_workers(options: argparse.Namespace, folder: Path, commit: str, secrets: dict[str, str]) -> None:
+  """Start the run on all workers, except where it is already running."""
+  coordinator = run_on_workers(options, [gcloud.address_command(options)])[0].strip() if options.slices > 1 else ""
   copies = []
-  for index, node in enumerate(nodes(options)):
-    variables = {**secrets, **slice_variables(options, first, index)}
+  for index, node in enumerate(node_names(options)):
+    variables = {**secrets, **gcloud.slice_variables(options, coordinator, index)}
     path = folder / f"environment-{index}"
     path.touch(mode=0o600)  # scp keeps the mode
     path.write_text("".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items()))
     if variables:
-      copies.append(gcloud.scp(options, node, str(path), ".llmjax-environment"))
+      copies.append(gcloud.scp_command(options, node, str(path), ".llmjax-environment"))
   if copies:
-    remote(options, copies)
-  say(f"{options.name}: running llmjax {shlex.join(options.arguments)}")
-  remote(options, everywhere(options, start(options, commit)))
+    run_on_workers(options, copies)
+  print_status(f"{options.name}: running llmjax {shlex.join(options.arguments)}")
+  run_on_workers(options, on_all_workers(options, gcloud.start_command(options, commit)))
 
 
-def start(options: argparse.Namespace, commit: str) -> str:
-  """Equal runs have equal names: a run that is found under its name is followed, and not started twice."""
-  name = hashlib.sha256(json.dumps([commit, options.arguments]).encode()).hexdigest()[:12]
-  return worker("begin", name, commit, *options.arguments)
-
-
-def slice_variables(options: argparse.Namespace, first: str, index: int) -> dict[str, str]:
-  """Where the slices meet, and which this is.
-
-  JAX (jax/_src/clusters/cloud_tpu_cluster.py) and libtpu take them from the environment, and else from the VM's
-  metadata, which slices of one queued resource have, and existing VMs need not.
-  """
-  if options.slices == 1:
-    return {}
-  return {
-    "MEGASCALE_COORDINATOR_ADDRESS": first,
-    "MEGASCALE_PORT": str(MEGASCALE_PORT),
-    "MEGASCALE_NUM_SLICES": str(options.slices),
-    "MEGASCALE_SLICE_ID": str(index),
-  }
-
-
-def follow(options: argparse.Namespace) -> int | None:
-  """Shows the log of worker 0 until the run ends on all workers; its exit code, None where a worker has lost it."""
-  first = show(options, visible=options.follow, wait=True)
-  for pause in itertools.islice(pauses(options.poll), TRIES):
-    states = workers(options)
+def follow_run(options: argparse.Namespace) -> int | None:
+  """Print the log of worker 0 until the run ends on all workers; return its exit code, None if a worker lost it."""
+  first_state = follow_log(options, visible=options.follow, wait=True)
+  for pause in pauses(options.poll, MAX_TRIES):
+    states = worker_states(options)
     if "running" not in states.values():
       break
     time.sleep(pause)
   else:
-    say(f"{options.name}: worker 0 is {first}, and others go on; stopping them")
-    remote(options, everywhere(options, worker("stop")))
+    print_status(f"{options.name}: worker 0 is {first_state} and others are still running; stopping them")
+    run_on_workers(options, on_all_workers(options, worker_command("stop")))
   if {"lost", "none"} & set(states.values()):
     return None
-  codes = [int(state.partition(" ")[2] or 1) for state in [first, *states.values()]]
+  codes = [int(state.partition(" ")[2] or 1) for state in [first_state, *states.values()]]
   code = next((code for code in codes if code), 0)
   if code:
-    for output in remote(options, everywhere(options, worker("errors"))):
+    for output in run_on_workers(options, on_all_workers(options, worker_command("errors"))):
       print(output, file=sys.stderr, end="")
   return code
 
 
-def show(options: argparse.Namespace, visible: bool, wait: bool) -> str:
-  """Prints the log of worker 0 of the first slice as it grows, or as it is; its state."""
+def follow_log(options: argparse.Namespace, visible: bool, wait: bool) -> str:
+  """Read the log of worker 0 of the first slice, with `wait` until the run ends there; return the worker's state."""
   offset = 0
   while True:
-    state, text = read(options, offset)
-    offset += len(text)
+    output = run_on_workers(options, [gcloud.run_log_command(options, offset)])[0]
+    # gcloud may have connected twice, so that only the part after the last mark counts.
+    head, _, text = output.rpartition(STATE_MARK)[2].partition("\n")
+    state, chunk = head.partition(" ")[2], os.fsencode(text)
+    offset += len(chunk)
     if visible:
-      sys.stdout.buffer.write(text)
+      sys.stdout.buffer.write(chunk)
       sys.stdout.flush()
-    if len(text) == CHUNK:
+    if len(chunk) == LOG_CHUNK:
       continue
     if state != "running" or not wait:
       return state
     time.sleep(options.poll)
 
 
-def read(options: argparse.Namespace, offset: int) -> tuple[str, bytes]:
-  """The state of that worker, and at most CHUNK bytes that its log has behind the offset."""
-  output = remote(options, [log(options, offset)])[0]
-  head, _, text = output.rpartition(MARK)[2].partition("\n")  # behind the last: gcloud may have connected twice
-  return head.partition(" ")[2], os.fsencode(text)
+def worker_states(options: argparse.Namespace) -> dict[str, str]:
+  """Return {host name: state} of all workers."""
+  output = "".join(run_on_workers(options, on_all_workers(options, worker_command("report"))))
+  return dict(re.findall(f"{STATE_MARK}(\\S+) (.+)", output))
 
 
-def log(options: argparse.Namespace, offset: int) -> list[str]:
-  return gcloud.ssh(options, nodes(options)[0], "0", worker("log", str(offset), str(CHUNK)))
-
-
-def workers(options: argparse.Namespace) -> dict[str, str]:
-  """The state of each worker by its host's name."""
-  output = "".join(remote(options, everywhere(options, worker("report"))))
-  return dict(re.findall(f"{MARK}(\\S+) (.+)", output))
-
-
-def release(options: argparse.Namespace, saving: bool = False) -> None:
-  """Deletes the VMs; `saving`: after their run, which is told to end, has saved."""
-  command = shlex.join(gcloud.delete(options))
+def release_vms(options: argparse.Namespace, save_first: bool = False) -> None:
+  """Delete the VMs; with `save_first` after their run has saved and ended."""
+  command = gcloud.delete_request_command(options)
+  fix = f"and may cost money; delete it with: {shlex.join(command)}"
   try:
-    if saving:
-      with contextlib.suppress(Gone, Unsettled):
-        save(options)
-    for pause in itertools.islice(pauses(options.poll), TRIES):
-      code, _, errors = gcloud.together([gcloud.delete(options)])[0]
+    if save_first:
+      with contextlib.suppress(VmsLost, OutcomeUnknown):
+        save_and_end(options)
+    for pause in pauses(options.poll, MAX_TRIES):
+      code, _, errors = gcloud.run_parallel([command])[0]
       if not code or "NOT_FOUND" in errors:
-        say(f"{options.name}: deleted")
+        print_status(f"{options.name}: deleted")
         return
       time.sleep(pause)
-    say(f"{options.name} could not be deleted ({last(errors)}), and may cost money; delete it with: {command}")
+    print_status(f"{options.name} could not be deleted ({error_line(errors)}), {fix}")
   except KeyboardInterrupt:
-    say(f"{options.name} is left as it is, and may cost money; delete it with: {command}")
+    print_status(f"{options.name} is left as it is, {fix}")
     raise
 
 
-def save(options: argparse.Namespace) -> None:
-  """Ends the run as a preemption would, and waits until no worker runs any more; Unsettled after SAVING seconds."""
-  remote(options, everywhere(options, worker("stop")))
-  deadline = time.monotonic() + SAVING
-  while "running" in workers(options).values():
+def save_and_end(options: argparse.Namespace) -> None:
+  """End the run as a preemption would, and wait until all workers have ended; at most SAVE_TIMEOUT seconds."""
+  run_on_workers(options, on_all_workers(options, worker_command("stop")))
+  deadline = time.monotonic() + SAVE_TIMEOUT
+  while "running" in worker_states(options).values():
     if time.monotonic() > deadline:
-      raise Unsettled(f"{options.name}: the run was told to end, and still goes on after {SAVING:g} seconds")
+      raise OutcomeUnknown(f"{options.name}: was told to end, and is still running after {SAVE_TIMEOUT:g} seconds")
     time.sleep(options.poll)
 
 
-# The other subcommands.
+# Command line.
 
-
-def status(options: argparse.Namespace) -> int:
-  state, why = look(options)
-  if state == "unknown":
-    raise Unsettled(f"{options.name}: {why}")
-  print(f"{options.name}: {state} ({why})")
-  if state == "active":
-    for host, doing in workers(options).items():
-      print(f"{host}: {doing}")
-  return 0
-
-
-def logs(options: argparse.Namespace) -> int:
-  show(options, visible=True, wait=options.follow)
-  return 0
-
-
-def stop(options: argparse.Namespace) -> int:
-  save(options)
-  say(f"{options.name}: the run was told to save, and has ended; the VMs stay until they are deleted")
-  return 0
-
-
-def delete_all(options: argparse.Namespace) -> int:
-  release(options)
-  return 0
-
-
-# What --dry_run prints.
-
-
-def plan(options: argparse.Namespace) -> Iterator[str]:
-  """Every command, for a shell; of a run, those where nothing goes wrong."""
-  state = [] if options.existing else [gcloud.describe(options)]
-  state += [gcloud.describe_node(options, node) for node in nodes(options)]
-  if options.action == "status":
-    yield from lines("what there is, and what its workers do", *state, *everywhere(options, worker("report")))
-  elif options.action == "logs":
-    yield from lines("again from where it ended", log(options, 0))
-  elif options.action == "stop":
-    yield from lines("SIGTERM on all workers", *everywhere(options, worker("stop")))
-    yield from lines("until all workers have ended", *everywhere(options, worker("report")))
-  elif options.action == "delete":
-    yield from lines("with its VMs", gcloud.delete(options))
-  else:
-    commit = shipping.commit(shipping.ROOT, options.dirty)
-    archive = f"/tmp/llmjax-{commit}.tar.gz"
-    ship = ["python3", shipping.__file__, f"--output={archive}", *(["--dirty"] if options.dirty else [])]
-    yield from lines("the code", ship)
-    if not options.existing:
-      create = [gcloud.create(options)] if options.type else []
-      yield from lines("the VMs, unless they are there", gcloud.describe(options), *create)
-    yield from lines("until all are ACTIVE and READY", *state)
-    yield from lines("whether this commit is installed; else:", *everywhere(options, ready(options, commit)))
-    yield from lines("", *(gcloud.scp(options, node, archive, Path(archive).name) for node in nodes(options)))
-    yield from lines("", *everywhere(options, unpack(options, commit)))
-    yield from variables_plan(options)
-    yield from lines("the run, unless it is going on", *everywhere(options, start(options, commit)))
-    yield from lines("its log, again from where it ended", log(options, 0))
-    yield from lines("until all workers have ended", *everywhere(options, worker("report")))
-    yield from lines("if it failed", *everywhere(options, worker("errors")))
-    if not (options.keep or options.existing):
-      yield from lines("after Ctrl-C", *everywhere(options, worker("stop")))
-      yield from lines("at the end, however it came", gcloud.delete(options))
-
-
-def lines(comment: str, *commands: Sequence[str]) -> Iterator[str]:
-  if comment:
-    yield f"# {comment}"
-  yield from map(shlex.join, commands)
-
-
-def variables_plan(options: argparse.Namespace) -> Iterator[str]:
-  """Values stay names."""
-  if options.slices > 1:
-    yield f'ADDRESS="$({shlex.join(gcloud.address(options))})"'
-  for index, node in enumerate(nodes(options)):
-    values = {name: f'"${name}"' for name in options.env}
-    values.update({name: value or '"$ADDRESS"' for name, value in slice_variables(options, "", index).items()})
-    if values:
-      path = f"/tmp/llmjax-environment-{index}"
-      yield "# variables of the run, which are in no command line"
-      yield f"(umask 077; printf '%s=%q\\n' {' '.join(f'{name} {value}' for name, value in values.items())} >{path})"
-      yield shlex.join(gcloud.scp(options, node, path, ".llmjax-environment"))
-      yield f"rm {path}"
-
-
-# The command line.
-
-ACTIONS = {
-  "run": (run, "request VMs, install, run, follow, delete"),
-  "status": (status, "what there is, and what its workers do"),
-  "logs": (logs, "the log of worker 0"),
-  "stop": (stop, "have the run save and end, and wait for that; the VMs stay"),
-  "delete": (delete_all, "delete the queued resource and its VMs"),
+TPU_VM_ACTIONS = {
+  "run": (run_on_vms, "request VMs, install, run, follow, delete"),
+  "status": (print_vm_status, "print the state of the VMs and their workers"),
+  "logs": (print_run_log, "print the log of worker 0"),
+  "stop": (stop_run, "have the run save and end, and wait for that; the VMs stay"),
+  "delete": (delete_vms, "delete the queued resource and its VMs"),
 }
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
-  own, arguments = split(words)
-  parser = Parser(prog="tpu_vm.py", description=__doc__, epilog=EXAMPLES)
-  actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(ACTIONS))
-  for name, (_, text) in ACTIONS.items():
-    add = actions.add_parser(name, help=text, description=text, epilog=EXAMPLES).add_argument
-    add("--name", required=True, help="of the queued resource and its node (several slices: NAME-0, NAME-1, ...)")
-    add("--zone", required=True)
-    add("--project", help="(the one that gcloud is set to)")
-    add("--slices", type=positive, default=1, help="of one multislice run (1)")
-    add("--existing", action="store_true", help="NAME is a TPU VM that is there; it is never deleted")
+def parse_tpu_vm_flags(argv: Sequence[str]) -> argparse.Namespace:
+  own, arguments = split_arguments(argv)
+  parser = LauncherParser(prog="tpu_vm.py", description=__doc__, epilog=EXAMPLES)
+  actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(TPU_VM_ACTIONS))
+  for action, (_, text) in TPU_VM_ACTIONS.items():
+    subparser = actions.add_parser(action, help=text, description=text, epilog=EXAMPLES)
+    add = subparser.add_argument
+    add_shared_flags(subparser, "name", "slices", "dry_run")
+    add_shared_flags(subparser, "poll", default=10)
+    add("--zone", required=True, help="zone of Google Cloud, such as us-west4-a")
+    add("--project", help="project of Google Cloud (default: that of gcloud's configuration)")
+    add("--existing", action="store_true", help="NAME is an existing TPU VM, which is never deleted")
     add("--internal_ips", action="store_true", help="no external addresses; this machine is in the same network")
-    add("--poll", type=float, default=10, help="seconds between two looks (10)")
-    add("--dry_run", action="store_true", help="print every command, and run none")
-    if name in ("run", "logs"):
-      add("--follow", action="store_true", default=name == "run", help="show the log as it grows")
-    if name == "run":
-      add("--no_follow", dest="follow", action="store_false", help="wait without showing the log")
-      add("--type", help="of each slice, such as v5litepod-16, v5p-8, v6e-8, v4-8")
-      add("--runtime_version", help="(by the type)")
-      capacity = actions.choices[name].add_mutually_exclusive_group()
-      capacity.add_argument("--spot", action="store_true", help="cheaper, and may be taken away: the run then goes on")
-      capacity.add_argument("--reserved", action="store_true", help="of the project's reservation")
-      add("--network", help="(default)")
-      add("--subnetwork")
-      add("--service_account", help="e-mail address of what the VMs act as (Compute Engine's default)")
-      add("--env", action="append", default=[], metavar="NAME", help="variable that the run gets too; repeatable")
-      add(
-        "--extra",
-        type=shipping.extras,
-        default=[],
-        metavar="NAME[,NAME]",
-        help="of setup.py, such as wandb, installed besides tpu,gcs",
-      )
+    if action in ("run", "logs"):
+      add_shared_flags(subparser, "follow", default=action == "run")
+    if action == "run":
+      add_shared_flags(subparser, "no_follow", "service_account", "env", "extra", "max_restarts", "dirty")
+      add("--type", help="type of each slice, such as v5litepod-16, v5p-8, v6e-8, v4-8")
+      add("--runtime_version", help="runtime version of the VMs (default: by --type)")
+      add("--network", help="network of the VMs (default: default)")
+      add("--subnetwork", help="subnetwork of the VMs")
       add("--keep", action="store_true", help="leave the VMs at the end, and the run after Ctrl-C")
-      add("--max_restarts", type=int, default=100, help="after preemptions (100)")
-      add("--dirty", action="store_true", help="ship uncommitted changes of tracked files")
+      capacity = subparser.add_mutually_exclusive_group()
+      add_shared_flags(capacity, "spot")
+      capacity.add_argument("--reserved", action="store_true", help="capacity of the project's reservation")
   options = parser.parse_args(own)
   options.arguments = arguments
-  check(options)
+  check_name(options.name, 60)
+  if options.action == "delete" and options.existing:
+    raise ValueError("--existing: an existing TPU VM is not deleted. Omit --existing to delete a queued resource")
+  if options.action == "run":
+    check_tpu_vm_run(options)
   return options
 
 
-def check(options: argparse.Namespace) -> None:
-  """Refuses what would fail late."""
-  if not re.fullmatch(r"[a-z]([a-z0-9-]{0,58}[a-z0-9])?", options.name):
-    raise ValueError(
-      f"--name={options.name} must be lower-case letters, digits and hyphens, from a letter to no hyphen"
-    )
-  if options.action == "delete" and options.existing:
-    raise ValueError("delete --existing: an existing TPU VM is not deleted; leave --existing out for a queued resource")
-  if options.action != "run":
-    return
-  if not options.arguments:
-    raise ValueError("nothing to run; put llmjax's subcommand and flags behind --, such as -- train --config=gpt")
+def check_tpu_vm_run(options: argparse.Namespace) -> None:
+  """Raise ValueError for flags with which the run would fail later."""
+  check_command(options.arguments)
   family, _, size = (options.type or "").rpartition("-")
   if options.type and not (size.isdigit() and (family in RUNTIMES or options.runtime_version)):
+    types = ", ".join(f"{name}-N" for name in RUNTIMES)
+    raise ValueError(f"--type: must be {types}, got {options.type}. Other types need --runtime_version too")
+  if is_train_without_bucket(options.arguments) and not (options.keep or options.existing):
     raise ValueError(
-      f"--type={options.type} must be {', '.join(f'{name}-N' for name in RUNTIMES)}; others need --runtime_version too"
-    )
-  bucket = any(re.match(r"--workdir=gs://.", argument) for argument in options.arguments)
-  if options.arguments[0] == "train" and not (bucket or options.keep or options.existing):
-    raise ValueError(
-      "train needs --workdir=gs://BUCKET/..., since the VMs and their disks are deleted at the end; or --keep them"
+      "train: needs --workdir=gs://BUCKET/..., since the VMs and their disks are deleted at the end, or --keep"
     )
 
 
-def main(words: Sequence[str]) -> int:
-  options = parse(words)
+def main(argv: Sequence[str]) -> int:
+  options = parse_tpu_vm_flags(argv)
   if options.dry_run:
-    shipping.secrets(getattr(options, "env", []))  # those that are missing are told
-    print("\n".join(plan(options)))
+    shipping.secret_values(getattr(options, "env", []))  # report missing variables
+    print("\n".join(tpu_vm_dry_run(options)))
     return 0
   try:
-    return ACTIONS[options.action][0](options)
-  except Gone as gone:
-    raise Unsettled(f"{options.name} is {gone.args[0]} ({gone.args[1]}); run requests it anew") from None
+    return TPU_VM_ACTIONS[options.action][0](options)
+  except VmsLost as lost:
+    raise OutcomeUnknown(f"{options.name} is {lost.args[0]} ({lost.args[1]}). `run` requests it again") from None
 
 
 if __name__ == "__main__":
-  serve(main, "the same command goes on")
+  run_main(main, "the same command resumes")

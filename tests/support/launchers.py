@@ -7,14 +7,15 @@ new interpreter for each call would cost time and test nothing more.
 import contextlib
 import os
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-FAKE_CLOUD = Path(__file__).parent / "fake_cloud.py"
 EXIT_UNKNOWN = 75  # the exit code of a launcher that does not know how the run ends
 
 
@@ -72,10 +73,28 @@ def _captured():
         texts.append(file.read().decode())
 
 
-def write_program(path, text) -> None:
-  """Write an executable bash script."""
-  path.write_text(f"#!/bin/bash\n{text}\n")
+def write_program(path, text, interpreter="/bin/bash") -> None:
+  """Write an executable script."""
+  path.write_text(f"#!{interpreter}\n{text}\n")
   path.chmod(0o755)
+
+
+def run_git(root, *words) -> str:
+  """Run git in a folder, as a user that every machine has; return its output."""
+  command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+  return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def make_checkout(root, setup) -> Path:
+  """Make a git checkout of the launchers with another `launch/setup.sh`; return its folder."""
+  (root / "launch").mkdir(parents=True)
+  for path in (*LAUNCH.glob("*.py"), LAUNCH / "tpu_worker.sh", LAUNCH / "Dockerfile"):
+    shutil.copy(path, root / "launch")
+  shutil.copy(ROOT / "setup.py", root)
+  (root / "launch" / "setup.sh").write_text(setup)
+  for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=all"]):
+    run_git(root, *words)
+  return root
 
 
 def assert_one_line_error(errors, script) -> None:

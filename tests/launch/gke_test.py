@@ -16,71 +16,21 @@ import pytest
 
 from llmjax.cli.arguments import make_parser as cli_parser
 from llmjax.distributed import processes
+from tests.support.cloud_transcripts import TESTDATA, KubernetesCluster
 from tests.support.launchers import (
   EXIT_UNKNOWN,
-  FAKE_CLOUD,
   LAUNCH,
-  ROOT,
   assert_one_line_error,
+  make_checkout,
+  run_git,
   run_script,
   write_program,
 )
 
-DATA = ROOT / "tests" / "testdata"
-ANSWERS = json.loads((DATA / "gke.json").read_text())
 TRAIN = ("--", "train", "--config=gpt:size=small", "--workdir=gs://b/a")
 TPU = ("run", "--name=a", "--image=I", "--accelerator=tpu-v5-lite-podslice", "--topology=4x4", "--spot", "--env=TOKEN")
 GPU = ("run", "--name=b", "--image=I", "--accelerator=nvidia-h100-80gb", "--gpus=8", "--nodes=2")
 GOLDENS = {"gke_tpu.txt": (*TPU, "--slices=2", "--service_account=trainer"), "gke_gpu.txt": GPU}
-
-
-# Kinds of calls as regular expressions, and the usual answers to them, names of ANSWERS in order.
-CALLS = {"jobset": "get jobset", "pods": "get pods", "logs": "kubectl logs", "create": "kubectl create"}
-USUAL_ANSWERS = {
-  "jobset": "absent running running completed",
-  "pods": "nothing pod pod_succeeded",
-  "logs": "log more_log",
-  "create": "created",
-}
-
-
-class Cluster:
-  """A kubectl (and docker) whose answers are set by the test."""
-
-  def __init__(self, folder):
-    self.folder = folder
-    (folder / "bin").mkdir()
-    for name in ("kubectl", "docker"):
-      write_program(folder / "bin" / name, f'exec {sys.executable} -S -E {FAKE_CLOUD} {name} "$@"')
-
-  def set_answers(self, **answers):
-    """Set the answers to kinds of calls, from the first one: names of ANSWERS, or lists of names and answers."""
-    entries = []
-    for kind, default in USUAL_ANSWERS.items():
-      given = answers.get(kind, default)
-      names = given.split() if isinstance(given, str) else given
-      entries.append({"call": CALLS[kind], "answers": [ANSWERS[n] if isinstance(n, str) else n for n in names]})
-    text = json.dumps([*entries, {"call": "kubectl (delete|patch)|docker", "answers": [{}]}])
-    run_id = self.manifest(*TPU)["metadata"]["annotations"]["llmjax/run"]
-    (self.folder / "transcript.json").write_text(text.replace("RUN", run_id))
-    for name in ("counts.json", "calls.jsonl"):
-      (self.folder / name).unlink(missing_ok=True)
-
-  def run(self, *words, script=LAUNCH / "gke.py"):
-    result = run_script(script, *words)
-    assert all(call["known"] for call in self.calls()), result[2]
-    return result
-
-  def manifest(self, *words):
-    _, output, _ = self.run(*words, "--dry_run", *TRAIN)
-    return json.loads(re.search(r"<<'MANIFEST'\n(.*)\nMANIFEST", output, re.DOTALL)[1])
-
-  def calls(self):
-    path = self.folder / "calls.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-  def count(self, pattern):
-    return sum(bool(re.search(pattern, " ".join(call["words"]))) for call in self.calls())
 
 
 @pytest.fixture
@@ -89,7 +39,7 @@ def cluster(tmp_path, monkeypatch):
   monkeypatch.setenv("TOKEN", "s3cret")
   monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
   monkeypatch.chdir(tmp_path)
-  return Cluster(tmp_path)
+  return KubernetesCluster(tmp_path, TPU, TRAIN)
 
 
 def run_words(*more):
@@ -100,7 +50,7 @@ def run_words(*more):
 def test_dry_run_output_equals_golden(cluster, name):
   _, output, _ = cluster.run(*GOLDENS[name], "--dry_run", *TRAIN)
   update = f"python3 launch/gke.py {shlex.join([*GOLDENS[name], '--dry_run', *TRAIN])} >tests/testdata/{name}"
-  assert output == (DATA / name).read_text(), f"if the change is intended: {update}"
+  assert output == (TESTDATA / name).read_text(), f"if the change is intended: {update}"
   assert subprocess.run(["bash", "-n"], input=output, text=True).returncode == 0
   assert not cluster.calls() and "s3cret" not in output
 
@@ -211,7 +161,7 @@ def test_pending_reason_and_restarts_are_logged(cluster):
 def test_same_command_attaches_to_the_running_jobset(cluster):
   cluster.set_answers(jobset="running running completed")
   code, _, errors = cluster.run(*run_words())
-  assert code == 0 and "is there" in errors and not cluster.count("create")
+  assert code == 0 and "already exists" in errors and not cluster.count("create")
 
 
 def test_other_command_on_a_running_jobset_is_refused(cluster):
@@ -257,11 +207,11 @@ def test_status_logs_and_delete_call_kubectl(cluster):
     ((*TPU, "--", "train", "--workdir=runs/a"), "gs://BUCKET"),
     ((*TPU, "--topology=4x4x4", *TRAIN), "like 4x4, in chips"),
     ((*TPU, "--accelerator=tpu-v9", *TRAIN), "tpu-v5p-slice"),
-    ((*GPU, "--topology=4x4", *TRAIN), "are those of TPUs"),
+    ((*GPU, "--topology=4x4", *TRAIN), "are for TPUs only"),
     ((*GPU, "--node_selector=a", *TRAIN), "KEY=VALUE"),
     ((*TPU, "--env=ABSENT", *TRAIN), "ABSENT is not set"),
     (("status", "--name=A_b"), "lower-case"),
-    (("image", "--tag=T", "--extra=wandbb"), "wandbb is none of tpu"),
+    (("image", "--tag=T", "--extra=wandbb"), "must be one or more of tpu"),
     (("run", "--name=a", *TRAIN), "--image"),
   ],
 )
@@ -289,15 +239,8 @@ def test_missing_jobset_or_cluster_is_one_line(cluster, answer, expected):
 
 
 def test_image_is_built_from_a_clean_archive(cluster, tmp_path):
-  root = tmp_path / "checkout"
-  (root / "launch").mkdir(parents=True)
-  for name in ("gke.py", "jobset.py", "shipping.py", "command_line.py", "Dockerfile"):
-    shutil.copy(ROOT / "launch" / name, root / "launch")
-  shutil.copy(ROOT / "setup.py", root)
-  git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
-  for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
-    subprocess.run([*git, *words], check=True)
-  commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+  root = make_checkout(tmp_path / "checkout", "")
+  commit = run_git(root, "rev-parse", "HEAD")
   (root / "untracked").touch()
   write_program(
     tmp_path / "bin" / "docker",

@@ -16,30 +16,9 @@ from pathlib import Path
 import pytest
 
 from llmjax.telemetry.curves import CURVES
-from tests.support.launchers import LAUNCH, run_script
+from tests.support.launchers import LAUNCH, ROOT, run_script, write_program
 
-# Print the index and environment of the process, then act as its argument for this process says.
-LLMJAX = r"""#!{python}
-import os, signal, sys, time
-index = int(os.environ["LLMJAX_PROCESS_ID"])
-if os.getsid(0) != os.getpid():
-  print("in the session of the terminal\n", end="", flush=True)
-def handle(number, frame):
-  print(f"received {signal.Signals(number).name}\n", end="", flush=True)
-  time.sleep(0.3)
-  sys.exit(130)
-signal.signal(signal.SIGINT, handle)
-signal.signal(signal.SIGTERM, handle)
-names = ("LLMJAX_COORDINATOR", "LLMJAX_NUM_PROCESSES", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")
-print(" ".join([str(index), *(os.environ.get(name, "-") for name in names)]) + "\n", end="", flush=True)
-print("to stderr\n", end="", file=sys.stderr, flush=True)
-action = sys.argv[1 + index]
-if action == "wait":
-  time.sleep(60)
-elif action == "killed":
-  os.kill(os.getpid(), signal.SIGKILL)
-sys.exit(int(action))
-"""
+FAKE_LLMJAX = ROOT / "tests" / "support" / "fake_llmjax.py"
 
 
 @pytest.fixture
@@ -48,8 +27,7 @@ def venv(tmp_path, monkeypatch):
     monkeypatch.delenv(name, raising=False)
   script = tmp_path / "venv" / "bin" / "llmjax"
   script.parent.mkdir(parents=True)
-  script.write_text(LLMJAX.replace("{python}", sys.executable))
-  script.chmod(0o755)
+  write_program(script, f'exec {sys.executable} {FAKE_LLMJAX} "$@"')
   return tmp_path / "venv"
 
 
@@ -97,14 +75,14 @@ def test_gpus_gives_each_process_one_visible_device(venv, monkeypatch, visible, 
 
 @pytest.mark.parametrize("actions, code", [(("wait", 3), 3), ((2, "wait"), 2), (("wait", "killed"), 137)])
 def test_failed_process_ends_all_with_its_exit_code(venv, actions, code):
-  out, _, ended = finish(launch_with_patience(0.5, "--processes=2", f"--venv={venv}", "--", *actions), wait=20)
+  out, _, ended = finish(launch_with_exit_timeout(0.5, "--processes=2", f"--venv={venv}", "--", *actions), wait=20)
   assert ended == code
   assert "0 127.0.0.1:" in out
 
 
-def launch_with_patience(seconds, *words):
+def launch_with_exit_timeout(seconds, *words):
   """Start the launcher with another time that the other processes have to end."""
-  code = f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import processes; processes.PATIENCE = {seconds}; "
+  code = f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import processes; processes.EXIT_TIMEOUT = {seconds}; "
   words = [str(word) for word in words]
   return subprocess.Popen(
     [sys.executable, "-c", f"{code}sys.exit(processes.main({words!r}))"],
@@ -139,9 +117,9 @@ def test_dry_run_output_pasted_into_a_shell_runs(venv):
 @pytest.mark.parametrize(
   "words, message",
   [
-    (["--processes=0", "--", "train"], "argument --processes: 0 must be a number, 1 or more"),
+    (["--processes=0", "--", "train"], "argument --processes: must be a positive integer, got 0"),
     (["--proc=2", "--", "train"], "required: --processes"),
-    (["--processes=2"], "nothing to run; put it behind --"),
+    (["--processes=2"], "nothing to run. Put"),
     (["--processes=2", "--devices=2", "--gpus", "--", "train"], "not allowed with argument"),
     (["--processes=2", "--venv=/nowhere", "--", "train"], "no llmjax at /nowhere/bin/llmjax"),
   ],

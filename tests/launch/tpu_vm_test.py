@@ -4,7 +4,6 @@ The transcript's answers follow gcloud's documentation (tests/testdata/tpu_vm.js
 installed gcloud. Workers run the real tpu_worker.sh, with a stand-in for llmjax.
 """
 
-import json
 import re
 import runpy
 import shlex
@@ -15,125 +14,19 @@ import sys
 import pytest
 import setuptools
 
-from tests.support.launchers import EXIT_UNKNOWN, FAKE_CLOUD, ROOT, assert_one_line_error, run_script, write_program
+from tests.support.cloud_transcripts import SETUP, TpuCloud
+from tests.support.launchers import EXIT_UNKNOWN, ROOT, assert_one_line_error, make_checkout, run_git
 
-ANSWERS = json.loads((ROOT / "tests" / "testdata" / "tpu_vm.json").read_text())
-SCRIPTS = ("tpu_vm.py", "gcloud.py", "shipping.py", "command_line.py", "tpu_worker.sh")
 FLAGS = ("--name=a", "--zone=us-west4-a", "--poll=0")
 REQUEST = ("run", *FLAGS, "--type=v5litepod-16")
 TRAIN = ("train", "--config=quick", "--workdir=gs://b/a")
 SLOW = ("train", "--config=slow", "--workdir=gs://b/a")
 INTERRUPT = 'kill -INT "$CALLER"'  # Ctrl-C in the terminal of the launcher
 
-# In place of launch/setup.sh and of llmjax. With config=slow, llmjax runs until the home has a file `go`, and takes
-# $SAVING seconds to end after SIGTERM.
-SETUP = """
-setup() {
-  echo "installed $1" >>"$HOME/installations"
-  mkdir -p .venv/bin
-  cat >.venv/bin/llmjax <<'LLMJAX'
-#!/usr/bin/env bash
-echo "started $*" | tee -a "$HOME/runs"
-echo "token ${TOKEN:-none} slice ${MEGASCALE_SLICE_ID:-none}/${MEGASCALE_NUM_SLICES:-1} $MEGASCALE_COORDINATOR_ADDRESS"
-trap 'sleep "${SAVING:-0}"; echo saved; exit 130' TERM
-case "$*" in
-  *config=bad*) echo 'llmjax: a mistake' >&2; exit 2 ;;
-  *config=slow*) until [ -e "$HOME/go" ]; do sleep 0.05; done ;;
-esac
-echo done
-LLMJAX
-  chmod +x .venv/bin/llmjax
-}
-"""
-
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-  """A git checkout of the TPU VM launcher and setup.py."""
-  root = tmp_path_factory.mktemp("checkout")
-  (root / "launch").mkdir()
-  for name in SCRIPTS:
-    shutil.copy(ROOT / "launch" / name, root / "launch")
-  shutil.copy(ROOT / "setup.py", root)
-  (root / "launch" / "setup.sh").write_text(SETUP)
-  git(root, "init", "-q")
-  git(root, "add", ".")
-  git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "all")
-  return root
-
-
-def git(root, *words):
-  return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()
-
-
-# Kinds of calls as regular expressions, and the usual answers to them, names of ANSWERS in order.
-CALLS = {
-  "address": r"tpu-vm describe .*format=value",
-  "describe": "queued-resources describe",
-  "node": "tpu-vm describe",
-  "create": "queued-resources create",
-  "delete": "queued-resources delete",
-  "log": r"tpu-vm ssh .*\.sh log ",
-  "ssh": "tpu-vm ssh",
-  "scp": "tpu-vm scp",
-}
-USUAL_ANSWERS = {
-  "address": "address",
-  "describe": "not_found waiting provisioning active",
-  "node": "ready",
-  "create": "created",
-  "delete": "deleted",
-  "log": "play",
-  "ssh": "play",
-  "scp": "play",
-}
-
-
-class Cloud:
-  """A project of Google Cloud whose answers are set by the test."""
-
-  def __init__(self, folder, checkout):
-    self.folder, self.checkout = folder, checkout
-    for name in ("bin", "worker_bin", "workers"):
-      (folder / name).mkdir()
-    write_program(folder / "bin" / "gcloud", f'exec {sys.executable} -S -E {FAKE_CLOUD} gcloud "$@"')
-    write_program(folder / "worker_bin" / "hostname", 'echo "$WORKER"')
-    write_program(folder / "worker_bin" / "python3.12", "exit 0")
-    write_program(folder / "worker_bin" / "sudo", "exit 1")
-
-  def set_answers(self, *, nodes=("a",), workers=1, **answers):
-    """Set the answers to kinds of calls, from the first one: names of ANSWERS, or lists of names and answers."""
-    entries = []
-    for kind, default in USUAL_ANSWERS.items():
-      given = answers.get(kind, default)
-      names = given.split() if isinstance(given, str) else given
-      entries.append({"call": CALLS[kind], "answers": [ANSWERS[n] if isinstance(n, str) else n for n in names]})
-    (self.folder / "transcript.json").write_text(json.dumps(entries))
-    (self.folder / "counts.json").unlink(missing_ok=True)
-    for node in nodes:
-      for index in range(workers):
-        (self.folder / "workers" / f"{node}-w{index}").mkdir(exist_ok=True)
-
-  def run(self, *words):
-    result = run_script(self.checkout / "launch" / "tpu_vm.py", *words)
-    assert all(call["known"] for call in self.calls()), result[2]
-    return result
-
-  def calls(self):
-    path = self.folder / "calls.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-  def count(self, pattern):
-    return sum(bool(re.search(pattern, " ".join(call["words"]))) for call in self.calls())
-
-  def home(self, worker):
-    return self.folder / "workers" / worker
-
-  def log(self, worker="a-w0"):
-    return (self.home(worker) / ".llmjax" / "log").read_text()
-
-  def num_starts(self, worker="a-w0"):
-    return (self.home(worker) / "runs").read_text().count("started")
+  return make_checkout(tmp_path_factory.mktemp("tpu") / "checkout", SETUP)
 
 
 @pytest.fixture
@@ -142,9 +35,7 @@ def cloud(tmp_path, checkout, monkeypatch):
   monkeypatch.setenv("TOKEN", "s3cret")
   monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
   monkeypatch.chdir(tmp_path)
-  cloud = Cloud(tmp_path, checkout)
-  cloud.set_answers()
-  return cloud
+  return TpuCloud(tmp_path, checkout)
 
 
 def play_before(command):
@@ -161,7 +52,7 @@ def test_run_requests_installs_runs_and_deletes_in_order(cloud):
     *("requesting", "WAITING_FOR_RESOURCES", "PROVISIONING", "active"),
     *("installing", "running", "ended", "deleted"),
   ]
-  commit = git(cloud.checkout, "rev-parse", "HEAD")
+  commit = run_git(cloud.checkout, "rev-parse", "HEAD")
   for worker in ("a-w0", "a-w1"):
     assert (cloud.home(worker) / f"llmjax-{commit}" / ".commit").read_text() == f"{commit}\n"
     assert cloud.num_starts(worker) == 1
@@ -366,7 +257,7 @@ def test_existing_vm_is_used_and_never_deleted(cloud):
 def test_existing_vm_that_is_preempted_is_an_error(cloud):
   cloud.set_answers(node="ready preempted", log="unusable")
   code, _, errors = cloud.run("run", *FLAGS, "--existing", "--", "train", "--config=quick")
-  assert code == EXIT_UNKNOWN and "--existing needs a TPU VM" in errors
+  assert code == EXIT_UNKNOWN and "--existing needs a READY TPU VM" in errors
   assert not cloud.count("queued-resources")
 
 
@@ -382,7 +273,7 @@ def test_lost_connection_reattaches_and_prints_the_log_once(cloud):
 def test_same_command_after_ctrl_c_attaches_to_the_kept_run(cloud):
   cloud.set_answers(describe="active", log=["play", play_before(INTERRUPT)])
   code, _, errors = cloud.run(*REQUEST, "--keep", "--", *SLOW)
-  assert code == 130 and "left running" in errors and "the same command goes on" in errors
+  assert code == 130 and "left running" in errors and "the same command resumes" in errors
   cloud.set_answers(describe="active", log=["play", play_before(f"touch {cloud.home('a-w0')}/go"), "play"])
   code, output, _ = cloud.run(*REQUEST, "--keep", "--", *SLOW)
   assert code == 0 and output.startswith("started") and output.endswith("done\n")
@@ -407,7 +298,7 @@ def test_ctrl_c_waits_for_the_save_then_deletes(cloud):
 
 
 def test_second_ctrl_c_leaves_the_vm_and_prints_the_delete_command(cloud):
-  interrupt = {**ANSWERS["waiting"], "before": INTERRUPT}
+  interrupt = {**cloud.ANSWERS["waiting"], "before": INTERRUPT}
   cloud.set_answers(describe=["not_found", "waiting", interrupt], delete=[{"before": INTERRUPT, "seconds": 30}])
   code, _, errors = cloud.run(*REQUEST, "--", *TRAIN)
   assert code == 130
@@ -446,7 +337,7 @@ def test_delete_deletes_the_request(cloud):
     (("run", *FLAGS, "--type=v9-8", "--", *TRAIN), "v5litepod-N"),
     (("run", *FLAGS, "--", *TRAIN), "needs --type"),
     ((*REQUEST, "--spot", "--reserved", "--", *TRAIN), "not allowed with"),
-    ((*REQUEST, "--extra=wandbb", "--", *TRAIN), "wandbb is none of tpu"),
+    ((*REQUEST, "--extra=wandbb", "--", *TRAIN), "must be one or more of tpu"),
     (("run", "--name=A_b", "--zone=z", "--", *TRAIN), "lower-case"),
     (("run", "--nam=a", "--zone=z", "--", *TRAIN), "--name"),
     (("delete", *FLAGS, "--existing"), "not deleted"),

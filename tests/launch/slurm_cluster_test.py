@@ -2,7 +2,7 @@
 
 The cluster is made in a temporary folder from Debian's packages slurm-wlm and munge, and needs root:
 
-  LLMJAX_SLURM_TEST=install python -m pytest -q tests/slurm_cluster_test.py --tier=full      # installs both if missing
+  LLMJAX_SLURM_TEST=install python -m pytest -q tests/launch/slurm_cluster_test.py --tier=full  # installs both
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from llmjax.telemetry import curves
-from tests.slurm_test import queued, slurm
+from tests.support.fake_slurm import run_queued, run_slurm_script
 from tests.support.launchers import ROOT
 
 pytestmark = pytest.mark.full("clusters")
@@ -243,14 +243,14 @@ def test_real_slurm_requeues_and_runs_resume(cluster, settings, tmp_path):
     "".join(json.dumps({"name": n, "workdir": str(home / n), "arguments": a}) + "\n" for n, a in sweep.items())
   )
   words = ["array", f"--commands={home / 'trials.jsonl'}", f"--folder={home}", "--max_parallel=3"]
-  _, err, code = slurm(*words, *settings)
+  _, err, code = run_slurm_script(*words, *settings)
   assert code == 0, err
-  assert queued(tmp_path, "a b")[0].split() == list(sweep)
+  assert run_queued(tmp_path, "a b")[0].split() == list(sweep)
   [number] = [path.read_text().strip() for path in (home / "slurm").glob("*.job")]
   wait_for(lambda: has_logged(home / "interrupted"))
   cluster.query("scancel", "--signal=TERM", f"{number}_2")  # as at the end of the time limit: only the tasks get it
   wait_for(lambda: has_logged(home / "cancelled"))
-  assert "cancelled" in queued(tmp_path, "a b")[0].split()
+  assert "cancelled" in run_queued(tmp_path, "a b")[0].split()
   cluster.query("scancel", f"{number}_1")
 
   # Meanwhile, one process computes the expected result of two.
@@ -262,7 +262,7 @@ def test_real_slurm_requeues_and_runs_resume(cluster, settings, tmp_path):
     stdout=subprocess.DEVNULL,
     check=True,
   )
-  wait_for(lambda: not queued(tmp_path, "a b")[0])
+  wait_for(lambda: not run_queued(tmp_path, "a b")[0])
   assert 0 < resumed_step(home / "interrupted", total) < total and start_numbers(home / "interrupted") == ["1", "2"]
   assert "is queued again" in read_log(home / "interrupted")
   assert start_numbers(home / "wrong") == start_numbers(home / "cancelled") == ["1"]

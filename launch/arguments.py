@@ -1,0 +1,107 @@
+"""Command-line arguments of the launchers: the parser, and flags and checks that several of them share."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from command_line import ROOT
+
+
+class LauncherParser(argparse.ArgumentParser):
+  """Parser that takes only whole names of flags, keeps the lines of its help and raises ValueError."""
+
+  def __init__(self, **options: Any):
+    super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
+
+  def error(self, message: str) -> NoReturn:
+    raise ValueError(f"{message}. See --help")
+
+
+def positive_int(text: str) -> int:
+  """Parse the value of a flag that counts something."""
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
+  return int(text)
+
+
+def extra_names(text: str) -> list[str]:
+  """Parse names of setup.py's extras, separated by commas; pip would ignore an unknown one."""
+  nodes = ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+  values = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg == "extras_require"]
+  names = [ast.literal_eval(key) for value in values if isinstance(value, ast.Dict) for key in value.keys if key]
+  for name in text.split(","):
+    if name not in names:
+      raise argparse.ArgumentTypeError(f"must be one or more of {', '.join(names)}, got {name}")
+  return text.split(",")
+
+
+# {flag: keywords of add_argument}
+SHARED_FLAGS: dict[str, dict[str, Any]] = {
+  "dirty": {"action": "store_true", "help": "ship uncommitted changes of tracked files"},
+  "dry_run": {"action": "store_true", "help": "print every command and file, and run nothing"},
+  "env": {
+    "action": "append",
+    "default": [],
+    "metavar": "NAME",
+    "help": "environment variable of this shell to pass to the run; repeatable",
+  },
+  "extra": {
+    "type": extra_names,
+    "default": [],
+    "metavar": "NAME[,NAME]",
+    "help": "further extras of setup.py to install, such as wandb",
+  },
+  "follow": {"action": "store_true", "help": "print the log as it grows"},
+  "max_restarts": {"type": int, "default": 100, "help": "restarts after preemptions (default: %(default)s)"},
+  "name": {"required": True, "help": "name of the run in the cloud; several slices are NAME-0, NAME-1, ..."},
+  "no_follow": {"dest": "follow", "action": "store_false", "help": "wait without printing the log"},
+  "nodes": {"type": positive_int, "default": 1, "metavar": "N", "help": "number of nodes (default: %(default)s)"},
+  "poll": {"type": float, "metavar": "SECONDS", "help": "time between two queries (default: %(default)s)"},
+  "service_account": {"help": "account of the run, with access to the bucket"},
+  "slices": {
+    "type": positive_int,
+    "default": 1,
+    "metavar": "N",
+    "help": "TPU slices that run as one (multislice) (default: %(default)s)",
+  },
+  "spot": {"action": "store_true", "help": "cheaper capacity that can be preempted; the run then resumes"},
+  "venv": {"metavar": "DIR", "help": "environment of llmjax (default: .venv beside this folder, else the PATH)"},
+}
+
+
+def add_shared_flags(parser: argparse._ActionsContainer, *names: str, **changes: object) -> None:
+  """Add flags of SHARED_FLAGS; `changes` replace their keywords of add_argument."""
+  for name in names:
+    parser.add_argument(f"--{name}", **{**SHARED_FLAGS[name], **changes})
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Return the launcher's own arguments and those after the first `--`."""
+  index = argv.index("--") if "--" in argv else len(argv)
+  return list(argv[:index]), list(argv[index + 1 :])
+
+
+def check_command(arguments: Sequence[str]) -> None:
+  """Raise ValueError if there is no llmjax command to run."""
+  if not arguments:
+    raise ValueError(
+      "nothing to run. Put llmjax's subcommand and flags after --, such as `-- train --config=gpt:size=nano`"
+    )
+
+
+def check_name(name: str, max_length: int) -> None:
+  """Raise ValueError if the cloud would refuse a name."""
+  if not re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{max_length - 2}}}[a-z0-9])?", name):
+    raise ValueError(
+      f"--name: must be at most {max_length} lower-case letters, digits and hyphens, which start with a letter and do "
+      f"not end with a hyphen, got {name}"
+    )
+
+
+def is_train_without_bucket(arguments: Sequence[str]) -> bool:
+  """Whether the command trains and its workdir is not in a bucket of Google Cloud."""
+  return arguments[0] == "train" and not any(re.match(r"--workdir=gs://.", argument) for argument in arguments)
