@@ -38,11 +38,11 @@ def main() -> None:
 def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> dict[str, float]:
   """Return {metric: agreement with the true labels on the held-out functions}, for every stage."""
   from llmjax.checkpoints.sources import open_path
-  from llmjax.data.sources.tfds import python_stdlib
+  from llmjax.data.sources.tfds import python_stdlib_source
   from llmjax.inference.predict import check_task, predict
   from llmjax.metrics import tasks
 
-  train, held_out = (list(python_stdlib(split, config="package")) for split in ("train", "test"))
+  train, held_out = (list(python_stdlib_source(split, config="package")) for split in ("train", "test"))
   truths = {"train": [r["package"] for r in train], "held_out": [r["package"] for r in held_out]}
   count = arguments.clusters or len(set(truths["train"]))
 
