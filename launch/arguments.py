@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from command_line import ROOT
@@ -56,12 +56,12 @@ SHARED_FLAGS: dict[str, dict[str, Any]] = {
     "help": "further extras of setup.py to install, such as wandb",
   },
   "follow": {"action": "store_true", "help": "print the log as it grows"},
-  "max_restarts": {"type": int, "default": 100, "help": "restarts after preemptions (default: %(default)s)"},
+  "max_restarts": {"type": int, "default": 100, "help": "restarts of a preempted run (default: %(default)s)"},
   "name": {"required": True, "help": "name of the run in the cloud; several slices are NAME-0, NAME-1, ..."},
   "no_follow": {"dest": "follow", "action": "store_false", "help": "wait without printing the log"},
   "nodes": {"type": positive_int, "default": 1, "metavar": "N", "help": "number of nodes (default: %(default)s)"},
   "poll": {"type": float, "metavar": "SECONDS", "help": "time between two queries (default: %(default)s)"},
-  "service_account": {"help": "account of the run, with access to the bucket"},
+  "service_account": {"help": "account of the run, with access to the bucket (default: the cloud's)"},
   "slices": {
     "type": positive_int,
     "default": 1,
@@ -85,12 +85,20 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   return list(argv[:index]), list(argv[index + 1 :])
 
 
-def check_command(arguments: Sequence[str]) -> None:
-  """Raise ValueError if there is no llmjax command to run."""
+def check_command(arguments: Sequence[str], temporary_disk: str = "", alternative: str = "") -> None:
+  """Raise ValueError if there is no llmjax command, or if it trains into a folder that is deleted.
+
+  Args:
+    arguments: Arguments of llmjax.
+    temporary_disk: Why only a bucket survives the run; empty if folders survive.
+    alternative: Another fix than a bucket.
+  """
   if not arguments:
     raise ValueError(
       "nothing to run. Put llmjax's subcommand and flags after --, such as `-- train --config=gpt:size=nano`"
     )
+  if temporary_disk and arguments[0] == "train" and not any(re.match(r"--workdir=gs://.", word) for word in arguments):
+    raise ValueError(f"train: {temporary_disk}. Use --workdir=gs://BUCKET/... {alternative}".rstrip())
 
 
 def check_name(name: str, max_length: int) -> None:
@@ -102,6 +110,11 @@ def check_name(name: str, max_length: int) -> None:
     )
 
 
-def is_train_without_bucket(arguments: Sequence[str]) -> bool:
-  """Whether the command trains and its workdir is not in a bucket of Google Cloud."""
-  return arguments[0] == "train" and not any(re.match(r"--workdir=gs://.", argument) for argument in arguments)
+def add_actions(parser: LauncherParser, actions: Mapping[str, str]) -> dict[str, LauncherParser]:
+  """Add subcommands with descriptions, and their flag --dry_run; return {name: parser}."""
+  subparsers = parser.add_subparsers(dest="action", required=True, metavar="|".join(actions))
+  parsers = {}
+  for name, about in actions.items():
+    parsers[name] = subparsers.add_parser(name, help=about, description=about, epilog=parser.epilog)
+    add_shared_flags(parsers[name], "dry_run")
+  return parsers

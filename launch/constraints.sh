@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes launch/constraints-3.11.txt and launch/constraints-3.13.txt: the newest release of everything that llmjax and its
-# extras need, as exact versions. Run it, then run the tests, then commit both files.
+# Write launch/constraints-3.11.txt and launch/constraints-3.13.txt: exact versions of the newest releases of all
+# dependencies of llmjax and its extras. Run it, then the tests, then commit both files.
 #
 #   bash launch/constraints.sh
 #

@@ -15,16 +15,14 @@ import gcloud
 import kubectl
 import shipping
 from command_line import ROOT
-from gcloud import node_names, on_all_workers, worker_command
+from gcloud import node_names, on_all_workers
 from jobset import jobset_manifest
 
 
 def tpu_vm_dry_run(options: argparse.Namespace) -> Iterator[str]:
   """Yield the commands of tpu_vm.py and comments."""
-  queries = [] if options.existing else [gcloud.describe_request_command(options)]
-  queries += [gcloud.describe_node_command(options, node) for node in node_names(options)]
-  reports = on_all_workers(options, worker_command("report"))
-  stops = on_all_workers(options, worker_command("stop"))
+  queries = gcloud.describe_commands(options)
+  reports, stops = gcloud.worker_commands(options, "report"), gcloud.worker_commands(options, "stop")
   if options.action == "status":
     yield from _commented("state of the VMs and their workers", *queries, *reports)
   elif options.action == "logs":
@@ -43,7 +41,7 @@ def tpu_vm_dry_run(options: argparse.Namespace) -> Iterator[str]:
       yield from _commented("the VMs, unless they exist", gcloud.describe_request_command(options), *creation)
     yield from _commented("repeat until all are ACTIVE and READY", *queries)
     ready = on_all_workers(options, gcloud.ready_command(options, commit))
-    copies = [gcloud.scp_command(options, node, archive, Path(archive).name) for node in node_names(options)]
+    copies = gcloud.scp_commands(options, archive, Path(archive).name)
     install = on_all_workers(options, gcloud.install_command(options, commit))
     yield from _commented("check whether this commit is installed; if not, install it", *ready, *copies, *install)
     yield from _variables_dry_run(options)
@@ -51,7 +49,7 @@ def tpu_vm_dry_run(options: argparse.Namespace) -> Iterator[str]:
     yield from _commented("start the run, unless it is running", *start)
     yield from _commented("its log; repeat from the end of the previous output", gcloud.run_log_command(options, 0))
     yield from _commented("repeat until all workers have ended", *reports)
-    yield from _commented("if the run failed", *on_all_workers(options, worker_command("errors")))
+    yield from _commented("if the run failed", *gcloud.worker_commands(options, "errors"))
     if not (options.keep or options.existing):
       yield from _commented("after Ctrl-C", *stops)
       yield from _commented("at the end, however the run ended", gcloud.delete_request_command(options))

@@ -28,30 +28,13 @@ RUNTIMES = {
   "v6e": "v2-alpha-tpuv6e",
 }
 
-# Our states for those of queued resources (google.cloud.tpu.v2.QueuedResourceState.State) and of nodes (Node.State).
-# `query_state` adds "absent" if there is no such resource, and "unknown" if gcloud fails.
-REQUEST_STATES = {
-  "CREATING": "waiting",
-  "ACCEPTED": "waiting",
-  "WAITING_FOR_RESOURCES": "waiting",
-  "PROVISIONING": "waiting",
-  "ACTIVE": "active",
-  "SUSPENDING": "preempted",
-  "SUSPENDED": "preempted",
+# Our states for those of queued resources (google.cloud.tpu.v2.QueuedResourceState.State) and of nodes (Node.State);
+# all others are "waiting". `query_state` adds "absent" if there is no such resource, and "unknown" if gcloud fails.
+STATES = {
+  **dict.fromkeys(("ACTIVE", "READY"), "active"),
+  **dict.fromkeys(("SUSPENDING", "SUSPENDED", "PREEMPTED", "TERMINATED"), "preempted"),
+  **dict.fromkeys(("STOPPING", "STOPPED"), "stopped"),
   "FAILED": "failed",
-  "DELETING": "deleting",
-}
-NODE_STATES = {
-  "CREATING": "waiting",
-  "STARTING": "waiting",
-  "RESTARTING": "waiting",
-  "REIMAGING": "waiting",
-  "REPAIRING": "waiting",
-  "READY": "active",
-  "STOPPING": "stopped",
-  "STOPPED": "stopped",
-  "PREEMPTED": "preempted",
-  "TERMINATED": "preempted",
   "DELETING": "deleting",
 }
 
@@ -105,8 +88,10 @@ def delete_request_command(options: argparse.Namespace) -> list[str]:
   return gcloud_command(options, "queued-resources", "delete", options.name, "--force")
 
 
-def describe_node_command(options: argparse.Namespace, node: str) -> list[str]:
-  return gcloud_command(options, "tpu-vm", "describe", node, "--format=json")
+def describe_commands(options: argparse.Namespace) -> list[list[str]]:
+  """Return commands that print the states of the queued resource and of its nodes."""
+  nodes = [gcloud_command(options, "tpu-vm", "describe", node, "--format=json") for node in node_names(options)]
+  return nodes if options.existing else [describe_request_command(options), *nodes]
 
 
 def address_command(options: argparse.Namespace) -> list[str]:
@@ -138,12 +123,22 @@ def on_all_workers(options: argparse.Namespace, command: str) -> list[list[str]]
   return [ssh_command(options, node, "all", command) for node in node_names(options)]
 
 
+def scp_commands(options: argparse.Namespace, source: str, target: str) -> list[list[str]]:
+  """Return commands that copy a file to all workers, one for each slice."""
+  return [scp_command(options, node, source, target) for node in node_names(options)]
+
+
 # Commands for the shell of a worker.
 
 
 def worker_command(*words: str, script: str = ".llmjax/worker.sh") -> str:
   """Return the call of a subcommand of tpu_worker.sh."""
   return shlex.join(["bash", script, *words])
+
+
+def worker_commands(options: argparse.Namespace, action: str) -> list[list[str]]:
+  """Return commands that call a subcommand of tpu_worker.sh on all workers."""
+  return on_all_workers(options, worker_command(action))
 
 
 def ready_command(options: argparse.Namespace, commit: str) -> str:
@@ -244,24 +239,19 @@ def run_on_workers(options: argparse.Namespace, commands: Sequence[Sequence[str]
 
 def query_state(options: argparse.Namespace) -> tuple[str, str]:
   """Return the state of the VMs, and Google Cloud's reason for it."""
-  queries = [] if options.existing else [(describe_request_command(options), REQUEST_STATES)]
-  queries += [(describe_node_command(options, node), NODE_STATES) for node in node_names(options)]
   state, reason = "", ""
-  for command, states in queries:
-    state, reason = _describe_state(command, states)
+  for command in describe_commands(options):
+    code, output, errors = run_parallel([command])[0]
+    if code:
+      return ("absent" if "NOT_FOUND" in errors else "unknown"), error_line(errors)
+    details = json.loads(output)["state"]
+    if not isinstance(details, dict):  # of a node
+      details = {"state": details}
+    error = details.get("failedData", {}).get("error", {}).get("message", "")
+    state, reason = STATES.get(details["state"], "waiting"), error or details["state"]
     if state != "active":
       break
   return state, reason
-
-
-def _describe_state(command: Sequence[str], states: dict[str, str]) -> tuple[str, str]:
-  code, output, errors = run_parallel([command])[0]
-  if code:
-    return ("absent" if "NOT_FOUND" in errors else "unknown"), error_line(errors)
-  state = json.loads(output)["state"]
-  details = state if isinstance(state, dict) else {"state": state}
-  error = details.get("failedData", {}).get("error", {}).get("message", "")
-  return states.get(details["state"], "waiting"), error or details["state"]
 
 
 def error_line(errors: str) -> str:

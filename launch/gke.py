@@ -24,10 +24,10 @@ import kubectl
 import shipping
 from arguments import (
   LauncherParser,
+  add_actions,
   add_shared_flags,
   check_command,
   check_name,
-  is_train_without_bucket,
   positive_int,
   split_arguments,
 )
@@ -247,32 +247,28 @@ GKE_ACTIONS = {
 def parse_gke_flags(argv: Sequence[str]) -> argparse.Namespace:
   own, arguments = split_arguments(argv)
   parser = LauncherParser(prog="gke.py", description=__doc__, epilog=EXAMPLES)
-  actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(GKE_ACTIONS))
-  for action, (_, text) in GKE_ACTIONS.items():
-    subparser = actions.add_parser(action, help=text, description=text, epilog=EXAMPLES)
-    add = subparser.add_argument
-    add_shared_flags(subparser, "dry_run")
-    if action == "image":
-      add("--tag", required=True, help="name of the image: REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax:NAME")
-      add_shared_flags(subparser, "extra", help="extras of setup.py besides gcs: cuda for GPUs (default: tpu), wandb")
-      add_shared_flags(subparser, "dirty")
-    else:
-      add_shared_flags(subparser, "name")
-      add("--namespace", help="namespace (default: that of kubectl's context)")
-      add("--context", help="context of kubectl (default: the current one)")
-      add("--secret", default="", help="existing Secret with the variables of --env (default: one is created)")
-    if action in ("run", "logs"):
-      add_shared_flags(subparser, "follow", default=action == "run")
-    if action == "run":
-      add_shared_flags(subparser, "no_follow", "slices", "nodes", "spot", "service_account", "env")
-      add_shared_flags(subparser, "max_restarts", help="restarts after failures and preemptions (default: %(default)s)")
-      add_shared_flags(subparser, "poll", default=5)
-      add("--image", required=True, help="image that the subcommand `image` has pushed")
-      add("--accelerator", required=True, help=f"{', '.join(TPU_ACCELERATORS)}, or a GPU, such as nvidia-h100-80gb")
-      add("--topology", default="", help="topology of a TPU slice, such as 4x4")
-      add("--chips_per_node", type=positive_int, metavar="N", help="1, 4 or 8 (default: 4, as in multi-host slices)")
-      add("--gpus", type=positive_int, default=8, metavar="N", help="GPUs of each node (default: %(default)s)")
-      add("--node_selector", action="append", default=[], metavar="KEY=VALUE", help="further selector; repeatable")
+  actions = add_actions(parser, {name: about for name, (_, about) in GKE_ACTIONS.items()})
+  for name in ("run", "status", "logs", "delete"):
+    add = actions[name].add_argument
+    add_shared_flags(actions[name], "name")
+    add("--namespace", help="namespace (default: that of kubectl's context)")
+    add("--context", help="context of kubectl (default: the current one)")
+    add("--secret", default="", help="existing Secret with the variables of --env (default: one is created)")
+  add_shared_flags(actions["logs"], "follow")
+  add_shared_flags(actions["run"], "follow", default=True)
+  add_shared_flags(actions["run"], "no_follow", "slices", "nodes", "spot", "service_account", "env", "max_restarts")
+  add_shared_flags(actions["run"], "poll", default=5)
+  add = actions["run"].add_argument
+  add("--image", required=True, help="image that the subcommand `image` has pushed")
+  add("--accelerator", required=True, help=f"{', '.join(TPU_ACCELERATORS)}, or a GPU, such as nvidia-h100-80gb")
+  add("--topology", default="", help="topology of a TPU slice, such as 4x4")
+  add("--chips_per_node", type=positive_int, metavar="N", help="1, 4 or 8 (default: 4, as in multi-host slices)")
+  add("--gpus", type=positive_int, default=8, metavar="N", help="GPUs of each node (default: %(default)s)")
+  add("--node_selector", action="append", default=[], metavar="KEY=VALUE", help="further selector; repeatable")
+  add = actions["image"].add_argument
+  add("--tag", required=True, help="name of the image: REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax:NAME")
+  add_shared_flags(actions["image"], "extra", help="extras of setup.py besides gcs, such as cuda (default: tpu), wandb")
+  add_shared_flags(actions["image"], "dirty")
   options = parser.parse_args(own)
   options.arguments = arguments
   if options.action != "image":
@@ -284,9 +280,7 @@ def parse_gke_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 def check_gke_run(options: argparse.Namespace) -> None:
   """Raise ValueError for flags with which the run would fail later."""
-  check_command(options.arguments)
-  if is_train_without_bucket(options.arguments):
-    raise ValueError("train: needs --workdir=gs://BUCKET/..., since a container's disk is deleted with it")
+  check_command(options.arguments, temporary_disk="a container's disk is deleted with it")
   for selector in options.node_selector:
     if "=" not in selector:
       raise ValueError(f"--node_selector: must be KEY=VALUE, got {selector}")

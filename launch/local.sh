@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains a small GPT on real text on this machine, then shows what has come of it.
+# Train a small GPT on real text on this machine, then print the report.
 #
 #   bash launch/local.sh                                            a nano GPT on the Python library's own source
 #   bash launch/local.sh --config=gpt:size=nano,text=my.txt         on your own text
 #   bash launch/local.sh --config.total_steps=4000                  other settings: arguments go to `llmjax train`
 #
-# Makes .venv and installs what is needed at the first call. Interrupted, the same command goes on where it was.
+# Makes .venv and installs the dependencies at the first call. After an interruption, the same command resumes.
 
 set -euo pipefail
 # shellcheck source=launch/setup.sh
@@ -27,7 +27,7 @@ done
 
 arguments=()
 if [ -z "$workdir" ]; then
-  # Another config gets another folder: a run cannot be continued with another model.
+  # One folder for each config: a run cannot be resumed with another model.
   name="local${config:+-$(printf '%s' "$config" | tr -c 'A-Za-z0-9._=,' '-')}"
   workdir="$ROOT/runs/$name"
   if [ "$PWD" -ef "$ROOT" ]; then workdir="runs/$name"; fi

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: makes .venv and installs llmjax into it, when something has changed since last time.
+# Functions for the other scripts: make .venv and install llmjax into it, if something has changed since the last time.
 # Works with bash 3.2 (macOS), from any folder, in a path with spaces.
 #
-# Dependencies have the versions of launch/constraints-*.txt, so that a release of one cannot break a first run.
-# Environment variables change that:
+# Dependencies have the versions of launch/constraints-*.txt, so that a new release of one cannot break a first run.
+# Environment variables:
 #   LLMJAX_NEWEST=1       installs the newest releases that setup.py allows
-#   LLMJAX_PYTHON=PATH    the Python to make the environment with
-#   LLMJAX_VENV=DIR       the environment, in place of .venv
+#   LLMJAX_PYTHON=PATH    makes the environment with this Python
+#   LLMJAX_VENV=DIR       uses this environment instead of .venv
 
 set -euo pipefail
 
@@ -23,7 +23,7 @@ die() {
 
 supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# The first Python that can run llmjax.
+# find_python: print the first Python that can run llmjax.
 find_python() {
   local candidate
   if [ -n "${LLMJAX_PYTHON:-}" ]; then
@@ -41,7 +41,7 @@ find_python() {
     "install one from your package manager or https://www.python.org/downloads/"
 }
 
-# python_of VERSION: the path of that Python, from PATH or pyenv; fails if neither has it.
+# python_of VERSION: print the path of that Python, from PATH or pyenv; fail if neither has it.
 python_of() {
   local candidate
   for candidate in "$(command -v "python$1")" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/"python$1"; do
@@ -64,7 +64,7 @@ make_venv() {
   supported "$PYTHON" || die "the Python of $VENV does not run or is older than 3.11; remove that folder and run again"
 }
 
-# What this machine needs beyond the CPU, as an argument for pip: "cuda", "jax[cuda12]", "tpu" or "".
+# accelerator: print the extra or requirement for the accelerator of this machine: "cuda", "jax[cuda12]", "tpu" or "".
 accelerator() {
   [ "$(uname -s)" = Linux ] || return 0
   local gpu driver capability
@@ -90,7 +90,7 @@ accelerator() {
   if has_tpu; then echo tpu; fi
 }
 
-# Device files alone could be another card, so Google Cloud must say TPU as well.
+# has_tpu: succeed on a TPU VM. Other cards have such device files too, so the metadata of Google Cloud must agree.
 has_tpu() {
   compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null || return 1
   [ -z "${TPU_NAME:-}${TPU_ACCELERATOR_TYPE:-}${TPU_WORKER_ID:-}" ] || return 0
@@ -98,12 +98,12 @@ has_tpu() {
   curl --silent --fail --max-time 2 --header 'Metadata-Flavor: Google' "$metadata" >/dev/null 2>&1
 }
 
-# The file of exact versions for this environment's Python.
+# constraints: print the file of exact versions for this environment's Python.
 constraints() {
   "$PYTHON" -c 'import sys; print("launch/constraints-3.%d.txt" % (11 if sys.version_info < (3, 12) else 13))'
 }
 
-# install EXTRA: llmjax itself, editable, with an extra of setup.py, another requirement, or nothing more.
+# install EXTRA: install llmjax, editable, with an extra of setup.py, another requirement, or nothing.
 install() {
   local extra="$1" stamp now requirements files=(setup.py)
   case "$extra" in
@@ -136,7 +136,7 @@ print(sys.version, *sys.argv[1:3], *digests)' "$ROOT" "$extra" "${files[@]}")"
   fi
 }
 
-# setup EXTRA: an environment that is ready to be used.
+# setup EXTRA: make the environment and install llmjax with the extra.
 setup() (
   cd "$ROOT"
   make_venv

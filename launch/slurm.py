@@ -19,11 +19,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import shipping
-from arguments import LauncherParser, add_shared_flags, check_command, positive_int, split_arguments
+from arguments import LauncherParser, add_actions, add_shared_flags, check_command, positive_int, split_arguments
 from batch_script import Code, SlurmTrial, batch_script
 from command_line import ROOT, OutcomeUnknown, find_llmjax, run_main, run_program
 
@@ -42,17 +42,9 @@ examples:
   python3 launch/slurm.py cancel --folder=/shared/sweep"""
 
 # States of a job that has not ended.
-ACTIVE_STATES = {
-  "PENDING",
-  "CONFIGURING",
-  "RUNNING",
-  "SUSPENDED",
-  "STOPPED",
-  "COMPLETING",
-  "REQUEUED",
-  "RESIZING",
-  "SIGNALING",
-}
+ACTIVE_STATES = frozenset(
+  "PENDING CONFIGURING RUNNING SUSPENDED STOPPED COMPLETING REQUEUED RESIZING SIGNALING".split()
+)
 
 
 # Commands and files, which --dry_run prints.
@@ -264,24 +256,24 @@ def read_trials(path: str) -> list[SlurmTrial]:
 # Subcommands.
 
 
-def submit_run(options: argparse.Namespace, command: Sequence[str]) -> int:
+def submit_run(options: argparse.Namespace) -> int:
   workdir = Path(options.workdir).absolute()
-  check_command(command)
-  trial = SlurmTrial(workdir.name, str(workdir), absolute_arguments(command, workdir))
+  check_command(options.arguments)
+  trial = SlurmTrial(workdir.name, str(workdir), absolute_arguments(options.arguments, workdir))
   return submit_trials(options, [trial], workdir, is_array=False)
 
 
-def submit_array(options: argparse.Namespace, command: Sequence[str]) -> int:
+def submit_array(options: argparse.Namespace) -> int:
   return submit_trials(options, read_trials(options.commands), Path(options.folder).absolute(), is_array=True)
 
 
-def print_queued(options: argparse.Namespace, command: Sequence[str]) -> int:
+def print_queued(options: argparse.Namespace) -> int:
   for name in queued_trials(Path(options.folder).absolute(), options.dry_run):
     print(name)
   return 0
 
 
-def cancel_jobs(options: argparse.Namespace, command: Sequence[str]) -> int:
+def cancel_jobs(options: argparse.Namespace) -> int:
   folder = Path(options.folder).absolute()
   queued = queued_trials(folder, options.dry_run)
   submitted = submitted_jobs(folder)
@@ -303,62 +295,48 @@ def gpus_of_node(text: str) -> str:
   return text
 
 
-def make_slurm_parser() -> LauncherParser:
+SLURM_ACTIONS = {
+  "submit": (submit_run, "submit one run: flags, then -- and the arguments of llmjax"),
+  "array": (submit_array, "submit the trials of a sweep as an array"),
+  "queued": (print_queued, "print the names of pending and running trials, one a line"),
+  "cancel": (cancel_jobs, "cancel pending and running jobs"),
+}
+
+
+def parse_slurm_flags(argv: Sequence[str]) -> argparse.Namespace:
+  own, arguments = split_arguments(argv)
   parser = LauncherParser(prog="slurm.py", description=__doc__, epilog=EXAMPLES)
-  commands = parser.add_subparsers(dest="action", required=True, metavar="submit|array|queued|cancel")
-
-  def add_command(
-    function: Callable[[argparse.Namespace, Sequence[str]], int], name: str, about: str
-  ) -> LauncherParser:
-    subparser: LauncherParser = commands.add_parser(name, help=about, description=about)
-    subparser.set_defaults(function=function)
-    add_shared_flags(subparser, "dry_run")
-    return subparser
-
-  one = add_command(submit_run, "submit", "Submit one run: flags, then -- and the arguments of llmjax.")
-  one.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run, which all nodes see")
-  many = add_command(submit_array, "array", "Submit the trials of a sweep as an array.")
-  many.add_argument(
-    "--commands", required=True, metavar="FILE", help='lines {"name": ..., "workdir": ..., "arguments": [...]}'
-  )
-  many.add_argument("--folder", required=True, metavar="DIR", help="folder of the sweep, which all nodes see")
-  many.add_argument(
-    "--max_parallel", type=positive_int, default=4, metavar="N", help="trials at a time (default: %(default)s)"
-  )
-  for subparser in (one, many):
-    add = subparser.add_argument
-    add_shared_flags(subparser, "nodes", "venv", "dirty")
-    add_shared_flags(subparser, "name", required=False, help="name of the job (default: that of the folder)")
-    add_shared_flags(
-      subparser, "env", help="environment variable of this shell to pass to the job; ALL passes all; repeatable"
-    )
-    add_shared_flags(subparser, "poll", default=5)
+  actions = add_actions(parser, {name: about for name, (_, about) in SLURM_ACTIONS.items()})
+  actions["submit"].add_argument("--workdir", required=True, metavar="DIR", help="folder of the run on a shared disk")
+  for name in ("array", "queued", "cancel"):
+    about = "folder of the sweep on a shared disk" if name == "array" else "--folder of array, or a --workdir"
+    actions[name].add_argument("--folder", required=True, metavar="DIR", help=about)
+  add = actions["array"].add_argument
+  add("--commands", required=True, metavar="FILE", help='lines {"name": ..., "workdir": ..., "arguments": [...]}')
+  add("--max_parallel", type=positive_int, default=4, metavar="N", help="trials at a time (default: %(default)s)")
+  for name in ("submit", "array"):
+    add = actions[name].add_argument
+    add_shared_flags(actions[name], "nodes", "venv", "dirty")
+    add_shared_flags(actions[name], "name", required=False, help="name of the job (default: that of the folder)")
+    add_shared_flags(actions[name], "env", help="variable of this shell to pass to the job; ALL passes all; repeatable")
+    add_shared_flags(actions[name], "poll", default=5)
     add("--processes_per_node", type=positive_int, default=1, metavar="N", help="1, or the number of GPUs")
     add("--gpus_per_node", type=gpus_of_node, metavar="[TYPE:]N", help="GPUs of each node")
     add("--cpus_per_task", type=positive_int, metavar="N", help="CPUs of each process")
-    for name in ("time", "partition", "account", "qos", "constraint", "mem"):
-      add(f"--{name}", metavar=name.upper(), help=f"sbatch's --{name}")
+    for flag in ("time", "partition", "account", "qos", "constraint", "mem"):
+      add(f"--{flag}", metavar=flag.upper(), help=f"sbatch's --{flag}")
     add("--sbatch", action="append", default=[], metavar="FLAG", help="any other flag of sbatch; repeatable")
-    add("--ship", metavar="DIR", help="folder that all nodes see; install in DIR/COMMIT and run from there")
-    add(
-      "--setup",
-      metavar="EXTRA",
-      help="extra that --ship installs: cuda, cuda,wandb, jax[cuda12], or empty (default: cuda with GPUs)",
-    )
+    add("--ship", metavar="DIR", help="folder on a shared disk; install in DIR/COMMIT and run from there")
+    add("--setup", metavar="EXTRA", help="what --ship installs: cuda, cuda,wandb, jax[cuda12] or '' (default: by GPUs)")
     add("--wait", action="store_true", help="wait until the job has ended, and return its exit code")
-  for function, name, about in (
-    (print_queued, "queued", "Print the names of pending and running trials, one a line."),
-    (cancel_jobs, "cancel", "Cancel pending and running jobs."),
-  ):
-    subparser = add_command(function, name, about)
-    subparser.add_argument("--folder", required=True, metavar="DIR", help="--folder of array, or a --workdir")
-  return parser
+  options = parser.parse_args(own)
+  options.arguments = arguments
+  return options
 
 
 def main(argv: Sequence[str]) -> int:
-  own, command = split_arguments(argv)
-  options = make_slurm_parser().parse_args(own)
-  return int(options.function(options, command))
+  options = parse_slurm_flags(argv)
+  return SLURM_ACTIONS[options.action][0](options)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ run() {
   if [ "$code" -ne 0 ]; then failed+=("$name"); fi
 }
 
-# install_libtpu: into a folder of its own, which tests/tpu_test.py reads; libtpu beside jax would be used at once.
+# install_libtpu: into a folder of its own, which tests/models/tpu_test.py reads; libtpu beside jax would be used at once.
 install_libtpu() {
   local version
   version="$("$PYTHON" -c 'import importlib.metadata, re

@@ -23,29 +23,10 @@ from typing import NoReturn
 
 import gcloud
 import shipping
-from arguments import (
-  LauncherParser,
-  add_shared_flags,
-  check_command,
-  check_name,
-  is_train_without_bucket,
-  split_arguments,
-)
+from arguments import LauncherParser, add_actions, add_shared_flags, check_command, check_name, split_arguments
 from command_line import MAX_TRIES, ROOT, OutcomeUnknown, pauses, print_status, run_main
 from dry_run import tpu_vm_dry_run
-from gcloud import (
-  LOG_CHUNK,
-  RUNTIMES,
-  STATE_MARK,
-  VmsLost,
-  VmsNotOurs,
-  error_line,
-  node_names,
-  on_all_workers,
-  query_state,
-  run_on_workers,
-  worker_command,
-)
+from gcloud import VmsLost, error_line, on_all_workers, query_state, run_on_workers, worker_commands
 
 EXAMPLES = """examples:
   python3 launch/tpu_vm.py run --name=a --zone=us-west4-a --type=v5litepod-16 --spot -- \\
@@ -97,7 +78,7 @@ def run_on_vms(options: argparse.Namespace) -> int:
         f"{options.name}: was lost {options.max_restarts + 1} times, with --max_restarts={options.max_restarts}. Run "
         "the same command to resume"
       )
-    except (VmsNotOurs, ValueError):  # there are no VMs of this run to delete
+    except (gcloud.VmsNotOurs, ValueError):  # there are no VMs of this run to delete
       keep = True
       raise
     except KeyboardInterrupt:
@@ -143,7 +124,7 @@ def acquire_vms(options: argparse.Namespace) -> None:
   """Request the VMs unless they exist, and wait until they are active."""
   state, reason = query_state(options)
   if state == "unknown":
-    raise VmsNotOurs(f"{options.name}: gcloud does not report whether it exists ({reason})")
+    raise gcloud.VmsNotOurs(f"{options.name}: gcloud does not report whether it exists ({reason})")
   if options.existing and state != "active":
     raise_permanent_failure(options, state, reason)
   if state in ("preempted", "failed", "deleting"):
@@ -202,7 +183,7 @@ def install_on_workers(options: argparse.Namespace, archive: Path, commit: str) 
   if any(code for code, _, _ in gcloud.run_parallel(on_all_workers(options, gcloud.ready_command(options, commit)))):
     print_status(f"{options.name}: installing {commit} on all workers (some minutes)")
     target = f"llmjax-{commit}.tar.gz"
-    run_on_workers(options, [gcloud.scp_command(options, n, str(archive), target) for n in node_names(options)])
+    run_on_workers(options, gcloud.scp_commands(options, str(archive), target))
     run_on_workers(options, on_all_workers(options, gcloud.install_command(options, commit)))
 
 
@@ -210,7 +191,7 @@ def start_on_workers(options: argparse.Namespace, folder: Path, commit: str, sec
   """Start the run on all workers, except where it is already running."""
   coordinator = run_on_workers(options, [gcloud.address_command(options)])[0].strip() if options.slices > 1 else ""
   copies = []
-  for index, node in enumerate(node_names(options)):
+  for index, node in enumerate(gcloud.node_names(options)):
     variables = {**secrets, **gcloud.slice_variables(options, coordinator, index)}
     path = folder / f"environment-{index}"
     path.touch(mode=0o600)  # scp keeps the mode
@@ -233,13 +214,13 @@ def follow_run(options: argparse.Namespace) -> int | None:
     time.sleep(pause)
   else:
     print_status(f"{options.name}: worker 0 is {first_state} and others are still running; stopping them")
-    run_on_workers(options, on_all_workers(options, worker_command("stop")))
+    run_on_workers(options, worker_commands(options, "stop"))
   if {"lost", "none"} & set(states.values()):
     return None
   codes = [int(state.partition(" ")[2] or 1) for state in [first_state, *states.values()]]
   code = next((code for code in codes if code), 0)
   if code:
-    for output in run_on_workers(options, on_all_workers(options, worker_command("errors"))):
+    for output in run_on_workers(options, worker_commands(options, "errors")):
       print(output, file=sys.stderr, end="")
   return code
 
@@ -250,13 +231,13 @@ def follow_log(options: argparse.Namespace, visible: bool, wait: bool) -> str:
   while True:
     output = run_on_workers(options, [gcloud.run_log_command(options, offset)])[0]
     # gcloud may have connected twice, so that only the part after the last mark counts.
-    head, _, text = output.rpartition(STATE_MARK)[2].partition("\n")
+    head, _, text = output.rpartition(gcloud.STATE_MARK)[2].partition("\n")
     state, chunk = head.partition(" ")[2], os.fsencode(text)
     offset += len(chunk)
     if visible:
       sys.stdout.buffer.write(chunk)
       sys.stdout.flush()
-    if len(chunk) == LOG_CHUNK:
+    if len(chunk) == gcloud.LOG_CHUNK:
       continue
     if state != "running" or not wait:
       return state
@@ -265,8 +246,8 @@ def follow_log(options: argparse.Namespace, visible: bool, wait: bool) -> str:
 
 def worker_states(options: argparse.Namespace) -> dict[str, str]:
   """Return {host name: state} of all workers."""
-  output = "".join(run_on_workers(options, on_all_workers(options, worker_command("report"))))
-  return dict(re.findall(f"{STATE_MARK}(\\S+) (.+)", output))
+  output = "".join(run_on_workers(options, worker_commands(options, "report")))
+  return dict(re.findall(f"{gcloud.STATE_MARK}(\\S+) (.+)", output))
 
 
 def release_vms(options: argparse.Namespace, save_first: bool = False) -> None:
@@ -291,7 +272,7 @@ def release_vms(options: argparse.Namespace, save_first: bool = False) -> None:
 
 def save_and_end(options: argparse.Namespace) -> None:
   """End the run as a preemption would, and wait until all workers have ended; at most SAVE_TIMEOUT seconds."""
-  run_on_workers(options, on_all_workers(options, worker_command("stop")))
+  run_on_workers(options, worker_commands(options, "stop"))
   deadline = time.monotonic() + SAVE_TIMEOUT
   while "running" in worker_states(options).values():
     if time.monotonic() > deadline:
@@ -313,28 +294,27 @@ TPU_VM_ACTIONS = {
 def parse_tpu_vm_flags(argv: Sequence[str]) -> argparse.Namespace:
   own, arguments = split_arguments(argv)
   parser = LauncherParser(prog="tpu_vm.py", description=__doc__, epilog=EXAMPLES)
-  actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(TPU_VM_ACTIONS))
-  for action, (_, text) in TPU_VM_ACTIONS.items():
-    subparser = actions.add_parser(action, help=text, description=text, epilog=EXAMPLES)
-    add = subparser.add_argument
-    add_shared_flags(subparser, "name", "slices", "dry_run")
+  actions = add_actions(parser, {name: about for name, (_, about) in TPU_VM_ACTIONS.items()})
+  for subparser in actions.values():
+    add_shared_flags(subparser, "name", "slices")
     add_shared_flags(subparser, "poll", default=10)
+    add = subparser.add_argument
     add("--zone", required=True, help="zone of Google Cloud, such as us-west4-a")
     add("--project", help="project of Google Cloud (default: that of gcloud's configuration)")
     add("--existing", action="store_true", help="NAME is an existing TPU VM, which is never deleted")
     add("--internal_ips", action="store_true", help="no external addresses; this machine is in the same network")
-    if action in ("run", "logs"):
-      add_shared_flags(subparser, "follow", default=action == "run")
-    if action == "run":
-      add_shared_flags(subparser, "no_follow", "service_account", "env", "extra", "max_restarts", "dirty")
-      add("--type", help="type of each slice, such as v5litepod-16, v5p-8, v6e-8, v4-8")
-      add("--runtime_version", help="runtime version of the VMs (default: by --type)")
-      add("--network", help="network of the VMs (default: default)")
-      add("--subnetwork", help="subnetwork of the VMs")
-      add("--keep", action="store_true", help="leave the VMs at the end, and the run after Ctrl-C")
-      capacity = subparser.add_mutually_exclusive_group()
-      add_shared_flags(capacity, "spot")
-      capacity.add_argument("--reserved", action="store_true", help="capacity of the project's reservation")
+  add_shared_flags(actions["logs"], "follow")
+  run = actions["run"]
+  add_shared_flags(run, "follow", default=True)
+  add_shared_flags(run, "no_follow", "service_account", "env", "extra", "max_restarts", "dirty")
+  run.add_argument("--type", help="type of each slice, such as v5litepod-16, v5p-8, v6e-8, v4-8")
+  run.add_argument("--runtime_version", help="runtime version of the VMs (default: by --type)")
+  run.add_argument("--network", help="network of the VMs (default: default)")
+  run.add_argument("--subnetwork", help="subnetwork of the VMs")
+  run.add_argument("--keep", action="store_true", help="leave the VMs at the end, and the run after Ctrl-C")
+  capacity = run.add_mutually_exclusive_group()
+  add_shared_flags(capacity, "spot")
+  capacity.add_argument("--reserved", action="store_true", help="capacity of the project's reservation")
   options = parser.parse_args(own)
   options.arguments = arguments
   check_name(options.name, 60)
@@ -347,15 +327,12 @@ def parse_tpu_vm_flags(argv: Sequence[str]) -> argparse.Namespace:
 
 def check_tpu_vm_run(options: argparse.Namespace) -> None:
   """Raise ValueError for flags with which the run would fail later."""
-  check_command(options.arguments)
+  temporary_disk = "" if options.keep or options.existing else "the VMs and their disks are deleted at the end"
+  check_command(options.arguments, temporary_disk, "or use --keep")
   family, _, size = (options.type or "").rpartition("-")
-  if options.type and not (size.isdigit() and (family in RUNTIMES or options.runtime_version)):
-    types = ", ".join(f"{name}-N" for name in RUNTIMES)
+  if options.type and not (size.isdigit() and (family in gcloud.RUNTIMES or options.runtime_version)):
+    types = ", ".join(f"{name}-N" for name in gcloud.RUNTIMES)
     raise ValueError(f"--type: must be {types}, got {options.type}. Other types need --runtime_version too")
-  if is_train_without_bucket(options.arguments) and not (options.keep or options.existing):
-    raise ValueError(
-      "train: needs --workdir=gs://BUCKET/..., since the VMs and their disks are deleted at the end, or --keep"
-    )
 
 
 def main(argv: Sequence[str]) -> int:
