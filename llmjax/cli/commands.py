@@ -16,7 +16,7 @@ from llmjax.distributed import processes
 MAX_SHOWN = 10  # unreadable lines that `predict` prints
 
 
-def train(arguments: argparse.Namespace, rest: list[str]) -> None:
+def train_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   config = load_config(rest)
   start_jax(arguments, config)
   if arguments.dry_run:
@@ -41,7 +41,7 @@ def default_workdir(rest: list[str]) -> str:
   return str(Path("runs") / re.sub(r"[^\w=.,+-]+", "_", path.stem + ("-" + argument if argument else "")))
 
 
-def verify(arguments: argparse.Namespace, rest: list[str]) -> int:
+def verify_command(arguments: argparse.Namespace, rest: list[str]) -> int:
   config = load_config(rest)
   if not re.fullmatch(r"(\d+(,\d+)*)?", arguments.processes):
     raise ConfigError(f"--processes={arguments.processes} must be numbers, such as 2,4")
@@ -62,7 +62,7 @@ def verify(arguments: argparse.Namespace, rest: list[str]) -> int:
   return 0 if verification.verify(config, meshes, counts, rest) else 1
 
 
-def sweep(arguments: argparse.Namespace, rest: list[str]) -> int:
+def sweep_command(arguments: argparse.Namespace, rest: list[str]) -> int:
   from llmjax.sweeps import command
 
   if arguments.admit:
@@ -79,7 +79,7 @@ def list_configs(arguments: argparse.Namespace, rest: list[str]) -> None:
     print(f"{name:<12} {summary}")
 
 
-def evaluate(arguments: argparse.Namespace, rest: list[str]) -> None:
+def evaluate_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   if arguments.model and arguments.data and not (rest or arguments.workdir):
     config, path = None, arguments.model
   elif rest and arguments.workdir and not (arguments.model or arguments.data):
@@ -100,7 +100,7 @@ def terminal_text(text: str) -> str:
   return printable(text) if sys.stdout.isatty() else text
 
 
-def embed(arguments: argparse.Namespace, rest: list[str]) -> None:
+def embed_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax(arguments)
   from llmjax.distributed.sharding import parse_mesh
   from llmjax.inference.embeddings import BATCH_TOKENS, embed_file
@@ -119,7 +119,7 @@ def embed(arguments: argparse.Namespace, rest: list[str]) -> None:
   print(f"wrote {arguments.output}: {count:,} vectors of {width}, their ids to {ids}")
 
 
-def predict(arguments: argparse.Namespace, rest: list[str]) -> None:
+def predict_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax(arguments)
   from llmjax.distributed.sharding import parse_mesh
   from llmjax.inference.embeddings import BATCH_TOKENS
@@ -178,15 +178,15 @@ def export_model(arguments: argparse.Namespace, rest: list[str]) -> None:
 def train_tokenizer(arguments: argparse.Namespace, rest: list[str]) -> None:
   from llmjax.config import build
   from llmjax.data.sources.registry import SOURCES
-  from llmjax.data.tokenizers.base import sample_text_lines
   from llmjax.data.tokenizers.sentencepiece import train_sentencepiece
+  from llmjax.data.tokenizers.training_text import sample_training_texts
 
   source = build({"name": "text", "files": tuple(arguments.input)}, SOURCES, "--input", split="train")
-  Path(arguments.output).write_bytes(train_sentencepiece(sample_text_lines(source), arguments.vocab_size))
+  Path(arguments.output).write_bytes(train_sentencepiece(sample_training_texts(source), arguments.vocab_size))
   print(f"wrote {arguments.output}: use it with --config.data.tokenizer.path={arguments.output}")
 
 
-def report(arguments: argparse.Namespace, rest: list[str]) -> None:
+def report_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   from llmjax.reporting.report import summary, write_report
 
   write_report(arguments.workdir)

@@ -16,7 +16,7 @@ DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BEAM_SEARCH = ("num_beams", "length_penalty", "early_stopping")
 
 
-def generate_text(arguments: argparse.Namespace, rest: list[str]) -> None:
+def generate_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   """Print the continuation of a prompt while it is generated."""
   if "" in arguments.stop:
     raise ConfigError("--stop is empty; give the text to end before, or leave it out")

@@ -16,18 +16,18 @@ from llmjax.distributed.rendezvous import ProcessGroupError
 USER_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 COMMANDS = {
-  "train": commands.train,
-  "verify": commands.verify,
-  "sweep": commands.sweep,
+  "train": commands.train_command,
+  "verify": commands.verify_command,
+  "sweep": commands.sweep_command,
   "configs": commands.list_configs,
-  "evaluate": commands.evaluate,
-  "generate": generate.generate_text,
-  "embed": commands.embed,
-  "predict": commands.predict,
+  "evaluate": commands.evaluate_command,
+  "generate": generate.generate_command,
+  "embed": commands.embed_command,
+  "predict": commands.predict_command,
   "import": commands.import_model,
   "export": commands.export_model,
   "tokenizer": commands.train_tokenizer,
-  "report": commands.report,
+  "report": commands.report_command,
   "checkpoint": commands.inspect_checkpoint,
 }
 CONFIG_COMMANDS = ("train", "evaluate", "verify", "sweep")  # take --config and --config.KEY
