@@ -1,1 +1,1 @@
-"""From sources of records to batches."""
+"""Training data: sources of records, tokenizers, packing into rows, and the pipeline that makes batches."""

@@ -1,1 +1,1 @@
-"""Example data sets."""
+"""Datasets that llmjax makes itself."""

@@ -19,8 +19,8 @@ from llmjax.checkpoints.sources import open_path, with_auto_attention
 from llmjax.config import ConfigError, build, resolve_callable, to_dict
 from llmjax.data import pipeline
 from llmjax.data.sources.base import subsample_bytes
-from llmjax.data.sources.files import expand
-from llmjax.data.sources.tables import fields
+from llmjax.data.sources.paths import expand_files
+from llmjax.data.sources.tables import record_fields
 from llmjax.distributed import processes, sharding
 from llmjax.inference.embeddings import BATCH_TOKENS, contrastive_part
 from llmjax.inference.predict import PredictionSettings, check_task, predict
@@ -30,7 +30,7 @@ from llmjax.models.transformer import MODELS
 from llmjax.objectives.seq2seq import Seq2Seq
 from llmjax.objectives.task import Task
 from llmjax.objectives.weighted_sum import WeightedSum
-from llmjax.storage.digests import file_digest
+from llmjax.storage.cache import file_digest
 from llmjax.training.components import open_source
 from llmjax.training.evals import EVALUATORS, SCHEDULE_KEYS, metric_name
 from llmjax.training.program import Program, make_program
@@ -331,7 +331,7 @@ def evaluate_checkpoint(
 def eval_fingerprint(program: Program, data: str | None) -> str:
   """Of what is measured: the files of `data`, or the config's held-out split."""
   if data is not None:
-    return processes.short_digest([file_digest(path) for path in expand(data, "")])
+    return processes.short_digest([file_digest(path) for path in expand_files(data, "")])
   return open_source(program.config, program.config["data"]["eval"]).fingerprint
 
 
@@ -345,12 +345,12 @@ def data_evals(data: str, objective: Objective, column: str = "text") -> tuple[d
   corpus: dict[str, Any] = {"name": "files", "files": data}
   evals: dict[str, dict[str, Any]] = {"data": {"name": "loss"}}
   if objective.fields != ("text",):
-    corpus |= {"column": None, "columns": tuple(field for field in objective.fields if field in fields(data))}
+    corpus |= {"column": None, "columns": tuple(field for field in objective.fields if field in record_fields(data))}
     if isinstance(objective, Task):
       evals["answers"] = {"name": "answers"}
   part = contrastive_part(objective)
   if part is not None:
-    known = fields(data)
+    known = record_fields(data)
     text = column if column in known else "text"
     wanted = [text if field == "text" else field for field in (part.anchor, *part.views.values())]
     corpus |= {"column": text if text in wanted else part.anchor, "columns": tuple(wanted)}

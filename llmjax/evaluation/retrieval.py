@@ -12,8 +12,8 @@ import numpy as np
 
 from llmjax.config import ConfigError, suggest_name
 from llmjax.data.sources.base import Source
-from llmjax.data.sources.base import files as read_files
-from llmjax.data.sources.tables import fields
+from llmjax.data.sources.registry import files_source
+from llmjax.data.sources.tables import record_fields
 from llmjax.inference.embeddings import contrastive_part, embed_tokens, tokenize
 from llmjax.objectives.contrastive import Contrastive
 from llmjax.training.components import open_source
@@ -188,13 +188,13 @@ def similarity(
 
 def read_scored(files: str, text_a: str, text_b: str, score: str) -> tuple[list[str], np.ndarray]:
   """The n first and then the n second texts of a file's pairs, and their scores Float64[n]."""
-  known = fields(files)
+  known = record_fields(files)
   for key, field in (("text_a", text_a), ("text_b", text_b), ("score", score)):
     if field not in known:
       raise ConfigError(f"{files} has no field {field!r} (evals.*.{key}); {suggest_name(field, known)}")
   first, second, scores = [], [], []
   column = "text" if text_b == "text" else text_a  # what a source calls "text" hides a field of this name
-  for number, record in enumerate(read_files("all", files, column, (text_a, text_b, score)), 1):
+  for number, record in enumerate(files_source("all", files, column, (text_a, text_b, score)), 1):
     try:
       first.append(str(record[text_a]))
       second.append(str(record[text_b]))

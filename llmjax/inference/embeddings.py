@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from llmjax.checkpoints.sources import abstract_params, load, open_path
 from llmjax.config import ConfigError, suggest_name
-from llmjax.data.sources.base import files, source_kind
-from llmjax.data.sources.tables import fields
+from llmjax.data.sources.registry import files_source, source_kind
+from llmjax.data.sources.tables import record_fields
 from llmjax.distributed import processes, sharding
 from llmjax.objectives.contrastive import POOLINGS, Contrastive, pool
 from llmjax.objectives.weighted_sum import WeightedSum
@@ -301,10 +301,10 @@ def read_texts(path: str, column: str | None = None) -> tuple[list[str], list[st
     ids = [str(i) for i in range(len(texts))]
   else:
     column = "text" if column is None else column
-    known = fields(path)
+    known = record_fields(path)
     if column not in known:
       raise ConfigError(f"--input={path} has no field {column!r} (--column); {suggest_name(column, known)}")
-    records = list(files("all", path, column, ["id"] if "id" in known else []))
+    records = list(files_source("all", path, column, ["id"] if "id" in known else []))
     unit, texts = "record", [record["text"] for record in records]
     ids = [str(i if record.get("id") is None else record["id"]) for i, record in enumerate(records)]
   for number, (text, name) in enumerate(zip(texts, ids), 1):

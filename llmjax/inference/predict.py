@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from llmjax.checkpoints.sources import Pretrained, open_path
 from llmjax.config import ConfigError
 from llmjax.data import packing
-from llmjax.data.sources.base import source_kind
-from llmjax.data.sources.files import json_error
+from llmjax.data.sources.paths import json_error
+from llmjax.data.sources.registry import source_kind
 from llmjax.distributed import processes, sharding
 from llmjax.inference.embeddings import BATCH_TOKENS, batches, check_output, in_batches, put_on_mesh, replacing
 from llmjax.inference.generation import generate

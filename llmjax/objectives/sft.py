@@ -41,7 +41,7 @@ class InstructionTuning(Task):
     prompt, response: two fields of text instead, what the user says and what the assistant answers.
     system: the system's message for all chats that have none.
     template: the name of one of the tokenizer's chat templates, or a Jinja source; None is the tokenizer's own, and
-      `chat.DEFAULT` where it has none.
+      `chat.DEFAULT_TEMPLATE` where it has none.
     last_only: of a chat's answers the last alone is learned.
     response_len: tokens that are kept for an answer when it is predicted; None is a quarter of `seq_len`.
   """
@@ -265,7 +265,7 @@ def read_chat(
     ConfigError: the template writes an answer otherwise than behind its generation prompt, or otherwise again when
       more messages follow.
   """
-  names: dict[str, Any] = chat.token_names(tokenizer)
+  names: dict[str, Any] = tokenizer.special_token_names()
 
   def read(count: int, prompt: bool) -> tuple[str, np.ndarray]:
     settings: dict[str, Any] = {"template": template, "add_generation_prompt": prompt}

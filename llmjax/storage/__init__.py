@@ -1,1 +1,1 @@
-"""Paths in buckets, the cache folder, and content digests."""
+"""Paths in buckets, the cache directory, and content digests."""

@@ -1,7 +1,7 @@
-"""Paths on Google Cloud Storage, gs://BUCKET/..., beside local ones, over etils.epath and fsspec (gcsfs).
+"""Paths on Google Cloud Storage, gs://BUCKET/..., and on local disks, through etils.epath and fsspec (gcsfs).
 
-A run's folder is used where it is, but for what is written line by line: objects cannot be appended to, so a `Mirror`
-stands for it. Data and Hugging Face folders are fetched into the cache, once as long as they do not change.
+Checkpoints are written to a bucket directly. Objects cannot be appended to, so log files are written to a local folder
+that a `BucketMirror` uploads. Data files and Hugging Face folders are downloaded to the cache once per generation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from llmjax.config import ConfigError
 from llmjax.storage.cache import cache_dir, content_digest, fill_cache
 
+if TYPE_CHECKING:
+  from fsspec import AbstractFileSystem
+
 SCHEME = "gs://"
-PERIOD = 30.0  # seconds between two uploads of what a run writes
+UPLOAD_INTERVAL_SECONDS = 30.0
+DOWNLOAD_THREADS = 8
+
+ObjectInfo: TypeAlias = Mapping[str, Any]  # a resource of the JSON API: name, type, size, generation, ...
 
 
 def in_bucket(path: str | Path) -> bool:
@@ -30,122 +36,125 @@ def in_bucket(path: str | Path) -> bool:
 
 
 def as_path(path: str | Path) -> Path:
-  """A path: pathlib's where it is local; in a bucket epath's, which stands in for it.
+  """Return a pathlib.Path; for a bucket an epath.Path, which has the same methods.
 
   Raises:
-    ConfigError: the bucket is missing or may not be read, or gcsfs is not installed.
-    ConnectionError: it cannot be reached now.
+    ConfigError: the bucket does not exist or access is denied, or gcsfs is not installed.
+    ConnectionError: the bucket cannot be reached at present.
   """
   if not in_bucket(path):
     return Path(path)
   from etils import epath
 
-  _look(str(path))
-  found: Any = epath.Path(path)
-  return found
+  _check_bucket(str(path))
+  return cast(Path, epath.Path(path))
 
 
 @functools.cache
-def _look(path: str) -> None:
-  """Says what is wrong with a bucket, which epath and fsspec take for a path that does not exist."""
-  files = _files(path)
+def _check_bucket(path: str) -> None:
+  """Raise the error of a bucket that cannot be read, which epath and fsspec report as a path that does not exist."""
+  files = _gcs_filesystem(path)
   with translate_storage_errors(path):
     try:
       files.info(path)
     except FileNotFoundError:
-      files.find(path)  # nothing, or FileNotFoundError where there is no bucket
+      files.find(path)  # raises FileNotFoundError if the bucket does not exist, otherwise returns no objects
 
 
-def _files(path: str) -> Any:
+def _gcs_filesystem(path: str | Path) -> AbstractFileSystem:
   if importlib.util.find_spec("gcsfs") is None:
-    raise ConfigError(f'{path} is in a bucket, which needs gcsfs: pip install "llmjax[gcs]"')
+    raise ConfigError(f'{path}: a path in a bucket needs gcsfs. Run pip install "llmjax[gcs]"')
   import fsspec
 
-  os.environ.setdefault("EPATH_USE_TF", "false")  # one way to a bucket, whether TensorFlow is installed or not
-  # Checkpoints are written past gcsfs, and by other hosts: a listing from before would hide them.
+  os.environ.setdefault("EPATH_USE_TF", "false")  # epath uses gcsfs also if TensorFlow is installed
+  # Orbax and other hosts write objects without gcsfs, so a cached listing would hide them.
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of every failure besides
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # gcsfs logs the traceback of every error that it raises
   return fsspec.filesystem("gcs")
 
 
 @contextlib.contextmanager
 def translate_storage_errors(path: str | Path) -> Iterator[None]:
-  """Around requests about `path`: what goes wrong with one in a bucket is one line, of a ConnectionError where trying
-  again may help, else of a ConfigError."""
+  """Translate storage errors about a path in a bucket to errors of one line.
+
+  Raises:
+    ConnectionError: for errors that may go away on a retry.
+    ConfigError: for all others.
+  """
   try:
     yield
-  except Exception as error:  # gcsfs, aiohttp and google.auth have no class in common
+  except Exception as error:  # gcsfs, aiohttp and google.auth have no base class in common
     if isinstance(error, ConfigError) or not in_bucket(path):
       raise
     from gcsfs.retry import is_retriable
 
-    missing = isinstance(error, FileNotFoundError)
-    reason = "there is no such bucket" if missing else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    is_missing = isinstance(error, FileNotFoundError)
+    reason = "there is no such bucket" if is_missing else f"{type(error).__name__}: {' '.join(str(error).split())}"
     raise (ConnectionError if is_retriable(error) else ConfigError)(
-      f"{path}: {reason}; check the name, the credentials (gcloud auth application-default login, or the machine's "
+      f"{path}: {reason}. Check the name, the credentials (gcloud auth application-default login, or the machine's "
       "service account) and their role in the bucket (Storage Object User)"
     ) from error
 
 
-def fetch_file(pattern: str) -> list[Path]:
-  """Copies in the cache of the objects that a path or glob names, sorted by name; none where there are none.
+def fetch_files(pattern: str) -> list[Path]:
+  """Download the objects that a path or glob in a bucket matches to the cache.
 
-  A copy is of one generation of an object, so a changed object is fetched anew.
+  A cache entry belongs to one generation of an object, so a changed object is downloaded again.
+
+  Returns:
+    The local files, sorted by name; empty if nothing matches.
 
   Raises:
-    ConfigError, ConnectionError: see `place`.
+    ConfigError, ConnectionError: see `as_path`.
   """
-  files = _files(pattern)
+  files = _gcs_filesystem(pattern)
   with translate_storage_errors(pattern):
-    found = files.glob(pattern, detail=True)
+    objects: dict[str, ObjectInfo] = files.glob(pattern, detail=True)
 
-  def copy(name: str) -> Path:
-    facts = found[name]
-    version = content_digest(facts["size"], facts["generation"])
-    return fill_cache(cache_dir() / "buckets" / name / version / Path(name).name, lambda made: _download(facts, made))
+  def fetch_object(name: str) -> Path:
+    info = objects[name]
+    version = content_digest(info["size"], info["generation"])
+    path = cache_dir() / "buckets" / name / version / Path(name).name
+    return fill_cache(path, lambda target: _download_object(info, target))
 
-  with ThreadPoolExecutor(8) as pool:
-    return list(pool.map(copy, sorted(name for name in found if not (_is_folder(found[name]) or _hidden(name)))))
+  def is_visible_file(name: str) -> bool:  # a local glob skips hidden files and folders
+    is_hidden = any(part.startswith(".") for part in name.split("/"))
+    return objects[name]["type"] != "directory" and not is_hidden
+
+  with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
+    return list(pool.map(fetch_object, sorted(filter(is_visible_file, objects))))
 
 
 def fetch_folder(path: str) -> Path:
-  """A copy in the cache of a folder in a bucket; another one where an object in it has changed."""
-  files = _files(path)
+  """Download a folder in a bucket to the cache and return it; a change of any object gives a new cache entry."""
+  files = _gcs_filesystem(path)
   with translate_storage_errors(path):
-    found = files.find(path, detail=True)
+    objects: dict[str, ObjectInfo] = files.find(path, detail=True)
   root = path.removeprefix(SCHEME).rstrip("/")
-  version = content_digest(sorted((name, facts["generation"]) for name, facts in found.items()))
+  version = content_digest(sorted((name, info["generation"]) for name, info in objects.items()))
 
-  def fill(made: Path) -> None:
-    for name, facts in found.items():
-      _download(facts, made / name.removeprefix(root + "/"))
+  def download_all(target: Path) -> None:
+    for name, info in objects.items():
+      _download_object(info, target / name.removeprefix(root + "/"))
 
-  return fill_cache(cache_dir() / "buckets" / root / version, fill)
+  return fill_cache(cache_dir() / "buckets" / root / version, download_all)
 
 
-def _download(facts: Mapping[str, Any], target: Path) -> None:
-  path = SCHEME + facts["name"]
-  logging.getLogger("llmjax").warning("fetching %s (%.1f MB)", path, facts["size"] / 1e6)
+def _download_object(info: ObjectInfo, target: Path) -> None:
+  path = SCHEME + info["name"]
+  logging.getLogger("llmjax").warning("downloading %s (%.1f MB)", path, info["size"] / 1e6)
   target.parent.mkdir(parents=True, exist_ok=True)
   with translate_storage_errors(path):
-    _files(path).get_file(path, str(target))
-    if target.stat().st_size != facts["size"]:
-      raise EOFError("another size arrived than it has; it is being written, or the connection broke")
-
-
-def _is_folder(facts: Mapping[str, Any]) -> bool:
-  return facts["type"] == "directory"
-
-
-def _hidden(name: str) -> bool:
-  """As a local glob sees it."""
-  return any(part.startswith(".") for part in name.split("/"))
+    _gcs_filesystem(path).get_file(path, str(target))
+    size = target.stat().st_size
+    if size != info["size"]:
+      raise EOFError(f"expected {info['size']} bytes, got {size}; it is being written, or the connection broke")
 
 
 def move_folder(source: Path, target: Path) -> None:
-  """Renames a folder. In a bucket it is copied before it is deleted, so that nothing is lost by a cut in between."""
+  """Move a folder. In a bucket it is copied before it is deleted, so an interruption loses nothing."""
   if in_bucket(source):
-    files = _files(str(source))
+    files = _gcs_filesystem(source)
     files.copy(str(source), str(target), recursive=True)
     files.rm(str(source), recursive=True)
   else:
@@ -154,7 +163,11 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def staging_dir(path: Path) -> Path:
-  """A local folder to write what shall be at `path`: that itself, or an empty one in the cache; see `upload`."""
+  """Return a local folder for files that belong at `path`.
+
+  For a local path this is `path` itself. For a path in a bucket it is an empty folder in the cache, which
+  `upload_folder` uploads.
+  """
   if not in_bucket(path):
     return path
   folder = cache_dir() / "scratch" / content_digest(str(path))
@@ -164,18 +177,21 @@ def staging_dir(path: Path) -> Path:
 
 
 def upload_folder(folder: Path, path: Path) -> None:
-  """Brings what is in the scratch folder of `path` there, and removes it; nothing where it is local."""
+  """Upload the staging folder of `path` and delete it; no-op for a local path."""
   if in_bucket(path):
-    _files(str(path)).put(f"{folder}/", f"{path}/", recursive=True)
+    _gcs_filesystem(path).put(f"{folder}/", f"{path}/", recursive=True)
     shutil.rmtree(folder)
 
 
 class BucketMirror:
-  """A local folder that stands for one in a bucket. Every object is written anew, for none can be appended to.
+  """A local folder whose changed files are uploaded to a folder in a bucket, each as a whole.
 
   Args:
-    path: in a bucket.
-    names: what the folder begins with of the objects that are there.
+    path: the folder in the bucket.
+    names: objects to download at the start, if they exist.
+
+  Attributes:
+    folder: the local folder.
   """
 
   def __init__(self, path: Path, names: Iterable[str]):
@@ -183,29 +199,31 @@ class BucketMirror:
     for name in names:
       if (path / name).exists():
         (self.folder / name).write_bytes((path / name).read_bytes())
-    self._uploaded: dict[Path, tuple[int, int]] = {}
+    self._uploaded_versions: dict[Path, tuple[int, int]] = {}  # {file: (size, modification time)}
     self._thread = ThreadPoolExecutor(1)
-    self._last = time.monotonic()
+    self._last_upload = time.monotonic()
 
   def refresh(self) -> None:
-    """Starts to upload what has changed, where that is due; a failure waits for `upload`, which tries again."""
-    if time.monotonic() - self._last > PERIOD:
-      self._last = time.monotonic()
-      self._thread.submit(self._upload)
+    """Upload in a thread if the interval has passed. A failed upload is repeated, and reported, by `upload`."""
+    if time.monotonic() - self._last_upload > UPLOAD_INTERVAL_SECONDS:
+      self._last_upload = time.monotonic()
+      self._thread.submit(self._upload_changed_files)
 
   def upload(self) -> None:
-    """Everything is in the bucket when this returns."""
-    self._thread.submit(self._upload).result()
+    """Upload all changed files before returning."""
+    self._thread.submit(self._upload_changed_files).result()
 
   def close(self) -> None:
+    """Upload all changed files and delete the local folder."""
     self.upload()
     self._thread.shutdown()
     shutil.rmtree(self.folder)
 
-  def _upload(self) -> None:
+  def _upload_changed_files(self) -> None:
     for file in (file for file in self.folder.rglob("*") if file.is_file()):
-      state = file.stat()
-      version = state.st_size, state.st_mtime_ns
-      if self._uploaded.get(file) != version:
-        _files(str(self.path)).put_file(str(file), f"{self.path}/{file.relative_to(self.folder).as_posix()}")
-        self._uploaded[file] = version
+      stat = file.stat()
+      version = stat.st_size, stat.st_mtime_ns
+      if self._uploaded_versions.get(file) != version:
+        relative = file.relative_to(self.folder).as_posix()
+        _gcs_filesystem(self.path).put_file(str(file), f"{self.path}/{relative}")
+        self._uploaded_versions[file] = version

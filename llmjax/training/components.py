@@ -7,8 +7,10 @@ from collections.abc import Callable
 from llmjax.checkpoints.sources import open_path
 from llmjax.config import ConfigError, ConfigTree, build, duration_to_steps
 from llmjax.config.model import ModelConfig
-from llmjax.data.sources.base import SOURCES, Source, parse_split
-from llmjax.data.tokenizers.base import Tokenizer, make_tokenizer
+from llmjax.data.sources.base import Source, parse_split
+from llmjax.data.sources.registry import SOURCES
+from llmjax.data.tokenizers.base import Tokenizer
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.models.transformer import MODELS
 from llmjax.objectives.task import Task
 from llmjax.training.schedules import ToSteps

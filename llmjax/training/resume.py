@@ -8,7 +8,8 @@ from pathlib import Path
 from llmjax.checkpoints.manager import FOLDER, Checkpoints, DamagedCheckpoint
 from llmjax.checkpoints.sources import checkpoint_tokenizer, load_tokenizer
 from llmjax.config import ConfigError, ConfigTree, Json, config_differences
-from llmjax.data.tokenizers.base import Tokenizer, make_tokenizer
+from llmjax.data.tokenizers.base import Tokenizer
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.models.lora import is_adapter
 from llmjax.storage.buckets import in_bucket
 from llmjax.training.early_stopping import EarlyStopping

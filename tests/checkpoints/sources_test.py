@@ -18,7 +18,7 @@ from llmjax.checkpoints.convert import export_folder, import_folder, parse_size
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
 from llmjax.config.model import TransformerConfig
-from llmjax.data.tokenizers.huggingface import from_folder
+from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
 from llmjax.distributed import sharding
 from llmjax.interop import hub, huggingface
 from tests.support.cases import parameters
@@ -66,7 +66,7 @@ def folders(tmp_path_factory):
   root, found = tmp_path_factory.mktemp("folders"), {}
   for kind, shape in SHAPES.items():
     files = DATA / "tokenizers" / kind
-    size = from_folder(files).vocab_size
+    size = tokenizer_from_folder(files).vocab_size
     cfg = TransformerConfig(vocab_size=size, d_model=16, num_heads=2, max_len=64, init_stddev=0.3, d_ff=24, **shape)
     huggingface.write_folder(root / kind, cfg, parameters(cfg)[0], prefer=PREFER.get(kind, kind))
     for file in files.iterdir():
@@ -353,7 +353,7 @@ def test_bad_import_and_export_requests_are_one_line(folders, tmp_path, capsys):
     (["export", f"--model={folder}", f"--output={tmp_path / 'y'}", "--max_shard_size=5XB"], ["5XB", "200MB"]),
     (["export", f"--model={folder}", f"--output={tmp_path / 'y'}", "--dtype=int8"], ["int8", "bfloat16"]),
     (["export", f"--model={folder}", f"--output={tmp_path / 'y'}", "--family=llama"], ["family llama", "model.norm"]),
-    (["generate", f"--model={bare}", "--prompt=x"], ["holds no tokenizer", "tokenizer.json"]),
+    (["generate", f"--model={bare}", "--prompt=x"], ["has no tokenizer", "tokenizer.json"]),
     (
       ["generate", f"--model={folder}", "--prompt=x", "--num_beams=2", "--temperature=1"],
       ["num_beams=2", "temperature"],

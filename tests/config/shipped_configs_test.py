@@ -16,7 +16,7 @@ from llmjax.checkpoints.sources import abstract_params
 from llmjax.config import ConfigError, optional, values
 from llmjax.config import files as cfglib
 from llmjax.config.model import TransformerConfig
-from llmjax.data.tokenizers import base as tokenizers
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.distributed import sharding
 from llmjax.models.transformer import Transformer
 from llmjax.training import components, program, step
@@ -136,7 +136,7 @@ def test_size_loads_with_its_recipe(name):
   ],
 )
 def test_published_recipe_builds(reference):
-  tokenizer = tokenizers.make_tokenizer({"name": "bytes", "mask": True, "sentinels": 100})
+  tokenizer = make_tokenizer({"name": "bytes", "mask": True, "sentinels": 100})
   built = program.make_program(load(reference), tokenizer=tokenizer)
   assert built.learning_rate(built.total_steps // 2) > 0
 

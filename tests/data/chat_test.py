@@ -1,4 +1,4 @@
-"""Chat templates: what Transformers writes with the same ones (testdata/tokenizers), and what they may not do."""
+"""Chat templates give the texts of Transformers (testdata/tokenizers) and are restricted by a sandbox."""
 
 import itertools
 import json
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data.tokenizers import base as tokenizers
 from llmjax.data.tokenizers import chat
-from llmjax.data.tokenizers.huggingface import from_folder
+from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
+from llmjax.data.tokenizers.registry import make_tokenizer, tokenizer_from_files
 
 FOLDERS = Path(__file__).parents[1] / "testdata" / "tokenizers"
 EXPECTED = json.loads((FOLDERS / "expected.json").read_text(encoding="utf-8"))
@@ -19,45 +19,46 @@ WITH_CHAT = [name for name, expected in EXPECTED["folders"].items() if expected[
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def rendered(source, messages=HELLO, **settings):
+def render(source, messages=HELLO, **settings):
   return chat.render_chat({"default": source}, messages, **settings)
 
 
 @pytest.mark.parametrize("name", WITH_CHAT)
-def test_chats_are_what_transformers_writes(name):
-  made = from_folder(FOLDERS / name)
-  again = tokenizers.from_files(made.spec(), made.to_files())
+def test_chat_gives_the_text_and_ids_of_transformers(name):
+  tokenizer = tokenizer_from_folder(FOLDERS / name)
+  again = tokenizer_from_files(tokenizer.spec(), tokenizer.to_files())
   cases = itertools.product((None, EXPECTED["tools"]), EXPECTED["chats"], (False, True))
   for (tools, messages, add), (text, ids) in zip(cases, EXPECTED["folders"][name]["chats"], strict=True):
     settings = {"tools": tools, "add_generation_prompt": add}
-    assert chat.render_chat(made.chat_templates, messages, **settings, **made.token_names) == text
-    got = made.chat(messages, **settings)
+    assert chat.render_chat(tokenizer.chat_templates, messages, **settings, **tokenizer.token_names) == text
+    got = tokenizer.chat(messages, **settings)
     assert got.dtype == np.int32 and got.tolist() == ids == again.chat(messages, **settings).tolist()
 
 
-def test_special_tokens_are_tokens_in_a_chat_and_text_elsewhere():
-  made = from_folder(FOLDERS / "gpt2")
-  [end] = [i for i, name in made.names.items() if name == "<|im_end|>"]
-  assert made.chat(HELLO).tolist().count(end) == 1
-  forged = made.chat([{"role": "user", "content": "a<|im_end|>"}]).tolist()  # as in Transformers; the docstring warns
-  assert forged.count(end) == 2 and end not in made.encode("a<|im_end|>")
+def test_chat_reads_names_of_special_tokens_as_tokens():
+  tokenizer = tokenizer_from_folder(FOLDERS / "gpt2")
+  [end] = [i for i, name in tokenizer.names.items() if name == "<|im_end|>"]
+  assert tokenizer.chat(HELLO).tolist().count(end) == 1
+  # As in Transformers, a message can write special tokens; the docstring of `chat` warns of it.
+  forged = tokenizer.chat([{"role": "user", "content": "a<|im_end|>"}]).tolist()
+  assert forged.count(end) == 2 and end not in tokenizer.encode("a<|im_end|>")
 
 
-def test_a_template_of_several_is_chosen_by_name_by_tools_and_by_default():
+def test_template_is_chosen_by_name_tools_and_default():
   templates = {"default": "d{{ x }}", "tool_use": "t", "rag": "r"}
   assert chat.render_chat(templates, HELLO, x=1) == "d1" and chat.render_chat(templates, HELLO, tools=[{}]) == "t"
   assert chat.render_chat(templates, HELLO, template="rag", tools=[{}]) == "r"
   assert chat.render_chat(templates, HELLO, template="mine {{ messages[0].content }}") == "mine Hello"
   assert chat.render_chat({"rag": "r"}, HELLO, tools=[{}]) == "r"
-  with pytest.raises(ConfigError, match="several chat templates; name one as `template`: a, b"):
+  with pytest.raises(ConfigError, match=r"has several\. Name one as `template`: a, b"):
     chat.render_chat({"a": "", "b": ""}, HELLO)
-  with pytest.raises(ConfigError, match="'rga' is neither Jinja nor one of: default, tool_use, rag"):
+  with pytest.raises(ConfigError, match="must be Jinja or one of default, tool_use, rag, got 'rga'"):
     chat.render_chat(templates, HELLO, template="rga")
 
 
-def test_templates_come_from_files_then_from_the_configuration(tmp_path):
+def test_template_files_are_preferred_to_the_configuration(tmp_path):
   config = {"chat_template": "of the configuration"}
-  made = {
+  contents = {
     "tokenizer.json": (FOLDERS / "llama3" / "tokenizer.json").read_text(encoding="utf-8"),
     "chat_template.json": json.dumps({"chat_template": "of the JSON file"}),
     "tokenizer_config.json": json.dumps(config),
@@ -66,36 +67,36 @@ def test_templates_come_from_files_then_from_the_configuration(tmp_path):
   }
   found = [{"default": "of the JSON file"}, {"default": "of the configuration"}, {"default": "of the file"}]
   found = [{}, *found, {"default": "of the file", "rag": "of another file"}]
-  for (name, content), templates in zip(made.items(), found):
+  for (name, content), templates in zip(contents.items(), found):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content, encoding="utf-8")
-    assert from_folder(tmp_path).chat_templates == templates
-  tokenizer = from_folder(tmp_path)
-  assert tokenizers.from_files(tokenizer.spec(), tokenizer.to_files()).chat_templates == found[-1]
-  with pytest.raises(ConfigError, match="chat_template must be a text, or a list of names and templates, got 7"):
-    chat.read_templates({}, 7)
+    assert tokenizer_from_folder(tmp_path).chat_templates == templates
+  tokenizer = tokenizer_from_folder(tmp_path)
+  assert tokenizer_from_files(tokenizer.spec(), tokenizer.to_files()).chat_templates == found[-1]
+  with pytest.raises(ConfigError, match="chat_template: must be a text, or a list of names and templates, got 7"):
+    chat.read_chat_templates({}, 7)
 
 
-def test_what_templates_may_use():
-  assert rendered("  {% if true %}\n  a\n  {% endif %}\nb\n") == "  a\nb"  # blocks leave no lines behind
+def test_templates_have_the_functions_of_transformers():
+  assert render("  {% if true %}\n  a\n  {% endif %}\nb\n") == "  a\nb"  # blocks leave no lines behind
   loop = (
     "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}"
   )
-  assert rendered(loop) == "013"
-  assert rendered("{{ {'a': '<é>', 'b': [1]} | tojson }}") == '{"a": "<é>", "b": [1]}'
-  assert rendered("{{ {'b': 1, 'a': 2} | tojson(indent=2, sort_keys=true) }}") == '{\n  "a": 2,\n  "b": 1\n}'
-  assert re.fullmatch(r"\d{4}-\d\d-\d\d", rendered("{{ strftime_now('%Y-%m-%d') }}"))
-  assert rendered("{% generation %}{{ messages[0].content }}{% endgeneration %}!") == "Hello!"
-  assert rendered("{% set n = namespace(x=1) %}{% for i in 'ab' %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}") == "3"
-  assert rendered("[{{ bos_token }}{{ missing }}{{ tools }}{{ documents }}]", bos_token="<s>") == "[<s>NoneNone]"
+  assert render(loop) == "013"
+  assert render("{{ {'a': '<é>', 'b': [1]} | tojson }}") == '{"a": "<é>", "b": [1]}'
+  assert render("{{ {'b': 1, 'a': 2} | tojson(indent=2, sort_keys=true) }}") == '{\n  "a": 2,\n  "b": 1\n}'
+  assert re.fullmatch(r"\d{4}-\d\d-\d\d", render("{{ strftime_now('%Y-%m-%d') }}"))
+  assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}!") == "Hello!"
+  assert render("{% set n = namespace(x=1) %}{% for i in 'ab' %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}") == "3"
+  assert render("[{{ bos_token }}{{ missing }}{{ tools }}{{ documents }}]", bos_token="<s>") == "[<s>NoneNone]"
 
 
-def test_absent_values_and_names_of_reasoning():
+def test_messages_lose_none_values_and_get_names_of_reasoning():
   source = "{% for m in messages %}{{ m.keys() | sort | join(',') }};{% endfor %}"
-  assert rendered(source, [{"role": "user", "content": None, "tool_calls": None}]) == "role;"
-  for name in chat.REASONING:
+  assert render(source, [{"role": "user", "content": None, "tool_calls": None}]) == "role;"
+  for name in chat.REASONING_KEYS:
     message = {"role": "assistant", "content": "a", name: "because"}
-    assert rendered("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", [message]) == "becausebecause"
+    assert render("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", [message]) == "becausebecause"
     assert set(message) == {"role", "content", name}
 
 
@@ -110,57 +111,56 @@ def test_absent_values_and_names_of_reasoning():
     "{{ strftime_now.__globals__['datetime'] }}",
   ],
 )
-def test_a_template_is_shut_in(source):
+def test_template_cannot_leave_the_sandbox(source):
   messages = [{"role": "user", "content": "Hello"}]
-  with pytest.raises(ConfigError, match=r"does not take these messages: .*(unsafe|undefined)"):
-    rendered(source, messages)
+  with pytest.raises(ConfigError, match=r"refuses these messages: .*(unsafe|undefined)"):
+    render(source, messages)
   assert messages == HELLO
 
 
 @pytest.mark.parametrize(
   ("source", "messages", "message"),
   [
-    ("{% if %}", HELLO, "the chat template is no Jinja: line 1: "),
-    ("{{ raise_exception('two\nlines') }}", HELLO, "the chat template does not take these messages: two lines"),
-    ("{{ messages[0].content + 1 }}", HELLO, "the chat template does not take these messages: "),
-    ("{{ 1 // 0 }}", HELLO, "the chat template does not take these messages: integer division"),
-    ("{{ messages[0].name.first }}", HELLO, "the chat template does not take these messages: "),
-    ("", [], "a chat needs at least one message"),
-    ("", ["Hello"], r"message 0 \(from 0\) must be a dict with 'role' and 'content', got 'Hello'"),
-    ("", [*HELLO, {"content": "a"}], r"message 1 \(from 0\) must be a dict"),
+    ("{% if %}", HELLO, "chat template: not valid Jinja, line 1: "),
+    ("{{ raise_exception('two\nlines') }}", HELLO, "chat template: refuses these messages: two lines"),
+    ("{{ messages[0].content + 1 }}", HELLO, "chat template: refuses these messages: "),
+    ("{{ 1 // 0 }}", HELLO, "chat template: refuses these messages: integer division"),
+    ("{{ messages[0].name.first }}", HELLO, "chat template: refuses these messages: "),
+    ("", [], "messages: empty. A chat needs at least one"),
+    ("", ["Hello"], r"message 0 \(from 0\): must be a dict with 'role' and 'content', got 'Hello'"),
+    ("", [*HELLO, {"content": "a"}], r"message 1 \(from 0\): must be a dict"),
   ],
 )
-def test_mistakes_are_told_in_one_line(source, messages, message):
+def test_wrong_template_or_messages_are_one_line_error(source, messages, message):
   with pytest.raises(ConfigError, match=message) as caught:
-    rendered(source, messages)
+    render(source, messages)
   assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_a_template_takes_one():
-  made = tokenizers.make_tokenizer({"name": "bytes"})
-  with pytest.raises(ConfigError, match="the tokenizer has no chat template; give one as `template`"):
-    made.chat(HELLO)
-  ids = made.chat(HELLO, template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
-  assert ids.tolist() == made.document("Hello").tolist()
-  with pytest.raises(ConfigError, match="no chat template"):
-    from_folder(FOLDERS / "bert").chat(HELLO)
+def test_tokenizer_without_template_needs_one_as_argument():
+  tokenizer = make_tokenizer({"name": "bytes"})
+  with pytest.raises(ConfigError, match=r"chat template: the tokenizer has none\. Give one in Jinja as `template`"):
+    tokenizer.chat(HELLO)
+  ids = tokenizer.chat(HELLO, template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+  assert ids.tolist() == tokenizer.document("Hello").tolist()
+  with pytest.raises(ConfigError, match="chat template: the tokenizer has none"):
+    tokenizer_from_folder(FOLDERS / "bert").chat(HELLO)
 
 
-def test_a_tokenizer_without_a_template_has_a_plain_one():
-  """It ends an answer with eos; every message is plain text below its role."""
-  made = tokenizers.make_tokenizer({"name": "bytes"})
-  source = chat.template_or_default(made.chat_templates)
-  assert source == chat.DEFAULT == chat.template_or_default({}, "default")
+def test_default_template_is_plain_text_with_eos_after_answers():
+  tokenizer = make_tokenizer({"name": "bytes"})
+  source = chat.template_or_default(tokenizer.chat_templates)
+  assert source == chat.DEFAULT_TEMPLATE == chat.template_or_default({}, "default")
   messages = [*HELLO, {"role": "assistant", "content": "Hi!"}]
-  shown = made.show(made.chat(messages, template=source, add_generation_prompt=True))
+  shown = tokenizer.show(tokenizer.chat(messages, template=source, add_generation_prompt=True))
   assert shown == "<s><|user|>\nHello\n<|assistant|>\nHi!</s>\n<|assistant|>\n"
   assert chat.render_chat({}, messages, template=source) == "<|user|>\nHello\n<|assistant|>\nHi!\n"
   assert chat.template_or_default({"mine": "x{{ y }}"}) == "x{{ y }}"
-  with pytest.raises(ConfigError, match="neither Jinja nor one of: default"):
+  with pytest.raises(ConfigError, match="must be Jinja or one of default, got 'chatml'"):
     chat.template_or_default({}, "chatml")
 
 
-def test_names_of_special_tokens_are_those_that_chats_are_read_with():
-  assert chat.token_names(tokenizers.make_tokenizer({"name": "bytes"})) == {"bos_token": "<s>", "eos_token": "</s>"}
-  made = from_folder(FOLDERS / "llama3")
-  assert chat.token_names(made) == made.token_names
+def test_special_token_names_are_those_of_templates():
+  assert make_tokenizer({"name": "bytes"}).special_token_names() == {"bos_token": "<s>", "eos_token": "</s>"}
+  tokenizer = tokenizer_from_folder(FOLDERS / "llama3")
+  assert tokenizer.special_token_names() == tokenizer.token_names

@@ -13,10 +13,10 @@ import pytest
 from llmjax.config import ConfigError
 from llmjax.data.pipeline import TrainStream, eval_batches, make_plan, merge_cursors, permuted
 from llmjax.data.sources.base import Source, join_sources
-from llmjax.data.tokenizers.characters import bytes_
+from llmjax.data.tokenizers.characters import bytes_tokenizer
 from llmjax.objectives.causal_lm import CausalLM
 
-TOKENIZER = bytes_()
+TOKENIZER = bytes_tokenizer()
 B, L = 4, 16
 
 
@@ -243,7 +243,7 @@ def test_seeds_and_epochs_have_different_orders_and_draws():
 
 
 def test_documents_without_features_are_skipped():
-  tokenizer = bytes_(special=False)
+  tokenizer = bytes_tokenizer(special=False)
   texts = ["", "a", "", "bc", ""]
   some = Source(5, lambda i: {"text": texts[i]}, "some")
   made = TrainStream(some, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
@@ -263,7 +263,7 @@ def test_look_ahead_counts_records_without_features():
   def look(texts, most):
     source = Source(len(texts), lambda i: {"text": texts[i]}, "some")
     settings = {"streams": 1, "seq_len": 3, "seed": 0}
-    return make_plan(source, bytes_(special=False), NextToken(), pack=True, **settings).count_skipped(most)
+    return make_plan(source, bytes_tokenizer(special=False), NextToken(), pack=True, **settings).count_skipped(most)
 
   assert look(["", "ab", "", "bc", ""], 64) == (3, 5)
   assert look([""] * 9 + ["bc"], 2) == (1, 2)

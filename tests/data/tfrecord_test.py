@@ -15,8 +15,8 @@ import pytest
 
 from llmjax.config import ConfigError, build
 from llmjax.data.sources import tfrecord
-from llmjax.data.sources.base import SOURCES
-from llmjax.data.sources.tfrecord import Slice, TFRecords
+from llmjax.data.sources.registry import SOURCES
+from llmjax.data.sources.tfrecord import RecordRange, TFRecords
 from llmjax.storage.cache import cache_dir
 
 SIZES = {"train": 50, "test": 3}  # in four shards and in one
@@ -89,8 +89,8 @@ def test_tfrecord_and_array_record_have_the_same_records(folders, split):
 
 def test_reading_tfds_does_not_import_tensorflow(folders):
   code = f"""
-from llmjax.data.sources.tfds import tfds
-assert len(list(tfds("all", folder={str(folders[1])!r}, text="line"))) == 53
+from llmjax.data.sources.tfds import tfds_source
+assert len(list(tfds_source("all", folder={str(folders[1])!r}, text="line"))) == 53
 import sys
 assert not [m for m in sys.modules if m.split(".")[0] == "tensorflow"]
 """
@@ -109,12 +109,12 @@ def test_prepared_dataset_is_not_prepared_again(folders, home, monkeypatch):
 
 def test_threads_read_more_files_than_stay_open(home, monkeypatch):
   """Several threads open each file for the first time at once."""
-  monkeypatch.setattr(tfrecord, "OPEN_FILES", 3)
+  monkeypatch.setattr(tfrecord, "MAX_OPEN_FILES", 3)
   parts = []
   for i in range(8):
     path = home / f"{i}"
     path.write_bytes(tfrecords([f"{i} {j}".encode() * j for j in range(20)]))
-    parts.append(Slice(path, 20, 2, 18))
+    parts.append(RecordRange(path, 20, 2, 18))
   records, start = TFRecords(parts), threading.Barrier(8)
 
   def read(order):
@@ -132,37 +132,37 @@ def test_threads_read_more_files_than_stay_open(home, monkeypatch):
 def test_index_of_a_file_is_built_once(home, monkeypatch):
   path = home / "file"
   path.write_bytes(tfrecords([b"one", b"", b"three"]))
-  whole = [Slice(path, 3, 0, 3)]
+  whole = [RecordRange(path, 3, 0, 3)]
   records = TFRecords(whole)
   assert [records[i] for i in range(3)] == [b"one", b"", b"three"]
-  monkeypatch.setattr(tfrecord, "walk", None)  # a second scan would fail
+  monkeypatch.setattr(tfrecord, "record_offsets", None)  # a second scan would fail
   assert TFRecords(whole)[2] == b"three"
 
 
 @pytest.mark.parametrize(
   ("damage", "message"),
   [
-    (lambda data: data[:-7], r"file ends after 3 of the 4 records that it should hold; copy"),
-    (lambda data: data[:-21], r"file ends after 3 of the 4 records"),
-    (lambda data: data[:-22], r"file ends after 2 of the 4 records"),
-    (lambda data: data + tfrecords([b"more"]), r"file goes on after the 4 records"),
-    (lambda data: data[:21] + b"\x06" + data[22:], r"file is damaged: the length of record 1, at byte 21, does not"),
-    (lambda data: data[:28] + b"\xff" + data[29:], r"file is damaged: the length of record 1, at byte 21"),
-    (gzip.compress, r"file is compressed; decompress it"),
-    (lambda data: b"", r"file cannot be read"),
+    (lambda data: data[:-7], r"file: must hold 4 records, got 3\. Copy"),
+    (lambda data: data[:-21], r"file: must hold 4 records, got 3"),
+    (lambda data: data[:-22], r"file: must hold 4 records, got 2"),
+    (lambda data: data + tfrecords([b"more"]), r"file: must hold 4 records, got more"),
+    (lambda data: data[:21] + b"\x06" + data[22:], r"file: is damaged: the length of record 1, at byte 21, does not"),
+    (lambda data: data[:28] + b"\xff" + data[29:], r"file: is damaged: the length of record 1, at byte 21"),
+    (gzip.compress, r"file: is compressed\. Decompress it"),
+    (lambda data: b"", r"file: cannot be read"),
   ],
 )
 def test_damaged_file_is_named(home, damage, message):
   path = home / "file"
   path.write_bytes(damage(tfrecords([b"12345"] * 4)))
   with pytest.raises(ConfigError, match=message) as caught:
-    TFRecords([Slice(path, 4, 0, 4)])[0]
+    TFRecords([RecordRange(path, 4, 0, 4)])[0]
   assert "\n" not in str(caught.value) and not list(Path(cache_dir()).glob("tfrecord/*.npy"))
 
 
 def test_broken_tfds_folder_is_one_line_error(folders):
   folder = folders[1]
-  with pytest.raises(ConfigError, match=r"tiny/1\.0\.0 has train, test"):
+  with pytest.raises(ConfigError, match=r"tiny/1\.0\.0 has no split 'validation'.*: train, test$"):
     open_("validation", folder=str(folder))
   shard = folder / "tiny-train.tfrecord-00002-of-00004"
   content = shard.read_bytes()
@@ -174,5 +174,5 @@ def test_broken_tfds_folder_is_one_line_error(folders):
     open_(folder=str(folder))
   info = folder / "dataset_info.json"
   info.write_text(info.read_text().replace('"tfrecord"', '"riegeli"'))
-  with pytest.raises(ConfigError, match=r"stored as riegeli; of TFDS's formats, array_record and tfrecord are read"):
+  with pytest.raises(ConfigError, match=r"must be stored as array_record or tfrecord, got riegeli"):
     open_(folder=str(folder))

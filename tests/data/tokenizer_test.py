@@ -1,3 +1,5 @@
+"""Tokenizers of all kinds: encoding, decoding, special tokens, training, files."""
+
 import itertools
 import json
 import random
@@ -5,10 +7,13 @@ import random
 import numpy as np
 import pytest
 
-from llmjax.config import ConfigError
-from llmjax.data.sources.base import SOURCES, Source, build
-from llmjax.data.tokenizers import base as tokenizers
+from llmjax.config import ConfigError, build
+from llmjax.data.sources.base import Source
+from llmjax.data.sources.registry import SOURCES
+from llmjax.data.tokenizers.base import Tokenizer
+from llmjax.data.tokenizers.registry import make_tokenizer, tokenizer_from_files
 from llmjax.data.tokenizers.sentencepiece import train_sentencepiece
+from llmjax.data.tokenizers.training_text import sample_training_texts
 
 TEXTS = [
   "def f(x):\n    if x:\n        return None\n\treturn x\r\n" * 20,
@@ -28,7 +33,7 @@ KINDS = {
 
 
 def byte_level(folder):
-  """A tokenizer.json in the manner of GPT-2's, with the files that come with it."""
+  """Write a tokenizer.json and a configuration like those of GPT-2, and return the folder."""
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
   model = Tokenizer(models.BPE())
@@ -51,13 +56,13 @@ def tokenizer(request, tmp_path_factory):
   spec, folder = dict(KINDS[request.param]), tmp_path_factory.mktemp("tokenizers")
   if spec.get("path") == "HF":
     spec["path"] = byte_level(folder / "hf")
-  return tokenizers.make_tokenizer(spec, SOURCE, folder)
+  return make_tokenizer(spec, SOURCE, folder)
 
 
-def strange_texts(count=300):
-  """Texts of all of Unicode, weighted towards what breaks tokenizers."""
+def difficult_texts(count=300):
+  """Return texts of all of Unicode, with many characters that are difficult for tokenizers."""
   rng = random.Random(0)
-  awkward = [
+  difficult = [
     *" \t\n\r\0\u2581\u2585\ufffd\ufeff\u2028",
     "  ",
     "\r\n",
@@ -70,55 +75,55 @@ def strange_texts(count=300):
     "🙂",
     "e\u0301",
   ]
-  awkward += [" ⁇ ", "<|endoftext|>", "\U0010ffff", "日本"]
+  difficult += [" ⁇ ", "<|endoftext|>", "\U0010ffff", "日本"]
   draw = [
-    lambda: rng.choice(awkward),
+    lambda: rng.choice(difficult),
     lambda: chr(rng.randrange(32, 127)),
     lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
   ]
-  return ["", *awkward, *("".join(rng.choice(draw)() for _ in range(rng.randrange(30))) for _ in range(count))]
+  return ["", *difficult, *("".join(rng.choice(draw)() for _ in range(rng.randrange(30))) for _ in range(count))]
 
 
-def streamed(tokenizer, ids):
+def stream_all(tokenizer, ids):
   stream = tokenizer.stream()
   return [*(stream.push(int(i)) for i in ids), stream.finish()]
 
 
-def test_any_text_comes_back_and_bytes_are_counted_exactly(tokenizer):
+def test_decode_inverts_encode_and_byte_lengths_are_exact(tokenizer):
   lengths = tokenizer.byte_lengths()
   assert lengths.shape == (tokenizer.vocab_size,) and lengths.dtype == np.int32
-  for text in strange_texts():
+  for text in difficult_texts():
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert tokenizer.decode(ids) == text
     assert lengths[ids].sum() == len(text.encode())
 
 
-def test_a_stream_gives_what_decoding_gives_and_never_half_a_character(tokenizer):
-  for text in strange_texts(100):
-    pieces = streamed(tokenizer, tokenizer.document(text))
+def test_stream_equals_decode_and_returns_whole_characters(tokenizer):
+  for text in difficult_texts(100):
+    pieces = stream_all(tokenizer, tokenizer.document(text))
     assert "".join(pieces) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
   rng = np.random.default_rng(0)
-  for _ in range(100):  # what an untrained model writes: broken UTF-8, special tokens, ids beyond the vocabulary
+  for _ in range(100):  # as from an untrained model: broken UTF-8, special tokens, ids beyond the vocabulary
     ids = rng.integers(0, tokenizer.vocab_size + 9, 20)
-    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+    assert "".join(stream_all(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_offsets_say_which_characters_a_token_stands_for(tokenizer):
-  """Bytes, and tokens that hold parts of characters, have whole characters: the fewest that their bytes are of."""
-  for text in strange_texts():
+def test_offsets_are_the_characters_of_a_token(tokenizer):
+  """Tokens with parts of characters have the fewest whole characters that contain them."""
+  for text in difficult_texts():
     ids, offsets = tokenizer.encode_with_offsets(text)
     assert ids.dtype == offsets.dtype == np.int32 and offsets.shape == (len(ids), 2)
     assert ids.tolist() == tokenizer.encode(text).tolist()
-    owners = [i for i, character in enumerate(text) for _ in character.encode()]  # of each byte of the text, in order
+    owners = [i for i, character in enumerate(text) for _ in character.encode()]  # character of each byte of the text
     stops = np.cumsum([len(tokenizer.pieces[i]) for i in ids])
     for token, (start, stop), end in zip(ids, offsets.tolist(), stops):
       own = owners[end - len(tokenizer.pieces[token]) : end]
       assert (start, stop) == (own[0], own[-1] + 1)
 
 
-def test_documents_begin_and_end_and_prompts_only_begin(tokenizer):
+def test_document_has_bos_and_eos_and_prompt_bos_only(tokenizer):
   ids = tokenizer.encode("a b").tolist()
   bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
   assert tokenizer.document("a b").tolist() == bos + ids + eos
@@ -128,7 +133,7 @@ def test_documents_begin_and_end_and_prompts_only_begin(tokenizer):
   assert all(tokenizer.byte_lengths()[bos + eos] == 0)
 
 
-def test_padding_on_either_side(tokenizer):
+def test_pad_adds_padding_on_either_side(tokenizer):
   texts = ["a", "a longer text", ""]
   for side in ("left", "right"):
     ids, mask = tokenizer.pad(texts, side=side)
@@ -136,120 +141,123 @@ def test_padding_on_either_side(tokenizer):
     for row, real, text in zip(ids, mask, texts):
       assert row[real == 1].tolist() == tokenizer.prompt(text).tolist()
       assert (np.diff(real) >= 0).all() if side == "left" else (np.diff(real) <= 0).all()
-  with pytest.raises(ConfigError, match="side='both' must be 'right' or 'left'"):
+  with pytest.raises(ConfigError, match="side: must be 'right' or 'left', got 'both'"):
     tokenizer.pad(texts, side="both")
 
 
-def test_files_rebuild_it(tokenizer):
+def test_files_rebuild_the_tokenizer(tokenizer):
   spec = json.loads(json.dumps(tokenizer.spec()))
-  again = tokenizers.from_files(spec, tokenizer.to_files())
-  for text in strange_texts(50):
+  again = tokenizer_from_files(spec, tokenizer.to_files())
+  for text in difficult_texts(50):
     assert again.document(text).tolist() == tokenizer.document(text).tolist()
   assert again.to_files() == tokenizer.to_files() and again.byte_lengths().tolist() == tokenizer.byte_lengths().tolist()
   assert again.special.tolist() == tokenizer.special.tolist() and again.names == tokenizer.names
   assert (again.mask_id, again.sentinels) == (tokenizer.mask_id, tokenizer.sentinels)
 
 
-def test_special_tokens_stand_for_no_text(tokenizer):
+def test_special_tokens_have_no_text_and_are_never_encoded(tokenizer):
   special = tokenizer.special
   assert special.shape == (tokenizer.vocab_size,) and special.dtype == bool
   assert (tokenizer.byte_lengths()[special] == 0).all() and tokenizer.decode(np.flatnonzero(special)) == ""
   roles = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id, *tokenizer.sentinels} - {None}
   assert special[list(roles)].all() and set(tokenizer.names) == set(np.flatnonzero(special))
-  for text in strange_texts(50):
+  for text in difficult_texts(50):
     assert not special[tokenizer.encode(text)].any() and tokenizer.show(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("mask", "sentinels"), [(False, 0), (True, 0), (False, 2), (True, 100)])
-def test_extra_tokens_follow_the_vocabulary_in_the_order_of_t5(tmp_path, kind, mask, sentinels):
+def test_extra_tokens_have_the_ids_of_t5(tmp_path, kind, mask, sentinels):
   spec = {k: v for k, v in KINDS[kind].items() if k not in ("mask", "sentinels")}
   if spec.get("path") == "HF":
     spec["path"] = byte_level(tmp_path / "hf")
-  plain = tokenizers.make_tokenizer(spec, SOURCE, tmp_path)
+  plain = make_tokenizer(spec, SOURCE, tmp_path)
   if spec["name"] == "sentencepiece":
-    spec["vocab_size"] += mask + sentinels  # it counts them
-  made = tokenizers.make_tokenizer({**spec, "mask": mask, "sentinels": sentinels}, SOURCE, tmp_path)
-  size = made.vocab_size
-  assert size == plain.vocab_size + mask + sentinels and made.pieces[: plain.vocab_size] == plain.pieces
-  assert made.mask_id == (plain.vocab_size if mask else None)
-  assert made.sentinels == tuple(size - 1 - k for k in range(sentinels))
-  assert [made.names[token] for token in made.sentinels] == [f"<extra_id_{k}>" for k in range(sentinels)]
+    spec["vocab_size"] += mask + sentinels  # includes the extra tokens
+  tokenizer = make_tokenizer({**spec, "mask": mask, "sentinels": sentinels}, SOURCE, tmp_path)
+  size = tokenizer.vocab_size
+  assert size == plain.vocab_size + mask + sentinels and tokenizer.pieces[: plain.vocab_size] == plain.pieces
+  assert tokenizer.mask_id == (plain.vocab_size if mask else None)
+  assert tokenizer.sentinels == tuple(size - 1 - k for k in range(sentinels))
+  assert [tokenizer.names[token] for token in tokenizer.sentinels] == [f"<extra_id_{k}>" for k in range(sentinels)]
   if not mask and not sentinels:
-    assert made.to_files() == plain.to_files()  # those of checkpoints from before there were extra tokens
+    assert tokenizer.to_files() == plain.to_files()  # as in checkpoints from before there were extra tokens
 
 
-def test_special_tokens_are_shown_by_name(tmp_path):
-  made = tokenizers.make_tokenizer({"name": "bytes", "mask": True, "sentinels": 2}, SOURCE)
-  a, b = made.sentinels
-  ids = [*made.prompt("né"), a, *made.encode("d"), made.mask_id, b, made.eos_id, 999]
-  assert made.show(ids) == "<s>né<extra_id_0>d<mask><extra_id_1></s><999>" and made.decode(ids) == "néd"
-  assert made.show(made.encode("é")[:1]) == "\ufffd"
-  known = tokenizers.make_tokenizer({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
+def test_show_writes_special_tokens_by_name(tmp_path):
+  tokenizer = make_tokenizer({"name": "bytes", "mask": True, "sentinels": 2}, SOURCE)
+  a, b = tokenizer.sentinels
+  ids = [*tokenizer.prompt("né"), a, *tokenizer.encode("d"), tokenizer.mask_id, b, tokenizer.eos_id, 999]
+  assert tokenizer.show(ids) == "<s>né<extra_id_0>d<mask><extra_id_1></s><999>" and tokenizer.decode(ids) == "néd"
+  assert tokenizer.show(tokenizer.encode("é")[:1]) == "\ufffd"
+  known = make_tokenizer({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
   assert known.show(known.document("aЖb")) == "<s>a<unk>b</s>" and known.special.sum() == 3
 
 
-def test_the_longer_of_two_names_is_meant():
+def test_chat_reads_the_longer_of_two_special_names():
   names = {97: "<x", 98: "<x>"}
-  made = tokenizers.Tokenizer("own", tuple(bytes([i]) for i in range(128)), lambda t: list(t.encode()), {}, names=names)
-  assert made.chat([{"role": "user"}], template="{{ '<x><x' }}").tolist() == [98, 97]
+  tokenizer = Tokenizer("own", tuple(bytes([i]) for i in range(128)), lambda t: list(t.encode()), {}, names=names)
+  assert tokenizer.chat([{"role": "user"}], template="{{ '<x><x' }}").tolist() == [98, 97]
 
 
 def test_training_is_deterministic_cached_and_quiet(tmp_path, capfd):
-  one = tokenizers.make_tokenizer(KINDS["bpe"], SOURCE, tmp_path / "1")
-  same = tokenizers.make_tokenizer(KINDS["bpe"], SOURCE, tmp_path / "2")
+  one = make_tokenizer(KINDS["bpe"], SOURCE, tmp_path / "1")
+  same = make_tokenizer(KINDS["bpe"], SOURCE, tmp_path / "2")
   assert one.to_files() == same.to_files()
   unread = Source(2, lambda i: pytest.fail("the cache was not used"), "texts")
-  assert tokenizers.make_tokenizer(KINDS["bpe"], unread, tmp_path / "1").to_files() == one.to_files()
-  assert tokenizers.make_tokenizer({**KINDS["bpe"], "vocab_size": 390}, SOURCE, tmp_path / "1").vocab_size == 390
+  assert make_tokenizer(KINDS["bpe"], unread, tmp_path / "1").to_files() == one.to_files()
+  assert make_tokenizer({**KINDS["bpe"], "vocab_size": 390}, SOURCE, tmp_path / "1").vocab_size == 390
   assert capfd.readouterr() == ("", "")
 
 
 def test_indentation_and_line_ends_become_pieces(tmp_path):
-  made = tokenizers.make_tokenizer(KINDS["bpe"], SOURCE, tmp_path)
-  assert b"    " in made.pieces and any(b"\n" in p and len(p) > 1 for p in made.pieces)
-  assert len(made.encode(TEXTS[0])) < len(TEXTS[0]) / 3
+  tokenizer = make_tokenizer(KINDS["bpe"], SOURCE, tmp_path)
+  assert b"    " in tokenizer.pieces and any(b"\n" in p and len(p) > 1 for p in tokenizer.pieces)
+  assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 3
 
 
-def test_a_sample_is_spread_over_the_source():
+def test_sampled_training_texts_are_evenly_spaced():
   texts = [f"{i:04d}" * 25 for i in range(1000)]
-  found = list(tokenizers.sample_text_lines(Source(1000, lambda i: {"text": texts[i]}, "many"), max_bytes=10_000))
+  found = list(sample_training_texts(Source(1000, lambda i: {"text": texts[i]}, "many"), max_bytes=10_000))
   assert len(found) == 100 and found[0] == texts[0] and found[-1] == texts[-1]
-  assert list(tokenizers.sample_text_lines(SOURCE)) == TEXTS
+  assert list(sample_training_texts(SOURCE)) == TEXTS
 
 
-def test_records_without_one_text_are_learned_from_too(tmp_path):
+def test_training_text_may_have_other_fields_than_text(tmp_path):
   source = Source(2, lambda i: {"tokens": ["né", "日本"], "tags": ["O", "B"], "n": i}, "tokens")
-  assert list(tokenizers.sample_text_lines(source)) == ["né 日本\nO B"] * 2
-  made = tokenizers.make_tokenizer({"name": "characters"}, source, tmp_path)
-  assert made.decode(made.encode("né\n本")) == "né\n本"
+  assert list(sample_training_texts(source)) == ["né 日本\nO B"] * 2
+  tokenizer = make_tokenizer({"name": "characters"}, source, tmp_path)
+  assert tokenizer.decode(tokenizer.encode("né\n本")) == "né\n本"
 
 
-def test_characters(tmp_path):
-  made = tokenizers.make_tokenizer({"name": "characters"}, SOURCE, tmp_path)
+def test_characters_tokenizer_has_the_alphabet_of_the_text(tmp_path):
+  tokenizer = make_tokenizer({"name": "characters"}, SOURCE, tmp_path)
   alphabet = sorted(set("".join(TEXTS)))
-  assert made.vocab_size == len(alphabet) and (made.bos_id, made.eos_id) == (None, None)
-  assert made.encode("é日a").tolist() == [alphabet.index(c) for c in "é日a"]
-  assert made.decode(made.encode(TEXTS[1])) == "".join(streamed(made, made.encode(TEXTS[1]))) == TEXTS[1]
-  assert made.byte_lengths()[made.encode(TEXTS[1])].sum() == len(TEXTS[1].encode())
+  assert tokenizer.vocab_size == len(alphabet) and (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+  assert tokenizer.encode("é日a").tolist() == [alphabet.index(c) for c in "é日a"]
+  assert (
+    tokenizer.decode(tokenizer.encode(TEXTS[1]))
+    == "".join(stream_all(tokenizer, tokenizer.encode(TEXTS[1])))
+    == TEXTS[1]
+  )
+  assert tokenizer.byte_lengths()[tokenizer.encode(TEXTS[1])].sum() == len(TEXTS[1].encode())
   with pytest.raises(ConfigError, match=r"'Ж' \(U\+0416, 2 times.*unknown=True"):
-    made.encode("aЖaЖ")
-  known = tokenizers.make_tokenizer({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
+    tokenizer.encode("aЖaЖ")
+  known = make_tokenizer({"name": "characters", "special": True, "unknown": True}, SOURCE, tmp_path)
   assert known.decode(known.document("aЖb")) == "ab" and known.vocab_size == len(alphabet) + 3
-  assert tokenizers.from_files(known.spec(), known.to_files()).document("aЖ").tolist() == known.document("aЖ").tolist()
+  assert tokenizer_from_files(known.spec(), known.to_files()).document("aЖ").tolist() == known.document("aЖ").tolist()
   ids, offsets = known.encode_with_offsets("日Жb")
   assert ids.tolist() == known.encode("日Жb").tolist() and offsets.tolist() == [[0, 1], [1, 2], [2, 3]]
 
 
-def test_the_alphabet_is_that_of_the_whole_text_not_of_the_training_slice(home):
+def test_alphabet_of_a_slice_is_that_of_the_whole_text(home):
   (home / "a.txt").write_text("aaaaaaaaab")
   spec = {"name": "text", "files": str(home / "a.txt"), "records": "chunk", "chunk": 4}
   train = build(spec, SOURCES, "data.corpus", split="[:90%]")
-  assert tokenizers.make_tokenizer({"name": "characters"}, train).decode([0, 1]) == "ab"
+  assert make_tokenizer({"name": "characters"}, train).decode([0, 1]) == "ab"
 
 
-def test_a_tokenizer_for_words(tmp_path):
-  """WordPiece drops capitals and joins words by rules: text is decoded by the library, in windows."""
+def test_word_piece_decodes_by_the_library_in_windows(tmp_path):
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
   words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "un", "##happy", "fox", ",", "##s", "[MASK]"]
@@ -259,28 +267,26 @@ def test_a_tokenizer_for_words(tmp_path):
   model.decoder = decoders.WordPiece()
   model.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
   model.save(str(tmp_path / "tokenizer.json"))
-  made = tokenizers.make_tokenizer({"name": "hf", "path": str(tmp_path / "tokenizer.json")})
-  assert (made.bos_id, made.eos_id, made.pad_id, made.around) == (2, 3, 0, ((2,), (3,)))
-  assert made.document("The unhappy foxs").tolist() == [2, 4, 5, 6, 7, 9, 3]
-  assert made.decode(made.document("The unhappy foxs")) == "the unhappy foxs"
+  tokenizer = make_tokenizer({"name": "hf", "path": str(tmp_path / "tokenizer.json")})
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.single_template) == (2, 3, 0, ((2,), (3,)))
+  assert tokenizer.document("The unhappy foxs").tolist() == [2, 4, 5, 6, 7, 9, 3]
+  assert tokenizer.decode(tokenizer.document("The unhappy foxs")) == "the unhappy foxs"
   for ids in itertools.product(range(len(words)), repeat=4):
-    assert "".join(streamed(made, ids)) == made.decode(ids)
-  assert made.byte_lengths().tolist() == [0, 0, 0, 0, 3, 2, 5, 3, 1, 1, 0]
-  assert (made.unk_id, made.mask_id, made.sentinels) == (1, 10, ())
-  assert np.flatnonzero(made.special).tolist() == [0, 1, 2, 3, 10]
-  assert made.show([2, 4, 10, 6, 9, 3, 0]) == "[CLS]the[MASK]happys[SEP][PAD]"
+    assert "".join(stream_all(tokenizer, ids)) == tokenizer.decode(ids)
+  assert tokenizer.byte_lengths().tolist() == [0, 0, 0, 0, 3, 2, 5, 3, 1, 1, 0]
+  assert (tokenizer.unk_id, tokenizer.mask_id, tokenizer.sentinels) == (1, 10, ())
+  assert np.flatnonzero(tokenizer.special).tolist() == [0, 1, 2, 3, 10]
+  assert tokenizer.show([2, 4, 10, 6, 9, 3, 0]) == "[CLS]the[MASK]happys[SEP][PAD]"
 
-  more = tokenizers.make_tokenizer(
-    {"name": "hf", "path": str(tmp_path / "tokenizer.json"), "mask": True, "sentinels": 2}
-  )
+  more = make_tokenizer({"name": "hf", "path": str(tmp_path / "tokenizer.json"), "mask": True, "sentinels": 2})
   assert (more.mask_id, more.sentinels, more.vocab_size) == (10, (12, 11), 13)
-  assert more.decode([12, 4, 11, 5, 6, 10]) == "".join(streamed(more, [12, 4, 11, 5, 6, 10])) == "the unhappy"
-  again = tokenizers.from_files(more.spec(), more.to_files())
+  assert more.decode([12, 4, 11, 5, 6, 10]) == "".join(stream_all(more, [12, 4, 11, 5, 6, 10])) == "the unhappy"
+  again = tokenizer_from_files(more.spec(), more.to_files())
   assert (again.mask_id, again.sentinels, again.vocab_size) == (10, (12, 11), 13)
 
 
-def test_a_vocabulary_with_sentinels_of_its_own(tmp_path):
-  """A tokenizer.json as T5's is."""
+def test_vocabulary_with_own_sentinels_is_not_extended(tmp_path):
+  """The vocabulary is like that of T5."""
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
   pieces = ["<pad>", "</s>", "<unk>", "▁Thank", "▁you", "▁me", "▁", "<", ">", "_", *"extraid0"]
@@ -291,23 +297,29 @@ def test_a_vocabulary_with_sentinels_of_its_own(tmp_path):
   roles = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
   (tmp_path / "special_tokens_map.json").write_text(json.dumps(roles))
   spec = {"name": "hf", "path": str(tmp_path)}
-  made = tokenizers.make_tokenizer({**spec, "sentinels": 3})
-  size = made.vocab_size
+  tokenizer = make_tokenizer({**spec, "sentinels": 3})
+  size = tokenizer.vocab_size
   assert (
-    made.sentinels == (size - 1, size - 2, size - 3) and made.to_files() == tokenizers.make_tokenizer(spec).to_files()
+    tokenizer.sentinels == (size - 1, size - 2, size - 3) and tokenizer.to_files() == make_tokenizer(spec).to_files()
   )
-  assert (made.bos_id, made.eos_id, made.pad_id, made.unk_id, made.mask_id) == (None, 1, 0, 2, None)
-  ids = [*made.encode("Thank you"), made.sentinels[0], *made.encode("me"), 1]
-  assert made.show(ids) == "Thank you<extra_id_0> me</s>" and made.decode(ids) == "Thank you me"
-  assert not made.special[made.encode("<extra_id_0>")].any()
-  masked = tokenizers.make_tokenizer({**spec, "mask": True, "sentinels": 2})
-  assert masked.mask_id == size and masked.sentinels == made.sentinels
-  with pytest.raises(ConfigError, match="sentinels=4: the vocabulary has 3 of its own"):
-    tokenizers.make_tokenizer({**spec, "sentinels": 4})
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id) == (
+    None,
+    1,
+    0,
+    2,
+    None,
+  )
+  ids = [*tokenizer.encode("Thank you"), tokenizer.sentinels[0], *tokenizer.encode("me"), 1]
+  assert tokenizer.show(ids) == "Thank you<extra_id_0> me</s>" and tokenizer.decode(ids) == "Thank you me"
+  assert not tokenizer.special[tokenizer.encode("<extra_id_0>")].any()
+  masked = make_tokenizer({**spec, "mask": True, "sentinels": 2})
+  assert masked.mask_id == size and masked.sentinels == tokenizer.sentinels
+  with pytest.raises(ConfigError, match="sentinels: the vocabulary has only 3, got 4"):
+    make_tokenizer({**spec, "sentinels": 4})
 
 
-def test_a_sentencepiece_model_made_for_words(tmp_path):
-  """One that puts a space before the first word, as T5's and Llama's do."""
+def test_sentencepiece_model_that_inserts_a_space(tmp_path):
+  """The models of T5 and Llama insert a space before the first word."""
   import io
 
   import sentencepiece as spm
@@ -318,23 +330,27 @@ def test_a_sentencepiece_model_made_for_words(tmp_path):
     byte_fallback=True, minloglevel=2, hard_vocab_limit=False, pad_id=3,
   )  # fmt: skip
   (tmp_path / "words.model").write_bytes(out.getvalue())
-  made = tokenizers.make_tokenizer({"name": "sentencepiece", "path": str(tmp_path / "words.model")})
+  tokenizer = make_tokenizer({"name": "sentencepiece", "path": str(tmp_path / "words.model")})
   text = "The quick 🙂 café  fox"
-  assert made.decode(made.document(text)) == "".join(streamed(made, made.document(text))) == "The quick 🙂 café fox"
-  assert made.pad_id == 3 and made.special[:4].all() and made.special.sum() == 4
+  assert (
+    tokenizer.decode(tokenizer.document(text))
+    == "".join(stream_all(tokenizer, tokenizer.document(text)))
+    == "The quick 🙂 café fox"
+  )
+  assert tokenizer.pad_id == 3 and tokenizer.special[:4].all() and tokenizer.special.sum() == 4
 
   text = "日  ﬁ…🙂 The\u2581fox "  # normalised: spaces that are dropped, one character that becomes two, or three
-  ids, offsets = made.encode_with_offsets(text)
-  assert ids.tolist() == made.encode(text).tolist()
-  stood = [(made.pieces[i].decode(errors="replace").strip(), text[a:b].strip()) for i, (a, b) in zip(ids, offsets)]
+  ids, offsets = tokenizer.encode_with_offsets(text)
+  assert ids.tolist() == tokenizer.encode(text).tolist()
+  stood = [(tokenizer.pieces[i].decode(errors="replace").strip(), text[a:b].strip()) for i, (a, b) in zip(ids, offsets)]
   expected = [("日", "日"), ("f", "ﬁ"), ("i", "ﬁ"), *[(".", "…")] * 3, *[("\ufffd", "🙂")] * 4, ("fox", "fox")]
   assert [pair for pair in stood if pair in expected] == expected
-  assert (np.diff(offsets, axis=0) >= 0).all() and made.encode_with_offsets("")[1].shape == (0, 2)
+  assert (np.diff(offsets, axis=0) >= 0).all() and tokenizer.encode_with_offsets("")[1].shape == (0, 2)
 
-  more = tokenizers.make_tokenizer({"name": "sentencepiece", "path": str(tmp_path / "words.model"), "sentinels": 2})
-  assert more.vocab_size == made.vocab_size + 2
+  more = make_tokenizer({"name": "sentencepiece", "path": str(tmp_path / "words.model"), "sentinels": 2})
+  assert more.vocab_size == tokenizer.vocab_size + 2
   ids = [*more.encode("The quick"), more.sentinels[0], *more.encode("fox"), more.eos_id, more.sentinels[1]]
-  assert more.decode(ids) == "".join(streamed(more, ids)) == "The quick fox"
+  assert more.decode(ids) == "".join(stream_all(more, ids)) == "The quick fox"
   assert more.show(ids) == "The quick<extra_id_0> fox</s><extra_id_1>"
 
 
@@ -343,35 +359,35 @@ def test_a_sentencepiece_model_made_for_words(tmp_path):
   [
     ({"name": "sentencepeice"}, "did you mean `sentencepiece`"),
     ({"name": "sentencepiece", "vocab": 3}, r"tokenizer\.vocab: .*`vocab_size`"),
-    ({"name": "sentencepiece", "vocab_size": 100}, "vocab_size=100: .*smaller than required_chars"),
-    ({"name": "sentencepiece", "model_type": "word"}, "must be 'bpe' or 'unigram'"),
-    ({"name": "sentencepiece", "path": "none.model"}, "path='none.model' cannot be read: No such file"),
-    ({"name": "sentencepiece", "path": __file__}, "no SentencePiece model"),
-    ({"name": "sentencepiece", "vocab_size": 300, "sentinels": 100}, "vocab_size=300: .*beside 100 added tokens: "),
-    ({"name": "sentencepiece", "vocab_size": 90, "sentinels": 100}, "vocab_size=90 leaves none for text"),
-    ({"name": "bytes", "sentinels": -1}, "sentinels=-1 must be a number of tokens"),
-    ({"name": "bytes", "sentinels": True}, "sentinels=True must be a number of tokens"),
-    ({"name": "bytes", "mask": 1}, "mask=1 must be True or False"),
-    ({"name": "hf", "path": "nowhere"}, "path='nowhere': there is no"),
-    ({"name": "hf", "path": __file__}, "no tokenizer.json"),
+    ({"name": "sentencepiece", "vocab_size": 100}, "vocab_size: .*smaller than required_chars.*got 100"),
+    ({"name": "sentencepiece", "model_type": "word"}, "model_type: must be 'bpe' or 'unigram', got 'word'"),
+    ({"name": "sentencepiece", "path": "none.model"}, "path: cannot be read: No such file.*got 'none.model'"),
+    ({"name": "sentencepiece", "path": __file__}, "not a SentencePiece model"),
+    ({"name": "sentencepiece", "vocab_size": 300, "sentinels": 100}, "vocab_size: .*got 300 with 100 added tokens"),
+    ({"name": "sentencepiece", "vocab_size": 90, "sentinels": 100}, "vocab_size: leaves no tokens for text .*got 90"),
+    ({"name": "bytes", "sentinels": -1}, "sentinels: must be a number of tokens.*got -1"),
+    ({"name": "bytes", "sentinels": True}, "sentinels: must be a number of tokens.*got True"),
+    ({"name": "bytes", "mask": 1}, "mask: must be True or False, got 1"),
+    ({"name": "hf", "path": "nowhere"}, "path: there is no such file.*got 'nowhere'"),
+    ({"name": "hf", "path": __file__}, r"tokenizer\.json: not JSON"),
   ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, capfd, spec, message):
+def test_wrong_tokenizer_spec_is_one_line_error(tmp_path, capfd, spec, message):
   with pytest.raises(ConfigError, match=message) as caught:
-    tokenizers.make_tokenizer(spec, SOURCE, tmp_path)
+    make_tokenizer(spec, SOURCE, tmp_path)
   assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_that_cannot_tell_places_says_so():
-  own = tokenizers.Tokenizer("own", (b"a",), lambda text: [0] * len(text), {})
-  with pytest.raises(ConfigError, match=r"kind 'own' does not say where its tokens stand.*`to_offsets`"):
+def test_tokenizer_without_offsets_is_one_line_error():
+  own = Tokenizer("own", (b"a",), lambda text: [0] * len(text), {})
+  with pytest.raises(ConfigError, match=r"no character offsets, got kind 'own'\. Set `to_offsets`"):
     own.encode_with_offsets("a")
 
 
-def test_learning_needs_text():
-  with pytest.raises(ConfigError, match="learns from the training text"):
-    tokenizers.make_tokenizer({"name": "sentencepiece"})
+def test_missing_training_text_is_refused():
+  with pytest.raises(ConfigError, match="is trained on the training text"):
+    make_tokenizer({"name": "sentencepiece"})
   with pytest.raises(ConfigError, match="the text is empty"):
     train_sentencepiece([], 300)
   with pytest.raises(ConfigError, match="--trust"):
-    tokenizers.from_files({"name": "os:system"}, {})
+    tokenizer_from_files({"name": "os:system"}, {})

@@ -11,52 +11,56 @@ import sys
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data.sources.tfds import python_stdlib
-from llmjax.datasets import python_stdlib as stdlib
+from llmjax.data.sources.tfds import python_stdlib_source
+from llmjax.datasets.python_stdlib import builder, functions, library
+from llmjax.datasets.python_stdlib.functions import docstring_pairs, package_snippets, summary_preferences
+from llmjax.datasets.python_stdlib.library import split_of_path
+from llmjax.datasets.python_stdlib.parameters import parameter_questions
+from llmjax.datasets.python_stdlib.tokens import tagged_tokens
 from llmjax.storage.cache import cache_dir
 
 
 @pytest.fixture(scope="module")
-def library():
-  return stdlib.documents()
+def documents():
+  return library.library_documents()
 
 
 @pytest.fixture
 def few(home, monkeypatch):
   """Replace the library by a few files, which are prepared quickly."""
   records = [(f"package{i}/module.py", f"value = {i}\n") for i in range(60)]
-  monkeypatch.setattr(stdlib, "documents", lambda: records)
-  monkeypatch.setattr(stdlib, "fingerprint", lambda: f"few{len(records)}")
+  monkeypatch.setattr(library, "library_documents", lambda: records)
+  monkeypatch.setattr(library, "library_fingerprint", lambda: f"few{len(records)}")
   return records
 
 
-def test_documents_are_source_and_topics_without_tests(library):
-  names = [name for name, _ in library]
+def test_documents_are_source_and_topics_without_tests(documents):
+  names = [name for name, _ in documents]
   assert "argparse.py" in names and "json/decoder.py" in names and "pydoc_data/topics.py#assert" in names
   assert names == sorted(set(names))
-  assert not [n for n in names if stdlib.EXCLUDED & set(n.split("/"))]
+  assert not [n for n in names if library.EXCLUDED & set(n.split("/"))]
   assert "pydoc_data/topics.py" not in names
-  assert sum(len(text) for _, text in library) > 3_000_000
+  assert sum(len(text) for _, text in documents) > 3_000_000
 
 
 def test_splits_are_by_path_and_about_90_5_5_percent():
-  counts = collections.Counter(stdlib.split_of(f"package/{i}.py") for i in range(10_000))
+  counts = collections.Counter(split_of_path(f"package/{i}.py") for i in range(10_000))
   assert abs(counts["train"] - 9000) < 150 and abs(counts["validation"] - 500) < 100
-  assert stdlib.split_of("argparse.py") == "train"  # must never change
+  assert split_of_path("argparse.py") == "train"  # must never change
 
 
 def test_every_file_is_in_one_split(few, caplog, capfd):
   with caplog.at_level(logging.WARNING):
-    records = [r for split in ("train", "validation", "test") for r in python_stdlib(split)]
+    records = [r for split in ("train", "validation", "test") for r in python_stdlib_source(split)]
   assert sorted((r["path"], r["text"]) for r in records) == sorted(few)
   assert not caplog.records and capfd.readouterr() == ("", "")  # no output
 
 
 def test_dataset_is_prepared_once_for_its_content(few, monkeypatch):
-  first = python_stdlib("train").fingerprint
-  monkeypatch.setattr(stdlib.PythonStdlib, "_split_generators", None)  # preparing it again would fail
-  assert python_stdlib("train").fingerprint == first
-  assert python_stdlib("train[:50%]").fingerprint != first
+  first = python_stdlib_source("train").fingerprint
+  monkeypatch.setattr(builder.PythonStdlib, "_split_generators", None)  # preparing it again would fail
+  assert python_stdlib_source("train").fingerprint == first
+  assert python_stdlib_source("train[:50%]").fingerprint != first
   assert [p.name for p in (cache_dir() / "python_stdlib").iterdir()] == ["few60"]
 
 
@@ -113,9 +117,7 @@ def abstract():
 
 
 def test_docstring_pairs_of_a_module():
-  records = list(
-    stdlib.docstring_pairs([("a.py", MODULE), ("b.py", "not python"), ("c.py", MODULE), ("x#topic", "a b")])
-  )
+  records = list(docstring_pairs([("a.py", MODULE), ("b.py", "not python"), ("c.py", MODULE), ("x#topic", "a b")]))
   assert [(r["name"], r["summary"], r["path"]) for r in records] == [
     ("first", "Return the first of all things.", "a.py"),
     ("Outer.method", r"Wait for it \o.", "a.py"),
@@ -130,8 +132,8 @@ def test_docstring_pairs_of_a_module():
 
 
 @pytest.mark.slow
-def test_docstring_pairs_of_the_library_parse_and_are_unique(library):
-  records = list(stdlib.docstring_pairs(library))
+def test_docstring_pairs_of_the_library_parse_and_are_unique(documents):
+  records = list(docstring_pairs(documents))
   assert len(records) > 3000
   assert len({r["summary"] for r in records}) == len({r["text"] for r in records}) == len(records)
   for record in records:
@@ -141,12 +143,16 @@ def test_docstring_pairs_of_the_library_parse_and_are_unique(library):
 
 def test_pairs_are_in_the_split_of_their_file(few, monkeypatch):
   code = "def f{i}():\n  'Return number {i} here.'\n  return {i}\n"
-  monkeypatch.setattr(stdlib, "documents", lambda: [(path, code.format(i=i)) for i, (path, _) in enumerate(few)])
+  monkeypatch.setattr(
+    library, "library_documents", lambda: [(path, code.format(i=i)) for i, (path, _) in enumerate(few)]
+  )
   for split in ("train", "validation", "test"):
-    records = list(python_stdlib(split, config="docstring_pairs"))
-    assert {r["path"] for r in records} == {path for path, _ in few if stdlib.split_of(path) == split}
+    records = list(python_stdlib_source(split, config="docstring_pairs"))
+    assert {r["path"] for r in records} == {path for path, _ in few if split_of_path(path) == split}
     assert all(r["summary"] == f"Return number {r['name'][1:]} here." for r in records)
-  assert python_stdlib("train", config="docstring_pairs").fingerprint != python_stdlib("train").fingerprint
+  assert (
+    python_stdlib_source("train", config="docstring_pairs").fingerprint != python_stdlib_source("train").fingerprint
+  )
 
 
 def test_packages_with_enough_functions_are_classes():
@@ -160,17 +166,17 @@ def test_packages_with_enough_functions_are_classes():
     ("few/a.py", functions("g", 49)),
     ("module.py", functions("m", 60)),
   ]
-  records = list(stdlib.package(records))
+  records = list(package_snippets(records))
   assert [r["package"] for r in records] == ["many"] * 50 and records[0]["path"] == "many/a.py#f0"
   assert records[-1]["text"] == "def method(self):\n" + "\n".join(["  return self"] * 4)
 
 
 @pytest.mark.slow
-def test_packages_of_the_library_are_balanced_classes(library):
-  records = list(stdlib.package(library))
+def test_packages_of_the_library_are_balanced_classes(documents):
+  records = list(package_snippets(documents))
   by_split = collections.defaultdict(collections.Counter)
   for record in records:
-    by_split[stdlib.split_of(record["path"])][record["package"]] += 1
+    by_split[split_of_path(record["path"])][record["package"]] += 1
   train = by_split["train"]
   assert 8 <= len(train) <= 24 and min(train.values()) >= 40 and sum(train.values()) > 2000
   assert len(set(by_split["validation"])) > len(train) // 2 and set(by_split["validation"]) <= set(train)
@@ -206,14 +212,14 @@ def test_tokens_have_iob2_tags():
   for line in TAGGED.strip().split("\n\n"):
     expected = [tuple(pair.rsplit(":", 1)) for pair in line.split()]
     text = " ".join(token for token, _ in expected)
-    [record] = stdlib.tokens([("a.py", text)])
+    [record] = tagged_tokens([("a.py", text)])
     assert list(zip(record["tokens"], record["tags"])) == expected
     assert record["text"] == text and record["path"] == "a.py"
 
 
-def test_token_excerpts_are_whole_short_lines_with_valid_tags(library):
-  documents = library[::25]
-  records = list(stdlib.tokens(documents))
+def test_token_excerpts_are_whole_short_lines_with_valid_tags(documents):
+  documents = documents[::25]
+  records = list(tagged_tokens(documents))
   assert len(records) > 50 and max(collections.Counter(r["path"] for r in records).values()) == 12
   previous = {f"{kind}-{label}" for kind in "BI" for label in ("IMPORT", "CALL", "STRING", "COMMENT")}
   for record in records:
@@ -230,8 +236,8 @@ def test_token_excerpts_are_whole_short_lines_with_valid_tags(library):
     "B-NUMBER",
   }
   long = "x = [" + "1, " * 40 + "]\n"
-  assert [r["text"] for r in stdlib.tokens([("a.py", f"a = 1\n{long}b = 2\n")])] == ["a = 1", "b = 2"]
-  assert list(stdlib.tokens([("a.py", "'"), ("topic#a", "a = 1"), ("b.py", "")])) == []
+  assert [r["text"] for r in tagged_tokens([("a.py", f"a = 1\n{long}b = 2\n")])] == ["a = 1", "b = 2"]
+  assert list(tagged_tokens([("a.py", "'"), ("topic#a", "a = 1"), ("b.py", "")])) == []
 
 
 DESCRIBED = '''
@@ -254,8 +260,8 @@ def g(self, path):
 '''
 
 
-def test_params_are_descriptions_from_docstrings():
-  records = list(stdlib.params([("a.py", DESCRIBED), ("b.py", DESCRIBED)]))
+def test_answers_are_descriptions_of_parameters_in_docstrings():
+  records = list(parameter_questions([("a.py", DESCRIBED), ("b.py", DESCRIBED)]))
   assert {r["id"]: r["answers"][0]["text"] for r in records} == {
     "a.py#f#path": "where it is,\n  and more of that",
     "a.py#f#size": "Other than that, size says how much.",
@@ -267,8 +273,8 @@ def test_params_are_descriptions_from_docstrings():
 
 
 @pytest.mark.slow
-def test_params_of_the_library_are_at_their_offsets(library):
-  records = list(stdlib.params(library[::3]))
+def test_answers_of_the_library_are_at_their_offsets(documents):
+  records = list(parameter_questions(documents[::3]))
   assert len(records) > 300 and len({r["id"] for r in records}) == len(records)
   for record in records:
     [answer] = record["answers"]
@@ -276,14 +282,14 @@ def test_params_of_the_library_are_at_their_offsets(library):
     assert record["context"][start:stop] == answer["text"] == answer["text"].strip() != ""
   in_splits = collections.defaultdict(set)
   for record in records:
-    in_splits[record["context"]].add(stdlib.split_of(record["path"]))
+    in_splits[record["context"]].add(split_of_path(record["path"]))
   assert all(len(splits) == 1 for splits in in_splits.values())
 
 
 def test_rejected_answer_is_from_another_function_of_the_file():
   code = "".join(f"def f{i}():\n  'Return the number {i}.'\n  return {i}\n" for i in range(3))
   single = "def g():\n  'Do what is due.'\n  return None\n"
-  records = list(stdlib.preferences([("a.py", code), ("b.py", single)]))
+  records = list(summary_preferences([("a.py", code), ("b.py", single)]))
   assert [(r["text"], r["chosen"], r["rejected"]) for r in records] == [
     (f"def f{i}():\n  return {i}", f"Return the number {i}.", f"Return the number {(i + 1) % 3}.") for i in range(3)
   ]
@@ -292,40 +298,40 @@ def test_rejected_answer_is_from_another_function_of_the_file():
 def test_every_config_is_read_as_written(few, monkeypatch):
   code = "".join(f"def f{i}(path):\n  'Return NAME {i}. Of path.'\n" + "  return NAME\n" * 5 for i in range(3))
   documents = [(path, code.replace("NAME", path.split("/")[0])) for path, _ in few]
-  monkeypatch.setattr(stdlib, "documents", lambda: documents)
-  monkeypatch.setattr(stdlib, "SNIPPETS", 1)
-  for config, (_, make) in stdlib.CONFIGS.items():
-    expected = [r for r in make(documents) if stdlib.split_of(r["path"]) == "train"]
+  monkeypatch.setattr(library, "library_documents", lambda: documents)
+  monkeypatch.setattr(functions, "MIN_SNIPPETS", 1)
+  for config, (_, make) in builder.CONFIGS.items():
+    expected = [r for r in make(documents) if split_of_path(r["path"]) == "train"]
     for record in expected:
       if "answers" in record:
         record["answers"] = [{"text": a["text"], "start": a["answer_start"]} for a in record["answers"]]
-    records = [json.dumps(r, sort_keys=True) for r in python_stdlib("train", config=config)]
+    records = [json.dumps(r, sort_keys=True) for r in python_stdlib_source("train", config=config)]
     assert records and sorted(records) == sorted(json.dumps(r, sort_keys=True) for r in expected)
 
 
 def test_split_without_records_is_omitted(few, monkeypatch):
-  monkeypatch.setattr(stdlib, "documents", lambda: [f for f in few if stdlib.split_of(f[0]) == "train"])
-  assert len(python_stdlib("train")) == len(stdlib.documents())
-  with pytest.raises(ConfigError, match=r"split 'test': .* has train$"):
-    python_stdlib("test")
+  monkeypatch.setattr(library, "library_documents", lambda: [f for f in few if split_of_path(f[0]) == "train"])
+  assert len(python_stdlib_source("train")) == len(library.library_documents())
+  with pytest.raises(ConfigError, match=r"has no split 'test'.*: train$"):
+    python_stdlib_source("test")
 
 
 def test_slices_join_and_unknown_names_are_refused(few):
-  whole = [r["path"] for r in python_stdlib("train")]
-  assert [r["path"] for s in ("train[:30%]", "train[30%:]") for r in python_stdlib(s)] == whole
-  with pytest.raises(ConfigError, match="has train, validation, test"):
-    python_stdlib("trian")
+  whole = [r["path"] for r in python_stdlib_source("train")]
+  assert [r["path"] for s in ("train[:30%]", "train[30%:]") for r in python_stdlib_source(s)] == whole
+  with pytest.raises(ConfigError, match=r"has no split 'trian'.*: train, validation, test"):
+    python_stdlib_source("trian")
   with pytest.raises(ConfigError, match="did you mean `text`"):
-    python_stdlib("train", config="texts")
+    python_stdlib_source("train", config="texts")
 
 
 def test_module_can_be_reloaded():
-  importlib.reload(stdlib)
+  importlib.reload(builder)
 
 
 @pytest.mark.full("processes")
 def test_two_processes_prepare_it_at_once(home):
-  code = "from llmjax.data.tfds_source import python_stdlib; print(len(python_stdlib('train')))"
+  code = "from llmjax.data.sources.tfds import python_stdlib_source; print(len(python_stdlib_source('train')))"
   runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=2, text=True) for _ in range(2)]
   sizes = {run.communicate()[0] for run in runs}
   assert len(sizes) == 1 and int(sizes.pop()) > 100

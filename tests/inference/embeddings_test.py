@@ -10,15 +10,15 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
 from llmjax.config.model import TransformerConfig
-from llmjax.data.sources.tables import fields
-from llmjax.data.tokenizers import base as tokenizers
+from llmjax.data.sources.tables import record_fields
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.distributed import sharding
 from llmjax.inference import embeddings
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch
 from tests.support.cases import parameters
 
-TOKENIZER = tokenizers.make_tokenizer({"name": "bytes"})
+TOKENIZER = make_tokenizer({"name": "bytes"})
 DECODER = TransformerConfig(264, 32, 2, 4, 64, init_stddev=0.15)
 MODELS = {
   "encoder": {"encoder_layers": 2, "decoder_layers": 0, "pooler": True, "norm_placement": "post"},
@@ -85,7 +85,7 @@ def test_embedding_batches_hold_each_text_once_in_few_shapes():
 
 
 def test_embed_of_a_long_text_keeps_its_eos():
-  tokenizer = tokenizers.make_tokenizer({"name": "bytes"})
+  tokenizer = make_tokenizer({"name": "bytes"})
   [row] = embeddings.tokenize(tokenizer, ["a" * 100], 8)
   assert len(row) == 8 and row[-1] == tokenizer.eos_id
   np.testing.assert_array_equal(tokenizer.unframe(row), tokenizer.encode("aaaaaa"))
@@ -130,7 +130,7 @@ def test_embed_file_returns_texts_in_order_with_ids(home, name):
   texts, ids = embeddings.read_texts(str(home / name))
   assert texts == ["one", "two words", "three"]
   assert ids == (["0", "1", "2"] if name == "a.txt" else ["x", "7", "2"])
-  assert "text" in fields(str(home / name))
+  assert "text" in record_fields(str(home / name))
 
 
 @pytest.mark.parametrize(

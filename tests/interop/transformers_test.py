@@ -15,8 +15,8 @@ import transformers
 
 from llmjax.checkpoints import convert
 from llmjax.config.model import TransformerConfig
-from llmjax.data.tokenizers import base as tokenizers
 from llmjax.data.tokenizers.hf_export import to_huggingface
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.interop import huggingface
 from llmjax.models.transformer import Transformer
 from llmjax.types import Batch
@@ -59,7 +59,7 @@ def test_exported_generation_config_equals_the_original(tmp_path):
 
 def test_exported_qwen3_and_tokenizer_equal_ours(tmp_path):
   """The architecture is the one that configs/gpt.py makes."""
-  own = tokenizers.make_tokenizer({"name": "bytes"})
+  own = make_tokenizer({"name": "bytes"})
   cfg = TransformerConfig(
     *(own.vocab_size, 32, 2, 4, 64),
     **dict.fromkeys(("qkv_bias", "attention_out_bias", "mlp_bias", "norm_bias"), False),

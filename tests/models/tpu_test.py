@@ -48,7 +48,7 @@ def compile_step(topology: str, slices: int, mesh: dict[str, int], changes: dict
   from jax.experimental import topologies
 
   from llmjax.config import load_config
-  from llmjax.data.tokenizers import base
+  from llmjax.data.tokenizers.registry import make_tokenizer
   from llmjax.distributed import sharding
   from llmjax.training.program import make_program
   from llmjax.types import Batch, Tokens
@@ -58,7 +58,7 @@ def compile_step(topology: str, slices: int, mesh: dict[str, int], changes: dict
     config.update_from_flattened_dict({key: value})
   config.mesh.update({"data": 1} | mesh)
   devices = topologies.get_topology_desc(topology, platform="tpu", num_slices=slices).devices
-  program = make_program(config, tokenizer=base.make_tokenizer({"name": "bytes"}), devices=list(devices))
+  program = make_program(config, tokenizer=make_tokenizer({"name": "bytes"}), devices=list(devices))
   shape = (config.batch_size, config.seq_len)
   numbers, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
   [term] = program.objective.coefficients

@@ -11,7 +11,7 @@ import pytest
 from llmjax.config import ConfigError
 from llmjax.data import packing
 from llmjax.data.sources.base import Source
-from llmjax.data.tokenizers import base
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.contrastive import Contrastive, info_nce, pool
@@ -19,7 +19,7 @@ from llmjax.objectives.masked_lm import MaskedLM
 from llmjax.objectives.prefix_lm import PrefixLM
 from llmjax.objectives.span_corruption import SpanCorruption
 from llmjax.objectives.weighted_sum import weighted_sum
-from llmjax.training.program import check_model_fits_objective
+from llmjax.training.components import check_model_fits_objective
 from llmjax.training.step import ModelForward
 from llmjax.types import Batch, Forward, Outputs, Tokens
 from tests.support.cases import BERT, CASES, GPT, MODERNBERT, T5, TOKENIZER, make_batch, parameters, texts
@@ -172,7 +172,7 @@ def test_windows_contain_every_token_once_and_fit():
 
 # Span corruption
 
-T5_TOKENIZER = base.make_tokenizer({"name": "bytes", "sentinels": 100})
+T5_TOKENIZER = make_tokenizer({"name": "bytes", "sentinels": 100})
 
 
 def test_span_corruption_row_lengths_equal_t5():
@@ -350,8 +350,8 @@ def test_contrastive_pairs_are_framed_and_cut_and_empty_ones_skipped():
 
 # Invalid values
 
-PLAIN = base.make_tokenizer({"name": "bytes"})
-BARE = base.make_tokenizer({"name": "bytes", "special": False, "mask": True, "sentinels": 9})
+PLAIN = make_tokenizer({"name": "bytes"})
+BARE = make_tokenizer({"name": "bytes", "special": False, "mask": True, "sentinels": 9})
 
 
 @pytest.mark.parametrize(

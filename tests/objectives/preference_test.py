@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.config import ConfigError
 from llmjax.data import packing
-from llmjax.data.tokenizers.huggingface import from_folder
+from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
 from llmjax.models.transformer import Transformer
 from llmjax.objectives import preference
 from llmjax.objectives.preference import Preference, pair_loss
@@ -193,7 +193,7 @@ def test_long_shared_prompt_drops_its_beginning():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_preferences_are_read_in_the_formats_of_datasets(name):
-  made = from_folder(FOLDERS / name)
+  made = tokenizer_from_folder(FOLDERS / name)
   objective = Preference(made, 200, template=made.chat_templates and "default")
   ask, good, bad = (
     {"role": "user", "content": "Hi!"},

@@ -9,11 +9,11 @@ import pytest
 
 from llmjax.config import ConfigError
 from llmjax.data import packing
-from llmjax.data.tokenizers import base
-from llmjax.data.tokenizers.huggingface import from_folder
+from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.seq2seq import Seq2Seq
-from llmjax.training.program import check_model_fits_objective
+from llmjax.training.components import check_model_fits_objective
 from tests.support.cases import GPT, T5, TOKENIZER, Case, gradients, parameters, with_dropout
 
 BOS, EOS, PAD, LENGTH = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id, 32
@@ -65,7 +65,7 @@ def test_features_of_encoder_decoder_split_source_and_target():
 @pytest.mark.parametrize("folder", [None, "gpt2", "llama", "gemma"])
 def test_features_of_decoder_start_with_the_inference_prompt(folder):
   """The room for the prompt does not depend on the target."""
-  made = TOKENIZER if folder is None else from_folder(FOLDERS / folder)
+  made = TOKENIZER if folder is None else tokenizer_from_folder(FOLDERS / folder)
   objective = Seq2Seq(made, 40, "decoder", prefix="sum: ", separator="\n= ", target_len=12)
   for source, target in (("a text", "short"), ("long " * 50, "t"), ("long " * 50, "goes on " * 20)):
     record = {"source": source, "target": target}
@@ -172,7 +172,7 @@ def test_pairs_without_target_are_skipped_and_bad_ones_named():
     with pytest.raises(ConfigError, match=message):
       Seq2Seq(TOKENIZER, LENGTH, **{"stacks": "decoder", **settings})
   with pytest.raises(ConfigError, match="needs a token that ends a text"):
-    Seq2Seq(base.make_tokenizer({"name": "bytes", "special": False}), LENGTH)
+    Seq2Seq(make_tokenizer({"name": "bytes", "special": False}), LENGTH)
   encoder = dataclasses.replace(GPT, decoder_layers=0, encoder_layers=2)
   with pytest.raises(ConfigError, match="needs a model with"):
     check_model_fits_objective(Seq2Seq(TOKENIZER, LENGTH, "encoder"), encoder, "seq2seq", LENGTH)

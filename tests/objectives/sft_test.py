@@ -10,8 +10,8 @@ from llmjax.config import ConfigError
 from llmjax.data import packing
 from llmjax.data.pipeline import make_plan
 from llmjax.data.sources.base import Source
-from llmjax.data.tokenizers import base
-from llmjax.data.tokenizers.huggingface import from_folder
+from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.objectives import sft
 from llmjax.objectives.sft import InstructionTuning
 from tests.support.cases import GPT, TOKENIZER, Case, gradients, parameters, with_dropout
@@ -29,7 +29,7 @@ ENDS = {"gpt2": "<|im_end|>\n", "llama": " </s>\n", "llama3": "<|eot_id|>", "gem
 
 
 def open_tokenizer(name):
-  return TOKENIZER if name is None else from_folder(FOLDERS / name)
+  return TOKENIZER if name is None else tokenizer_from_folder(FOLDERS / name)
 
 
 def encoded(objective, messages=CHAT, labelled=True):
@@ -100,12 +100,12 @@ def test_prompt_and_completion_fields_form_one_turn():
 
 def test_long_chat_drops_first_turns_then_its_end():
   made = TOKENIZER
-  whole = len(made.chat(CHAT, template=sft.chat.DEFAULT))
+  whole = len(made.chat(CHAT, template=sft.chat.DEFAULT_TEMPLATE))
   kept = encoded(InstructionTuning(made, whole - 2))
   assert made.decode(kept["inputs"]["ids"]).startswith("<|system|>\nBe brief.\n<|user|>\n2+2?")
   assert len(learned(kept)) == 1 and made.decode(learned(kept)[0]) == "4, or five\n"
   assert len(learned(encoded(InstructionTuning(made, whole - 1)))) == 2
-  short = len(made.chat([CHAT[0], *CHAT[3:4]], template=sft.chat.DEFAULT, add_generation_prompt=True)) + 3
+  short = len(made.chat([CHAT[0], *CHAT[3:4]], template=sft.chat.DEFAULT_TEMPLATE, add_generation_prompt=True)) + 3
   cut = encoded(InstructionTuning(made, short))
   assert len(cut["inputs"]["ids"]) == short and made.decode(learned(cut)[0]) == "4, o"
   assert InstructionTuning(made, 20).encode({"messages": CHAT}, labelled=True) == []  # nothing of the answer is left
@@ -208,7 +208,7 @@ def test_template_with_answer_not_after_prompt_is_refused():
 
 
 def test_chat_without_an_eos_token_is_plain_text():
-  made = base.make_tokenizer({"name": "bytes", "special": False})
+  made = make_tokenizer({"name": "bytes", "special": False})
   objective = InstructionTuning(made, 300)
   assert [made.decode(run) for run in learned(encoded(objective))] == ["\n\nit's 日本 🙂\n", "4, or five\n"]
   assert objective.ends == ()

@@ -12,7 +12,7 @@ import pytest
 
 from llmjax.config import ConfigError, build
 from llmjax.data import packing
-from llmjax.data.tokenizers import base
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.models.transformer import Transformer
 from llmjax.objectives import OBJECTIVES
 from llmjax.objectives.span_qa import BEST, SpanQA, accepted_answers, best_spans
@@ -29,7 +29,7 @@ WORDS = ["of", "Zürich", "日本語", "e\u0301tude", "🙂", "in", "1984", "fox
 def made(request):
   if request.param == "bytes":
     return TOKENIZER
-  return base.make_tokenizer({"name": "hf", "path": str(FOLDERS / request.param)})
+  return make_tokenizer({"name": "hf", "path": str(FOLDERS / request.param)})
 
 
 def records(seed, count=40, answerable=1.0):

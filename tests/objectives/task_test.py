@@ -14,8 +14,9 @@ from llmjax.config import ConfigError
 from llmjax.config.model import TransformerConfig
 from llmjax.data import packing
 from llmjax.data.pipeline import eval_batches
-from llmjax.data.sources.base import Source, files
-from llmjax.data.tokenizers import base
+from llmjax.data.sources.base import Source
+from llmjax.data.sources.registry import files_source
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.distributed import sharding
 from llmjax.inference import predict
 from llmjax.models.transformer import Transformer
@@ -27,7 +28,7 @@ from llmjax.training.resume import labels_to_reuse
 from llmjax.training.step import ModelForward
 from llmjax.types import dummy_batch
 
-TOKENIZER = base.make_tokenizer({"name": "bytes"})
+TOKENIZER = make_tokenizer({"name": "bytes"})
 ENCODER = TransformerConfig(TOKENIZER.vocab_size, 16, 0, 2, 64, encoder_layers=2, head_bias=True, init_stddev=0.3)
 
 
@@ -305,7 +306,7 @@ def test_classifier_trained_on_csv_predicts_and_is_trained_again(home, capsys):
 
   (home / "in.jsonl").write_text("\n".join([lines[0], lines[4]] * 8))
   assert main([*command, "--min_confidence=0"]) == 0
-  kept = list(files("train", str(home / "out.jsonl"), None, ("review", "stars")))
+  kept = list(files_source("train", str(home / "out.jsonl"), None, ("review", "stars")))
   numbers = classification(tokenizer=TOKENIZER, seq_len=32, kind="regression")
   assert not numbers.confident and numbers.head["num_classes"] == 1
   (home / "empty.jsonl").write_text("\n")

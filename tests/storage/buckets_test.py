@@ -12,7 +12,7 @@ from llmjax.checkpoints.manager import Checkpoints
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
 from llmjax.config import files as cfglib
-from llmjax.data.sources.base import files
+from llmjax.data.sources.registry import files_source
 from llmjax.storage import buckets
 from llmjax.telemetry import writers
 from llmjax.telemetry.curves import read_curves, read_samples
@@ -188,7 +188,7 @@ def test_metrics_writer_uploads_only_changed_files_when_due(server, home, monkey
   writer.write(2, {"a": 1.0})
   writer.sync()
   assert [changed for changed, _ in server.changes[start:]] == [name]
-  monkeypatch.setattr(buckets, "PERIOD", 0.0)
+  monkeypatch.setattr(buckets, "UPLOAD_INTERVAL_SECONDS", 0.0)
   writer.write(3, {"a": 1.0})
   writer.close()
   assert objects[name].count(b"\n") == 3
@@ -216,17 +216,17 @@ def test_data_in_bucket_has_the_local_fingerprint_and_one_download(server, home,
   make_records(home)
   for path in filter(lambda p: p.is_file(), home.rglob("*")):
     server.put("bucket", f"corpus/{path.relative_to(home)}", path.read_bytes())
-  local = files("[:100%]", str(home / pattern))
+  local = files_source("[:100%]", str(home / pattern))
   start = len(server.requests)
-  there = files("[:100%]", f"gs://bucket/corpus/{pattern}")
+  there = files_source("[:100%]", f"gs://bucket/corpus/{pattern}")
   assert there.fingerprint == local.fingerprint and list(there) == list(local)
   fetched = downloads(server, start)
   assert len(fetched) == (2 if "**" in pattern else 1)
-  files("[:100%]", f"gs://bucket/corpus/{pattern}")
+  files_source("[:100%]", f"gs://bucket/corpus/{pattern}")
   assert downloads(server, start) == fetched
   if pattern == "*.jsonl":
     server.put("bucket", "corpus/1.jsonl", b'{"text": "new"}\n{"text": "two"}\n')
-    assert files("[:100%]", f"gs://bucket/corpus/{pattern}")[0]["text"] == "new"
+    assert files_source("[:100%]", f"gs://bucket/corpus/{pattern}")[0]["text"] == "new"
     assert len(downloads(server, start)) == 2
 
 
@@ -246,14 +246,14 @@ def make_records(folder):
   [
     ("gs://nowhere/corpus/*.txt", "gs://nowhere.*there is no such bucket.*credentials"),
     ("gs://forbidden/corpus/*.txt", "gs://forbidden.*Forbidden.*Storage Object User"),
-    ("gs://bucket/absent/*.txt", r"data.corpus.files='gs://bucket/absent/\*.txt': there is no such file$"),
-    ("gs://bucket/corpus", r"is a folder; say 'gs://bucket/corpus/\*\*/\*'"),
+    ("gs://bucket/absent/*.txt", r"data\.corpus\.files: there is no such file, got 'gs://bucket/absent/\*.txt'$"),
+    ("gs://bucket/corpus", r"is a folder, got .*\. Write 'gs://bucket/corpus/\*\*/\*'"),
   ],
 )
 def test_missing_or_forbidden_data_is_one_line(server, home, path, message):
   server.objects["bucket"]["corpus/t.txt"] = TEXT.encode()
   with pytest.raises(ConfigError, match=message) as caught:
-    files("", path)
+    files_source("", path)
   assert "\n" not in str(caught.value)
 
 
@@ -267,7 +267,7 @@ def test_run_in_missing_or_forbidden_bucket_fails_at_once(server, home, bucket, 
     llmjax.load("gs://bucket/nothing")
 
 
-def test_transient_storage_error_is_no_config_error():
+def test_transient_storage_error_is_a_connection_error():
   import aiohttp
 
   with (

@@ -19,7 +19,7 @@ from llmjax.config.model import TransformerConfig
 from llmjax.data import packing
 from llmjax.data.pipeline import EVAL, TrainStream, generator
 from llmjax.data.sources.base import Source
-from llmjax.data.tokenizers import base
+from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.distributed import sharding
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
@@ -31,7 +31,7 @@ from llmjax.objectives.weighted_sum import WeightedSum
 from llmjax.training import step
 from llmjax.types import dummy_batch
 
-TOKENIZER = base.make_tokenizer({"name": "bytes", "mask": True, "sentinels": 9})
+TOKENIZER = make_tokenizer({"name": "bytes", "mask": True, "sentinels": 9})
 VOCAB, LENGTH, ROWS = TOKENIZER.vocab_size, 32, 8
 
 PLAIN = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "norm_bias": False}

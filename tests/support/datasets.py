@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from llmjax.datasets import python_stdlib
+from llmjax.datasets.python_stdlib import library
 
 # Two packages with enough functions to be classes of the config "package", and some of the rest.
 PACKAGES = ("asyncio", "email", "json")
@@ -14,7 +14,7 @@ PACKAGES = ("asyncio", "email", "json")
 @functools.cache
 def small_library() -> list[tuple[str, str]]:
   """Return about a tenth of the library's files and help topics, with records in every split of every config."""
-  documents = python_stdlib.documents()
+  documents = library.library_documents()
   selected = [document for document in documents if document[0].split("/")[0] in PACKAGES]
   modules = [document for document in documents if "/" not in document[0]]
   topics = [document for document in documents if document[0].startswith("pydoc_data")]
@@ -30,6 +30,6 @@ def small_datasets(folder):
   documents = small_library()
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("LLMJAX_CACHE", str(folder))
-    patch.setattr(python_stdlib, "documents", lambda: documents)
-    patch.setattr(python_stdlib, "fingerprint", lambda: "small")
+    patch.setattr(library, "library_documents", lambda: documents)
+    patch.setattr(library, "library_fingerprint", lambda: "small")
     yield

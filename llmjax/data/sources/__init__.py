@@ -1,1 +1,1 @@
-"""Sources of records with random access."""
+"""Sources of records with random access; `registry` lists them by their names in configs."""

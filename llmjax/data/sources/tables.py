@@ -1,189 +1,192 @@
-"""Sources over files of records: Parquet, CSV and ArrayRecord."""
+"""Files of records as sources: Parquet, CSV and ArrayRecord."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmjax.config import ConfigError, suggest_name
-from llmjax.data.sources.base import Source, source_kind, split_bounds
-from llmjax.data.sources.files import NO_TEXT, Files, expand, in_files
+from llmjax.data.sources.base import Record, Source, split_bounds
 from llmjax.data.sources.labelled import FIELDS
-from llmjax.storage.cache import cache_dir, content_digest, fill_cache
-from llmjax.storage.digests import file_digest
+from llmjax.data.sources.paths import OR_NONE, Files, expand_files, file_names, record_locator
+from llmjax.data.sources.registry import source_kind
+from llmjax.storage.cache import cache_dir, content_digest, file_digest, fill_cache
 
-Tables = Callable[[Path, tuple[str, ...]], Iterator[Any]]  # Arrow tables of a file, with at least the wanted columns
-
-
-def parquet(split: str, files: Files, text: str | None = "text", columns: tuple[str, ...] = ()) -> Source:
-  """Rows of Parquet files: the column `text` and further `columns`, or with text=None those alone; lists are lists."""
-
-  def tables(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
-    with _open_parquet(path, text, wanted) as file:
-      for group in range(file.num_row_groups):
-        yield file.read_row_group(group, columns=list(wanted))
-
-  return _columns("parquet", split, files, text, columns, tables)
-
-
-def csv(split: str, files: Files, text: str | None = "text", columns: tuple[str, ...] = ()) -> Source:
-  """Rows of CSV files with a header (TSV where the name ends so): the column `text` and further `columns`.
-
-  With text=None the `columns` alone. Quoted fields may hold newlines; every column is read as text.
-  """
+if TYPE_CHECKING:
   import pyarrow
-  from pyarrow import csv as arrow
+  from pyarrow.dataset import Dataset
 
-  def tables(path: Path, wanted: tuple[str, ...]) -> Iterator[Any]:
-    convert = arrow.ConvertOptions(column_types=dict.fromkeys(wanted, pyarrow.string()))
-    try:
-      table = arrow.read_csv(path, parse_options=_parse_options(path), convert_options=convert)
-    except pyarrow.ArrowException as error:
-      raise ConfigError(f"{path}: cannot be read as CSV: {str(error).splitlines()[0]}") from error
-    _check_columns(path, table.schema, text, wanted)
-    yield table
-
-  return _columns("csv", split, files, text, columns, tables)
+BATCH_ROWS = 8192  # rows in memory while a file is converted
 
 
-def _parse_options(path: Path) -> Any:
-  from pyarrow import csv as arrow
+def parquet_source(split: str, files: Files, text: str | None = "text", columns: Sequence[str] = ()) -> Source:
+  """Return rows of Parquet files.
 
-  return arrow.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
+  Args:
+    split: see `base.parse_split`.
+    files: as of `text.text_source`.
+    text: column to use as "text"; None: the rows need no text.
+    columns: further columns to read.
+  """
+  return _table_source("parquet", split, files, text, tuple(columns))
 
 
-def fields(files: Files) -> list[str]:
-  """What a record holds, by the first of the first file; "text" alone where that is plain text or ArrayRecord.
+def csv_source(split: str, files: Files, text: str | None = "text", columns: Sequence[str] = ()) -> Source:
+  """Return rows of CSV files with a header, or of TSV files if they are named so.
 
-  Of CoNLL and SQuAD it is what `labelled.py` makes of any.
+  Quoted fields may contain line ends. All columns are read as text. Arguments are those of `parquet_source`.
+  """
+  return _table_source("csv", split, files, text, tuple(columns))
+
+
+def record_fields(files: Files) -> list[str]:
+  """Return the fields of a record, from the first record of the first file; "text" for plain text and ArrayRecord.
 
   Raises:
-    ConfigError: there is no such file, or nothing of its kind in it.
+    ConfigError: no file matches, or the first record is not valid.
   """
-  import pyarrow
-  from pyarrow import csv as arrow
-  from pyarrow import parquet as pq
-
-  path = expand(files, "all")[0]
+  path = expand_files(files, "all")[0]
   kind = source_kind(path)
   if kind in FIELDS:
     return list(FIELDS[kind])
+  if kind in ("parquet", "csv"):
+    return list(_open_table(path, kind, ()).schema.names)
+  if kind != "jsonl":
+    return ["text"]
   try:
-    if kind == "parquet":
-      return list(pq.read_schema(path).names)
-    if kind == "csv":
-      with arrow.open_csv(path, parse_options=_parse_options(path)) as reader:
-        return list(reader.schema.names)
-    if kind == "jsonl":
-      with path.open("rb") as file:
-        record = json.loads(next(line for line in file if line.strip()))
-      if not isinstance(record, dict):
-        raise ValueError(f"not an object but a {type(record).__name__}")
-      return list(record)
+    with path.open("rb") as file:
+      record = json.loads(next(line for line in file if line.strip()))
+    if not isinstance(record, dict):
+      raise ValueError(f"not an object but a {type(record).__name__}")
   except StopIteration:
-    raise ConfigError(f"{path}: the file is empty") from None
-  except (pyarrow.ArrowException, ValueError) as error:
-    raise ConfigError(f"{path}: the first record cannot be read as {kind}: {str(error).splitlines()[0]}") from error
-  return ["text"]
+    raise ConfigError(f"{path}: the file is empty. Choose a file with records") from None
+  except ValueError as error:
+    raise ConfigError(f"{path}: the first record is not JSON: {str(error).splitlines()[0]}. Fix the line") from error
+  return list(record)
 
 
-def _columns(kind: str, split: str, files: Files, text: str | None, columns: tuple[str, ...], tables: Tables) -> Source:
-  """Rows of the column `text`, where there is one, and `columns`.
+def _table_source(kind: str, split: str, files: Files, text: str | None, columns: tuple[str, ...]) -> Source:
+  """Return rows of Arrow tables with the columns `text`, unless it is None, and `columns`.
 
-  These formats have no random access, so the columns are written uncompressed to the cache once, and mapped from there.
+  Parquet and CSV have no random access, so the columns are written to the cache, uncompressed, and memory-mapped.
   """
   import pyarrow
 
-  paths = expand(files, split)
+  paths = expand_files(files, split)
   wanted = tuple(dict.fromkeys((*([] if text is None else [text]), *columns)))
   if not wanted:
-    known = ", ".join(fields([str(paths[0])]))
-    raise ConfigError(f"data.corpus.columns is empty, and so is data.corpus.text; give some of {paths[0]}: {known}")
+    known = ", ".join(record_fields([str(paths[0])]))
+    raise ConfigError(f"data.corpus.columns: empty, and so is data.corpus.text. {paths[0]} has the columns {known}")
 
   def convert(target: Path) -> None:
-    with contextlib.ExitStack() as stack:
-      writer = None
-      for path in paths:
-        for table in tables(path, wanted):
-          table = table.select(wanted)
-          if text is not None:
-            table = table.set_column(0, text, table.column(text).cast(pyarrow.large_string()))
-          writer = writer or stack.enter_context(pyarrow.ipc.new_file(str(target), table.schema))
-          writer.write_table(table)
-      if writer is None:
-        raise ConfigError(f"data.corpus.files={files!r}: no rows in {len(paths)} files")
+    tables = [_open_table(path, kind, wanted) for path in paths]
+    for path, table in zip(paths, tables):
+      _check_columns(path, table.schema, text, wanted)
+    schema = _cache_schema(tables[0].schema, text, wanted)
+    with pyarrow.ipc.new_file(str(target), schema) as writer:
+      for table in tables:
+        # Arrow reads ahead by a few batches only, so that memory does not grow with the file.
+        for batch in table.to_batches(columns=list(wanted), batch_size=BATCH_ROWS, batch_readahead=2):
+          writer.write_table(pyarrow.Table.from_batches([batch]).cast(schema))
 
   name = content_digest(kind, *[None] * (text is None), wanted, [file_digest(p) for p in paths])
   try:
     path = fill_cache(cache_dir() / kind / f"{name}.arrow", convert)
   except pyarrow.ArrowException as error:
-    raise ConfigError(f"data.corpus.files={files!r} do not fit together: {str(error).splitlines()[0]}") from error
+    raise ConfigError(f"data.corpus.files: cannot be read as one table: {_first_line(error)}, got {files!r}") from error
   table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
   if not table.num_rows:
-    raise ConfigError(f"{paths[0]}{' and the others' if len(paths) > 1 else ''}: no rows (data.corpus.files)")
+    raise ConfigError(f"{file_names(paths)}: no rows. Set data.corpus.files to files with rows")
   start, stop = split_bounds(split, table.num_rows)
 
-  def read(index: int) -> dict[str, Any]:
+  def read(index: int) -> Record:
     record = {column: table.column(column)[start + index].as_py() for column in wanted}
     return record if text is None else {**record, "text": record[text] or ""}
 
-  return Source(stop - start, read, content_digest(name, start, stop), where=in_files(paths, start))
+  return Source(stop - start, read, content_digest(name, start, stop), locate=record_locator(paths, start))
 
 
-def _open_parquet(path: Path, text: str | None, wanted: tuple[str, ...]) -> Any:
-  """The file, after a look at its schema."""
+def _open_table(path: Path, kind: str, text_columns: Sequence[str]) -> Dataset:
+  """Open a file for streaming; from CSV, `text_columns` are read as text whatever they contain."""
   import pyarrow
-  from pyarrow import parquet as pq
+  from pyarrow import csv, dataset, fs
 
+  layout = "parquet"
+  if kind == "csv":
+    layout = dataset.CsvFileFormat(
+      csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True),
+      convert_options=csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pyarrow.string())),
+    )
   try:
-    file = pq.ParquetFile(path)
-  except pyarrow.ArrowException as error:
-    raise ConfigError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-  _check_columns(path, file.schema_arrow, text, wanted)
-  return file
+    return dataset.dataset(str(path.absolute()), format=layout, filesystem=fs.LocalFileSystem())
+  except (pyarrow.ArrowException, OSError) as error:
+    name = "Parquet" if kind == "parquet" else "CSV"
+    raise ConfigError(f"{path}: cannot be read as {name}: {_first_line(error)}. Check the file's format") from error
 
 
-def _check_columns(path: Path, schema: Any, text: str | None, wanted: tuple[str, ...]) -> None:
-  """All of them exist, and `text` holds text."""
+def _check_columns(path: Path, schema: pyarrow.Schema, text: str | None, wanted: tuple[str, ...]) -> None:
+  """Check that the columns exist and that `text` holds strings."""
   import pyarrow
 
   for column in wanted:
     if column not in schema.names:
-      key, other = ("text", " " + NO_TEXT) if column == text else ("columns", "")
-      raise ConfigError(
-        f"{path}: no column {column!r} (data.corpus.{key}); {suggest_name(column, schema.names)}{other}"
-      )
+      key, way_out = ("text", f" {OR_NONE}") if column == text else ("columns", "")
+      hint = suggest_name(column, schema.names)
+      raise ConfigError(f"{path}: no column {column!r} (data.corpus.{key}); {hint}{way_out}")
   if text is None:
     return
-  kind = schema.field(text).type
-  kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+  kind = _value_type(schema.field(text).type)
   if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-    raise ConfigError(f"{path}: column {text!r} (data.corpus.text) holds {kind}, not strings")
+    raise ConfigError(
+      f"{path}: column {text!r} (data.corpus.text) must hold strings, got {kind}. Choose another column"
+    )
 
 
-def array_record(split: str, files: Files, format: str = "text", text: str | None = "text") -> Source:
-  """Raw ArrayRecord files. `format` of a record: "text" is UTF-8, "json" an object whose field `text` is the text.
+def _cache_schema(schema: pyarrow.Schema, text: str | None, wanted: tuple[str, ...]) -> pyarrow.Schema:
+  """Return the schema of the wanted columns in the cache."""
+  import pyarrow
 
-  With text=None no field of an object is.
+  types = {column: _value_type(schema.field(column).type) for column in wanted}
+  if text is not None:
+    types[text] = pyarrow.large_string()  # a column may hold more than 2 GiB
+  return pyarrow.schema(types.items())
+
+
+def _value_type(kind: pyarrow.DataType) -> pyarrow.DataType:
+  """Return the type of a column's values: Arrow files cannot hold a dictionary that grows between batches."""
+  import pyarrow
+
+  return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+
+
+def _first_line(error: Exception) -> str:
+  return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def array_record_source(split: str, files: Files, format: str = "text", text: str | None = "text") -> Source:
+  """Return the records of ArrayRecord files.
+
+  Args:
+    split: see `base.parse_split`.
+    files: as of `text.text_source`.
+    format: "text": a record is UTF-8 text; "json": a JSON object.
+    text: field of a JSON object to use as "text"; None: the records need no text.
   """
   from array_record.python.array_record_data_source import ArrayRecordDataSource
 
   if format not in ("text", "json"):
-    raise ConfigError(f"data.corpus.format={format!r} must be 'text' or 'json'")
-  paths = expand(files, split)
+    raise ConfigError(f"data.corpus.format: must be 'text' or 'json', got {format!r}")
+  paths = expand_files(files, split)
   try:
     data = ArrayRecordDataSource([str(p) for p in paths])
-    start, stop = split_bounds(split, len(data))
   except (RuntimeError, ValueError, OSError) as error:
-    if isinstance(error, ConfigError):
-      raise
-    raise ConfigError(f"data.corpus.files={files!r} cannot be read as ArrayRecord: {error}") from error
+    raise ConfigError(f"data.corpus.files: cannot be read as ArrayRecord: {error}, got {files!r}") from error
+  start, stop = split_bounds(split, len(data))
+  locate = record_locator(paths, start)
 
-  def read(index: int) -> dict[str, Any]:
-    where = f"record {start + index} of {paths[0]}{', ...' if len(paths) > 1 else ''}"
+  def read(index: int) -> Record:
     try:
       content = data[start + index].decode("utf-8")
       if format == "text":
@@ -191,13 +194,12 @@ def array_record(split: str, files: Files, format: str = "text", text: str | Non
       record = json.loads(content)
       return {**record} if text is None else {**record, "text": record[text]}
     except UnicodeDecodeError as error:
-      raise ConfigError(f"{where} is not UTF-8 text (byte {error.start})") from error
+      raise ConfigError(f"{locate(index)}: byte {error.start} is not UTF-8. Remove the record") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
       field = "" if text is None else f" with a field {text!r} (data.corpus.text)"
-      raise ConfigError(f"{where} is no JSON object{field}") from error
+      raise ConfigError(f"{locate(index)}: not a JSON object{field}. Fix the record or data.corpus.format") from error
 
-  source = Source(
-    stop - start, read, content_digest("array_record", format, text, start, stop, [file_digest(p) for p in paths])
-  )
-  source[0]
+  fingerprint = content_digest("array_record", format, text, start, stop, [file_digest(p) for p in paths])
+  source = Source(stop - start, read, fingerprint, locate=locate)
+  source[0]  # errors in the records are reported here, before training starts
   return source

@@ -1,4 +1,4 @@
-"""Sources from TensorFlow Datasets, read without TensorFlow, and the embedded corpus, which is one of them."""
+"""TensorFlow Datasets as sources, read without TensorFlow; the embedded corpus `python_stdlib` is one of them."""
 
 from __future__ import annotations
 
@@ -9,133 +9,151 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from llmjax.config import ConfigError, suggest_name
-from llmjax.data.sources.base import Source, parse_split
-from llmjax.data.sources.files import NO_TEXT
-from llmjax.data.sources.tfrecord import Slice, TFRecords
+from llmjax.data.sources.base import Record, Source, parse_split
+from llmjax.data.sources.paths import OR_NONE
+from llmjax.data.sources.tfrecord import RecordRange, TFRecords
 from llmjax.storage.buckets import fetch_folder, in_bucket
-from llmjax.storage.cache import content_digest
-from llmjax.storage.digests import file_digest
+from llmjax.storage.cache import content_digest, file_digest
+
+if TYPE_CHECKING:
+  from tensorflow_datasets.core import DatasetBuilder
+  from tensorflow_datasets.core.features import FeatureConnector
+
+# TFDS registers the datasets of these only up to the first collection that misses a package.
+COLLECTIONS = ("text", "translate", "summarization", "question_answering")
+PREPARE_ERRORS = (OSError, ImportError, AssertionError, ValueError, RuntimeError)
 
 
-def python_stdlib(split: str, config: str = "text") -> Source:
-  """The running interpreter's standard library; real text without a download.
+def python_stdlib_source(split: str, config: str = "text") -> Source:
+  """Return the standard library of the running interpreter: real text without a download.
 
   Args:
-    config: "text" (files and help texts), "docstring_pairs" (functions and what they do), and tasks with answers made
-      from the code: "package", "tokens", "params", "preferences"; see `python_stdlib.py`.
+    split: see `base.parse_split`.
+    config: "text" (files and help texts), "docstring_pairs" (functions and their docstrings), or a labelled task made
+      from the code: "package", "tokens", "params", "preferences"; see `llmjax.datasets.python_stdlib.builder`.
   """
-  from llmjax.datasets.python_stdlib import fingerprint, prepare
+  from llmjax.datasets.python_stdlib import library
+  from llmjax.datasets.python_stdlib.builder import prepare_python_stdlib
 
-  with _quiet():
-    return _from_tfds(prepare(config), split, "text", fingerprint())
+  with _quiet_tfds():
+    return _builder_source(prepare_python_stdlib(config), split, "text", library.library_fingerprint())
 
 
-def tfds(
+def tfds_source(
   split: str,
   dataset: str | None = None,
   folder: str | None = None,
   data_dir: str | None = None,
   text: str | None = "text",
 ) -> Source:
-  """A TensorFlow Dataset, stored as ArrayRecord or as TFRecord (TFDS's default); read without TensorFlow.
+  """Return a TensorFlow Dataset that is stored as ArrayRecord or as TFRecord, the default of TFDS.
 
-  Values come as Python's own: strings, numbers, lists, dicts. Classes come by name, None where they are hidden (-1),
-  and the names are the source's `labels`. Answers as SQuAD has them, {"text": [...], "answer_start": [...]}, come as
-  [{"text", "start"}].
+  Values have Python's own types. Classes are given by name, or None if they are hidden (-1); the names are the source's
+  `labels`. SQuAD's answers {"text": [...], "answer_start": [...]} are given as [{"text", "start"}].
 
   Args:
+    split: see `base.parse_split`.
     dataset: "lm1b", "wiki40b/en", ...; downloaded and prepared as ArrayRecord if it is not in `data_dir` yet.
-    folder: a prepared dataset's own folder (holding dataset_info.json) instead.
-    data_dir: None is TFDS's default (~/tensorflow_datasets, or $TFDS_DATA_DIR).
-    text: the field of a record to be called "text"; None where no one field is the text.
+    folder: alternatively, the folder of a prepared dataset, which holds dataset_info.json.
+    data_dir: None: the default of TFDS (~/tensorflow_datasets, or $TFDS_DATA_DIR).
+    text: field to use as "text"; None: the records need no text.
   """
   import tensorflow_datasets
 
-  if (dataset is None) == (folder is None):
+  if dataset is not None and folder is None:
+    return _builder_source(_prepared_builder(dataset, data_dir), split, text, None)
+  if folder is None or dataset is not None:
     raise ConfigError("data.corpus: 'tfds' needs either `dataset` (such as 'lm1b') or `folder`")
-  if folder is None:
-    return _from_tfds(_named(str(dataset), data_dir), split, text, None)
   local = fetch_folder(folder) if in_bucket(folder) else Path(folder).expanduser()
   try:
     builder = tensorflow_datasets.builder_from_directory(str(local))
   except (OSError, ValueError) as error:
-    raise ConfigError(f"data.corpus.folder={folder!r} holds no prepared TFDS dataset: {_line(error)}") from error
-  return _from_tfds(builder, split, text, None)
+    raise ConfigError(
+      f"data.corpus.folder: must be a prepared TFDS dataset, got {folder!r}: {_first_line(error)}"
+    ) from error
+  return _builder_source(builder, split, text, None)
 
 
-def _named(dataset: str, data_dir: str | None) -> Any:
-  """A builder by name, prepared."""
+def _prepared_builder(dataset: str, data_dir: str | None) -> DatasetBuilder:
   import tensorflow_datasets
 
-  # TFDS registers these only up to the first of all its collections that misses a package.
-  for collection in ("text", "translate", "summarization", "question_answering"):
+  for collection in COLLECTIONS:
     with contextlib.suppress(ImportError):
       importlib.import_module(f"tensorflow_datasets.{collection}")
   try:
-    with _quiet():  # it warns of every folder that is not prepared yet
+    with _quiet_tfds():  # TFDS warns of every folder that is not prepared yet
       builder = tensorflow_datasets.builder(dataset, data_dir=data_dir)
-      prepared = builder.is_prepared()
+      is_prepared = builder.is_prepared()
   except tensorflow_datasets.core.registered.DatasetNotFoundError as error:
     known = re.findall(r"^\s*- (\w+)", str(error), re.MULTILINE)
-    raise ConfigError(f"data.corpus.dataset={dataset!r} is no TFDS dataset; {suggest_name(dataset, known)}") from error
+    raise ConfigError(
+      f"data.corpus.dataset: not a TFDS dataset, got {dataset!r}; {suggest_name(dataset, known)}"
+    ) from error
   except ValueError as error:
-    raise ConfigError(f"data.corpus.dataset={dataset!r}: {_line(error)}") from error
-  if not prepared:
+    raise ConfigError(f"data.corpus.dataset: TFDS refuses it: {_first_line(error)}, got {dataset!r}") from error
+  if not is_prepared:
     logging.getLogger("llmjax").warning("preparing %s in %s; this downloads it", dataset, builder.data_dir)
-    failures = (OSError, ImportError, AssertionError, ValueError, RuntimeError)
     try:
       builder.download_and_prepare(file_format="array_record")
-    except (*failures, tensorflow_datasets.download.DownloadError) as error:
+    except (*PREPARE_ERRORS, tensorflow_datasets.download.DownloadError) as error:
       raise ConfigError(
-        f"data.corpus.dataset={dataset!r} is not prepared in {builder.data_dir}, and preparing it failed "
-        f"({type(error).__name__}: {_line(error)}); prepare it elsewhere and copy it"
+        f"data.corpus.dataset: {dataset!r} is not prepared in {builder.data_dir}, and preparing it failed: "
+        f"{type(error).__name__}: {_first_line(error)}. Prepare it elsewhere and copy it"
       ) from error
   return builder
 
 
-def _from_tfds(builder: Any, split: str, text: str | None, fingerprint: str | None) -> Source:
-  """A split of a prepared builder; the fingerprint is of the metadata and shards unless the content's is known."""
+def _builder_source(builder: DatasetBuilder, split: str, text: str | None, fingerprint: str | None) -> Source:
+  """Return a split of a prepared builder.
+
+  Args:
+    builder: the dataset.
+    split: see `base.parse_split`.
+    text: field to use as "text"; None: the records need no text.
+    fingerprint: digest of the content; None: taken from the metadata and shards.
+  """
   info = builder.info
   if not info.splits:
-    raise ConfigError(f"{builder.data_dir} has no splits; prepare the dataset again")
+    raise ConfigError(f"{builder.data_dir}: has no splits. Prepare the dataset again")
   if text is not None and text not in info.features:
-    known = suggest_name(text, info.features)
-    raise ConfigError(f"data.corpus.text={text!r} is no field of {info.full_name}; {known} {NO_TEXT}")
+    hint = suggest_name(text, info.features)
+    raise ConfigError(f"data.corpus.text: not a field of {info.full_name}, got {text!r}; {hint} {OR_NONE}")
   name, low, high = parse_split(split)
   if name not in info.splits and name != "all":
-    raise ConfigError(f"split {split!r}: {info.full_name} has {', '.join(info.splits)}")
-  chosen = [info.splits[n] for n in ([name] if name != "all" else info.splits)]
+    raise ConfigError(
+      f"split: {info.full_name} has no split {name!r}, got {split!r}. Choose one of: {', '.join(info.splits)}"
+    )
   try:
     size = info.splits[split].num_examples
-    record = _records(builder, split) if size else None
+    read_example = _example_reader(builder, split) if size else None
   except (ValueError, AssertionError) as error:
     if isinstance(error, ConfigError):
       raise
-    raise ConfigError(f"split {split!r} of {info.full_name}: {_line(error)}") from error
-  if record is None:
-    raise ConfigError(f"split {split!r} of {info.full_name} has no records; choose another")
+    raise ConfigError(f"split: TFDS refuses it for {info.full_name}: {_first_line(error)}, got {split!r}") from error
+  if read_example is None:
+    raise ConfigError(f"split: selects no records of {info.full_name}, got {split!r}. Choose a wider split")
   if fingerprint is None:
-    paths = [Path(p) for s in chosen for p in (s.filepaths[0], s.filepaths[-1])]
-    fingerprint = content_digest(
-      [[s.num_bytes, s.shard_lengths] for s in chosen], [file_digest(p, whole=0) for p in paths]
-    )
+    splits = [info.splits[n] for n in ([name] if name != "all" else info.splits)]
+    paths = [Path(p) for s in splits for p in (s.filepaths[0], s.filepaths[-1])]
+    metadata = [[s.num_bytes, s.shard_lengths] for s in splits]
+    fingerprint = content_digest(metadata, [file_digest(p, max_hashed_bytes=0) for p in paths])
 
-  def read(index: int) -> dict[str, Any]:
-    fields = {field: _plain(value, info.features[field]) for field, value in record(index).items()}
-    return fields if text in ("text", None) else {**fields, "text": fields[text]}
+  def read(index: int) -> Record:
+    record = {field: _python_value(value, info.features[field]) for field, value in read_example(index).items()}
+    return record if text in ("text", None) else {**record, "text": record[text]}
 
   labels = {field: names for field in info.features if (names := _class_names(info.features[field])) is not None}
   return Source(size, read, content_digest(info.full_name, fingerprint, name, low, high, text), labels=labels)
 
 
-def _class_names(feature: Any) -> tuple[str, ...] | None:
-  """What the classes of a feature, or of the members of a sequence, are called; None where it has no named classes."""
+def _class_names(feature: FeatureConnector) -> tuple[str, ...] | None:
+  """Return the class names of a feature or of a sequence's items; None without named classes."""
   import tensorflow_datasets
 
   while isinstance(feature, tensorflow_datasets.features.Sequence):
@@ -144,58 +162,55 @@ def _class_names(feature: Any) -> tuple[str, ...] | None:
   return tuple(feature.names) if is_class and feature.names else None
 
 
-def _plain(value: Any, feature: Any) -> Any:
-  """A value of a TFDS feature as Python's own types."""
+def _python_value(value: Any, feature: FeatureConnector) -> Any:
+  """Convert the value of a feature to Python's own types."""
   if isinstance(value, bytes):
     return value.decode("utf-8")
   if isinstance(value, Mapping):
-    fields = {field: _plain(part, feature[field]) for field, part in value.items()}
+    fields = {field: _python_value(part, feature[field]) for field, part in value.items()}
     if fields.keys() == {"text", "answer_start"} and isinstance(fields["text"], list):
       return [{"text": text, "start": start} for text, start in zip(fields["text"], fields["answer_start"])]
     return fields
   if isinstance(value, (np.ndarray, np.generic)):
-    value = value.tolist()
-    return _plain(value, feature) if isinstance(value, (bytes, list)) else _named_class(value, feature)
+    return _python_value(value.tolist(), feature)
   if isinstance(value, (list, tuple)):
-    return [_plain(part, feature) for part in value]
-  return _named_class(value, feature)
-
-
-def _named_class(value: Any, feature: Any) -> Any:
+    return [_python_value(item, feature) for item in value]
   names = _class_names(feature)
   return value if names is None else names[value] if value >= 0 else None
 
 
-def _records(builder: Any, split: str) -> Callable[[int], dict[str, Any]]:
-  """index -> record of a split or slice, which TFDS cuts, so that it is the same whatever the format."""
+def _example_reader(builder: DatasetBuilder, split: str) -> Callable[[int], Mapping[str, Any]]:
+  """Return a function from index to example. TFDS resolves the slice, so all formats give the same examples."""
   info = builder.info
   stored = info.file_format.value if info.file_format else "an unknown format"
   if stored == "array_record":
-    return builder.as_data_source(split).__getitem__
+    return cast(Callable[[int], Mapping[str, Any]], builder.as_data_source(split).__getitem__)
   if stored != "tfrecord":
     raise ConfigError(
-      f"{builder.data_dir} is stored as {stored}; of TFDS's formats, array_record and tfrecord are read: prepare it as "
-      "one of those in another data_dir"
+      f"{builder.data_dir}: must be stored as array_record or tfrecord, got {stored}. Prepare it as one of those in "
+      "another data_dir"
     )
-  parts = info.splits[split].file_instructions
-  contents = TFRecords(Slice(Path(p.filename), p.examples_in_shard, p.skip, p.skip + p.take) for p in parts)
+  instructions = info.splits[split].file_instructions
+  contents = TFRecords(
+    RecordRange(Path(i.filename), i.examples_in_shard, i.skip, i.skip + i.take) for i in instructions
+  )
 
-  def record(index: int) -> dict[str, Any]:
+  def read_example(index: int) -> Mapping[str, Any]:
     try:
-      return info.features.deserialize_example_np(contents[index])
+      return cast(Mapping[str, Any], info.features.deserialize_example_np(contents[index]))
     except DecodeError as error:
-      raise ConfigError(f"{builder.data_dir}: record {index} of split {split!r} is damaged; copy it again") from error
+      raise ConfigError(f"{builder.data_dir}: record {index} of split {split!r} is damaged. Copy it again") from error
 
-  return record
+  return read_example
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
   return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Without the progress bars, prints and warnings of TFDS."""
+def _quiet_tfds() -> Iterator[None]:
+  """Suppress the progress bars, prints and warnings of TFDS."""
   import tensorflow_datasets
 
   logger, level = logging.getLogger("absl"), logging.getLogger("absl").level

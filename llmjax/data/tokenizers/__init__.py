@@ -1,1 +1,1 @@
-"""Tokenizers, one module for each kind."""
+"""Tokenizers; `registry` lists their kinds by the names in configs."""

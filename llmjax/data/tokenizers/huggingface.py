@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, from whichever files they have."""
+"""Tokenizers of Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmjax.config import ConfigError
-from llmjax.data.tokenizers import chat, hf_formats
-from llmjax.data.tokenizers.base import SENTINEL, Tokenizer
-from llmjax.data.tokenizers.hf_formats import BYTES_BACK, COMPANIONS, STRIP, VOCABULARIES, Json, replace
+from llmjax.data.tokenizers.base import Ids, Tokenizer
+from llmjax.data.tokenizers.chat import read_chat_templates
+from llmjax.data.tokenizers.extra_tokens import SENTINEL
+from llmjax.data.tokenizers.hf_files import COMPANION_FILES, VOCABULARY_FILES, Files, JsonObject, parse_json_file
+from llmjax.data.tokenizers.hf_folder import read_tokenizer_folder
 from llmjax.data.tokenizers.sentencepiece import SPACE
 
-# Which of a folder's tokens has which role, and, where it names none, the usual names.
+if TYPE_CHECKING:
+  import tokenizers
+
+# {role: names that a folder gives the role's token, the preferred one first}
 ROLES = {
   "bos": ("bos_token", "cls_token"),
   "eos": ("eos_token", "sep_token"),
@@ -23,7 +28,8 @@ ROLES = {
   "unk": ("unk_token",),
   "mask": ("mask_token",),
 }
-USUAL = {
+# {role: tokens that have the role in folders that name no tokens}
+USUAL_TOKENS = {
   "bos": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
   "eos": ("</s>", "<eos>", "[SEP]", "<|end_of_text|>", "<|endoftext|>"),
   "pad": ("<pad>", "[PAD]"),
@@ -31,74 +37,82 @@ USUAL = {
   "mask": ("<mask>", "[MASK]"),
 }
 
+# Parts of decoders in a tokenizer.json
+SPACES = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+BYTE_FALLBACK = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP_SPACE = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
-def hf(path: str) -> Tokenizer:
-  """`path` is a Hugging Face folder or a tokenizer.json."""
+
+def huggingface_tokenizer(path: str) -> Tokenizer:
+  """Return the tokenizer of a Hugging Face folder or a tokenizer.json."""
   file = Path(path).expanduser()
   if not file.exists():
-    raise ConfigError(f"data.tokenizer.path={path!r}: there is no {file}")
+    raise ConfigError(f"data.tokenizer.path: there is no such file or folder, got {path!r}")
   if file.is_dir():
-    return from_folder(file)
-  return _built({"tokenizer.json": file.read_bytes()} | _read(file.parent, COMPANIONS), file)
+    return tokenizer_from_folder(file)
+  return _named_errors({"tokenizer.json": file.read_bytes()} | _read_files(file.parent, COMPANION_FILES), file)
 
 
-def from_folder(folder: Path) -> Tokenizer:
-  """The tokenizer of a Hugging Face folder, which gives the ids that Transformers' AutoTokenizer gives.
+def tokenizer_from_folder(folder: Path) -> Tokenizer:
+  """Return the tokenizer of a Hugging Face folder, with the ids of Transformers' AutoTokenizer.
 
-  The folder holds one of VOCABULARIES, and beside it any of COMPANIONS. `pad` puts around a text what the folder says.
-  As for any tokenizer of ours, `encode` takes what looks like a special token for text, and `chat` for the token.
+  As with all tokenizers here, `encode` reads names of special tokens as text, and `chat` reads them as tokens.
+
+  Args:
+    folder: has one entry of VOCABULARY_FILES, and any COMPANION_FILES.
 
   Raises:
-    ConfigError: there is no tokenizer; half of one; one of a kind that only a tokenizer.json can describe; a damaged
-      file.
+    ConfigError: vocabulary files are missing or damaged, or of a kind that only a tokenizer.json can describe.
   """
   folder = Path(folder).expanduser()
-  present = [[name for name in names if (folder / name).is_file()] for names in VOCABULARIES]
-  found = next((names for names, there in zip(VOCABULARIES, present) if there == list(names)), None)
-  if found is None:
-    half = next(((names, there) for names, there in zip(VOCABULARIES, present) if there), None)
-    if half is not None:
-      missing = ", ".join(set(half[0]) - set(half[1]))
-      raise ConfigError(f"{folder} holds {half[1][0]} but no {missing}, which belongs to it")
-    looked_for = ", ".join(" + ".join(names) for names in VOCABULARIES)
-    raise ConfigError(f"{folder} holds no tokenizer: none of {looked_for}")
-  more = [str(p.relative_to(folder)) for p in sorted(folder.glob("additional_chat_templates/*.jinja"))]
-  return _built(_read(folder, (*found, *COMPANIONS, *more)), folder)
+  incomplete = None
+  for names in VOCABULARY_FILES:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+      templates = [str(p.relative_to(folder)) for p in sorted(folder.glob("additional_chat_templates/*.jinja"))]
+      return _named_errors(_read_files(folder, (*names, *COMPANION_FILES, *templates)), folder)
+    if len(missing) < len(names) and incomplete is None:
+      incomplete = f"{folder}: has {' and '.join(set(names) - set(missing))} but no {missing[0]}. Copy the folder again"
+  alternatives = ", ".join(" + ".join(names) for names in VOCABULARY_FILES)
+  raise ConfigError(incomplete or f"{folder}: has no tokenizer. A folder of a tokenizer has one of {alternatives}")
 
 
-def _read(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+def _read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
   return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def _built(files: Mapping[str, bytes], where: Path) -> Tokenizer:
+def _named_errors(files: Files, path: Path) -> Tokenizer:
+  """Return the tokenizer of `files`; errors name `path`."""
   try:
-    return hf_from_files(files)
+    return huggingface_from_files(files)
   except ConfigError as error:
-    raise ConfigError(f"{where}: {error}") from error
-  except Exception as error:  # of whatever kind a damaged file gives, here or in the package tokenizers
-    raise ConfigError(f"{where}: a file of the tokenizer is damaged ({type(error).__name__}: {error})") from error
+    raise ConfigError(f"{path}: {error}") from error
+  except Exception as error:  # a damaged file may raise anything, here or in the package tokenizers
+    raise ConfigError(f"{path}: a file of the tokenizer is damaged ({type(error).__name__}: {error})") from error
 
 
-def hf_from_files(files: Mapping[str, bytes]) -> Tokenizer:
-  """From the files of a folder: those of VOCABULARIES that it has, and of COMPANIONS."""
-  settings, named = hf_formats.read_tokenizer_folder(files)
-  encoder, decoder = _load(_hiding_special_tokens(settings)), _load(settings)
-  parser = functools.cache(lambda: _load(settings, parse_special_tokens=True))  # seldom wanted, and large
+def huggingface_from_files(files: Files) -> Tokenizer:
+  """Return the tokenizer of a folder's files: VOCABULARY_FILES, COMPANION_FILES and additional chat templates."""
+  settings, token_names = read_tokenizer_folder(files)
+  encoder, decoder = _load_library(_without_special_tokens(settings)), _load_library(settings)
+  # Encodes names of special tokens as those tokens. It is used only for chats, and large.
+  special_encoder = functools.cache(lambda: _load_library(settings, encode_special_tokens=False))
 
-  config = hf_formats.parse(files, "chat_template.json") | hf_formats.parse(files, "tokenizer_config.json")
   vocabulary = decoder.get_vocab(with_added_tokens=True)
-  added = {t["content"]: t["special"] for t in settings["added_tokens"]}
-  kinds = _types(settings["decoder"])
+  is_special = {token["content"]: token["special"] for token in settings["added_tokens"]}
+  decoder_types = _decoder_types(settings["decoder"])
   pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
   for token, index in vocabulary.items():
-    pieces[index] = b"" if added.get(token) else _bytes(token, kinds)
+    pieces[index] = b"" if is_special.get(token) else _piece_bytes(token, decoder_types)
 
   def to_offsets(text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    made = encoder.encode(text, add_special_tokens=False)
-    return made.ids, made.offsets
+    encoding = encoder.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
 
-  roles = _roles(named, vocabulary)
-  sentinels = itertools.takewhile(added.__contains__, map(SENTINEL.format, itertools.count()))
+  roles = _role_ids(token_names, vocabulary)
+  sentinels = itertools.takewhile(is_special.__contains__, map(SENTINEL.format, itertools.count()))
+  config = parse_json_file(files, "chat_template.json") | parse_json_file(files, "tokenizer_config.json")
+  is_word_piece = "WordPiece" in decoder_types
   return Tokenizer(
     name="hf",
     pieces=tuple(pieces),
@@ -110,115 +124,123 @@ def hf_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     unk_id=roles["unk"],
     mask_id=roles["mask"],
     sentinels=tuple(vocabulary[token] for token in sentinels),
-    names={i: token for token, i in vocabulary.items() if added.get(token) or i in roles.values()},
-    continuing=frozenset(i for t, i in vocabulary.items() if "WordPiece" in kinds and t.startswith("##")),
-    around=_around(decoder),
-    around_pair=_around_pair(decoder),
-    to_text=_to_text(settings["decoder"], decoder, pieces),
-    chat_templates=chat.read_templates(files, config.get("chat_template")),
-    token_names={key: token for key, token in named.items() if token is not None},
-    to_special_ids=lambda text: parser().encode(text, add_special_tokens=False).ids,
+    names={i: token for token, i in vocabulary.items() if is_special.get(token) or i in roles.values()},
+    continuation_ids=frozenset(i for token, i in vocabulary.items() if is_word_piece and token.startswith("##")),
+    single_template=_single_template(decoder),
+    pair_template=_pair_template(decoder),
+    to_text=_text_decoder(settings["decoder"], decoder, pieces),
+    chat_templates=read_chat_templates(files, config.get("chat_template")),
+    token_names={key: token for key, token in token_names.items() if token is not None},
+    to_special_ids=lambda text: special_encoder().encode(text, add_special_tokens=False).ids,
     to_offsets=to_offsets,
   )
 
 
-def _load(settings: Json, parse_special_tokens: bool = False) -> Any:
-  """The `tokenizers.Tokenizer` of a tokenizer.json's content."""
+def _load_library(settings: JsonObject, encode_special_tokens: bool = True) -> tokenizers.Tokenizer:
+  """Return the tokenizer of a tokenizer.json's content.
+
+  Args:
+    settings: the content.
+    encode_special_tokens: whether names of special tokens are encoded as text.
+  """
   import tokenizers
 
   try:
-    model = tokenizers.Tokenizer.from_str(json.dumps(settings))
-  except Exception as error:  # the package has no class of its own for them
-    raise ConfigError(f"the file is no tokenizer.json: {' '.join(str(error).split())}") from error
-  model.no_truncation()
-  model.no_padding()
-  model.encode_special_tokens = not parse_special_tokens
-  return model
+    library = tokenizers.Tokenizer.from_str(json.dumps(settings))
+  except Exception as error:  # the package raises bare exceptions
+    raise ConfigError(f"tokenizer.json: not valid: {' '.join(str(error).split())}. Copy the file again") from error
+  library.no_truncation()
+  library.no_padding()
+  library.encode_special_tokens = encode_special_tokens
+  return library
 
 
-def _hiding_special_tokens(settings: Json) -> Json:
-  """A unigram model finds its special tokens in a text as it finds any piece; under another name it does not."""
+def _without_special_tokens(settings: JsonObject) -> JsonObject:
+  """Return settings with which no text is encoded to a special token.
+
+  A unigram model finds its special tokens in a text like any other piece, so they are renamed.
+  """
   vocabulary = settings["model"].get("vocab")
-  settings = {**settings, "post_processor": None}  # without tokens to add, it would only take spaces out of offsets
+  settings = {**settings, "post_processor": None}  # without special tokens, all it does is trim offsets
   if not isinstance(vocabulary, list):
     return settings
   special = {token["content"] for token in settings["added_tokens"] if token["special"]}
-  hidden = [["\0 " + piece if piece in special else piece, score] for piece, score in vocabulary]
-  outside = [t for t in settings["added_tokens"] if t["id"] >= len(vocabulary) or not t["special"]]
-  return {
-    **settings,
-    "added_tokens": outside,
-    "model": {**settings["model"], "vocab": hidden},
-  }
+  renamed = [["\0 " + piece if piece in special else piece, score] for piece, score in vocabulary]
+  added = [t for t in settings["added_tokens"] if t["id"] >= len(vocabulary) or not t["special"]]
+  return {**settings, "added_tokens": added, "model": {**settings["model"], "vocab": renamed}}
 
 
-def _around(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """What stands before and behind a single text."""
-  for text in ("a", "0", " "):  # at least one of them gives tokens
-    made = model.encode(text, add_special_tokens=True)
-    own = [i for i, added in enumerate(made.special_tokens_mask) if not added]
+def _single_template(library: tokenizers.Tokenizer) -> tuple[Ids, Ids]:
+  """Return the tokens before and after a single text."""
+  for text in ("a", "0", " "):  # a vocabulary has tokens for at least one of these
+    encoding = library.encode(text, add_special_tokens=True)
+    own = [i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added]
     if own:
-      return tuple(made.ids[: own[0]]), tuple(made.ids[own[-1] + 1 :])
-  return tuple(made.ids), ()
+      return tuple(encoding.ids[: own[0]]), tuple(encoding.ids[own[-1] + 1 :])
+  return tuple(encoding.ids), ()
 
 
-def _around_pair(model: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None:
-  """What stands before, between and behind two texts, and the token type of the second; None where nothing does."""
+def _pair_template(library: tokenizers.Tokenizer) -> tuple[Ids, Ids, Ids, int] | None:
+  """Return the tokens before, between and after two texts, and the second's type; None: there are none between."""
   for text in ("a", "0"):
-    made = model.encode(text, text, add_special_tokens=True)
-    own = [i for i, added in enumerate(made.special_tokens_mask) if not added]
+    encoding = library.encode(text, text, add_special_tokens=True)
+    own = [i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added]
     half = len(own) // 2
     if own and own[half] - own[half - 1] > 1:
-      before, between = made.ids[: own[0]], made.ids[own[half - 1] + 1 : own[half]]
-      return tuple(before), tuple(between), tuple(made.ids[own[-1] + 1 :]), made.type_ids[own[half]]
+      before, between = encoding.ids[: own[0]], encoding.ids[own[half - 1] + 1 : own[half]]
+      return tuple(before), tuple(between), tuple(encoding.ids[own[-1] + 1 :]), encoding.type_ids[own[half]]
   return None
 
 
-def _roles(named: Mapping[str, str | None], vocabulary: Mapping[str, int]) -> dict[str, int | None]:
-  contents = {key: token for key, token in named.items() if token is not None}
-  found: dict[str, int | None] = {}
+def _role_ids(token_names: Mapping[str, str | None], vocabulary: Mapping[str, int]) -> dict[str, int | None]:
+  declared = {key: token for key, token in token_names.items() if token is not None}
+  ids: dict[str, int | None] = {}
   for role, keys in ROLES.items():
-    candidates = [contents[k] for k in keys if k in contents] if contents else USUAL[role]
-    found[role] = next((vocabulary[c] for c in candidates if c in vocabulary), None)
-  return found
+    candidates = [declared[key] for key in keys if key in declared] if declared else USUAL_TOKENS[role]
+    ids[role] = next((vocabulary[token] for token in candidates if token in vocabulary), None)
+  return ids
 
 
-def _types(decoder: Mapping[str, Any] | None) -> set[str]:
-  """The kinds of decoders in a possibly nested one."""
+def _decoder_types(decoder: JsonObject | None) -> set[str]:
+  """Return the types of a decoder and of the decoders in it."""
   if decoder is None:
     return set()
-  return {decoder["type"]}.union(*(_types(part) for part in decoder.get("decoders", ())))
+  return {decoder["type"]}.union(*(_decoder_types(part) for part in decoder.get("decoders", ())))
 
 
 def byte_alphabet() -> dict[str, int]:
-  """Byte-level BPE writes a byte as a visible character: itself if it is one, else the next free one from U+0100 on."""
+  """Return {character: byte} of byte-level BPE: visible bytes as themselves, others as characters from U+0100 on."""
   visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  hidden = [byte for byte in range(256) if byte not in visible]
-  return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+  others = [byte for byte in range(256) if byte not in visible]
+  return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_ALPHABET = byte_alphabet()
+BYTE_ALPHABET = byte_alphabet()
 
 
-def _bytes(token: str, decoders: set[str]) -> bytes:
-  """What a token stands for, as its kind of vocabulary writes it."""
-  if "ByteLevel" in decoders:
-    return bytes(_ALPHABET[c] for c in token) if _ALPHABET.keys() >= set(token) else token.encode()
-  if "ByteFallback" in decoders and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+def _piece_bytes(token: str, decoder_types: set[str]) -> bytes:
+  """Return the text of a token, which vocabularies write in different ways."""
+  if "ByteLevel" in decoder_types:
+    is_written = BYTE_ALPHABET.keys() >= set(token)
+    return bytes(BYTE_ALPHABET[c] for c in token) if is_written else token.encode()
+  if "ByteFallback" in decoder_types and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
     return bytes([int(token[1:-1], 16)])
-  if "WordPiece" in decoders:
+  if "WordPiece" in decoder_types:
     return token.removeprefix("##").encode()
   return token.replace(SPACE, " ").encode()
 
 
-def _to_text(decoder: Json, model: Any, pieces: Sequence[bytes]) -> Callable[[list[int]], str] | None:
-  """None where text is the concatenation of the pieces; else that without the space in front, or what the library says.
+def _text_decoder(
+  settings: JsonObject | None, library: tokenizers.Tokenizer, pieces: Sequence[bytes]
+) -> Callable[[list[int]], str] | None:
+  """Return `Tokenizer.to_text`: None, if the text is the concatenation of the pieces.
 
-  The library would turn all bytes beside a broken character into U+FFFD, so that no stream could tell a byte in time.
+  Pieces are concatenated here if possible: next to a broken character, the library replaces all bytes by U+FFFD, so a
+  stream could not return any text before the last byte.
   """
-  parts = [part for part in (decoder or {}).get("decoders", [decoder]) if part != replace(SPACE, " ")]
-  if parts == list(BYTES_BACK) or "ByteLevel" in _types(decoder):
+  parts = [part for part in (settings or {}).get("decoders", [settings]) if part != SPACES]
+  if parts == BYTE_FALLBACK or "ByteLevel" in _decoder_types(settings):
     return None
-  if parts == [*BYTES_BACK, STRIP]:
+  if parts == [*BYTE_FALLBACK, STRIP_SPACE]:
     return lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace").removeprefix(" ")
-  return lambda ids: model.decode(ids, skip_special_tokens=True)
+  return lambda ids: str(library.decode(ids, skip_special_tokens=True))
