@@ -1,4 +1,4 @@
-"""launch/gke.py against a kubectl that answers from a transcript; its manifests against goldens.
+"""launch/gke.py with a kubectl that answers from a transcript; its manifests compared with golden files.
 
 The transcript's answers follow kubectl's documentation (tests/testdata/gke.json), since no cluster was available. The
 flags are checked against the installed kubectl.

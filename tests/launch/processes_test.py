@@ -1,6 +1,6 @@
 """launch/processes.py: environments, output, exit codes and signals of its processes.
 
-A script stands for `llmjax`, except in the last test.
+`tests/support/fake_llmjax.py` stands in for `llmjax`, except in the last test.
 """
 
 import ast
@@ -69,8 +69,8 @@ def test_gpus_gives_each_process_one_visible_device(venv, monkeypatch, visible, 
   if visible:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
   out, _, _ = run("--processes=2", "--gpus", f"--venv={venv}", "--", 0, 0)
-  found = {line.split()[-6]: line.split()[-1] for line in out.splitlines() if "127.0.0.1" in line}
-  assert found == dict(zip("01", gpus))
+  visible_gpus = {line.split()[-6]: line.split()[-1] for line in out.splitlines() if "127.0.0.1" in line}
+  assert visible_gpus == dict(zip("01", gpus))
 
 
 @pytest.mark.parametrize("actions, code", [(("wait", 3), 3), ((2, "wait"), 2), (("wait", "killed"), 137)])

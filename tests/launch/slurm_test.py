@@ -1,4 +1,4 @@
-"""launch/slurm.py against programs that stand in for SLURM's; slurm_cluster_test.py runs it with SLURM itself."""
+"""launch/slurm.py with stand-ins for SLURM's programs; slurm_cluster_test.py runs it with SLURM itself."""
 
 import json
 import os
@@ -87,12 +87,12 @@ def test_dry_run_changes_nothing_and_pasted_submits(slurm, tmp_path):
     assert pasted == {path.name: path.read_text() for path in (folder / "slurm").iterdir()}
     assert pasted["0.job"] == "17\n" and slurm.calls()[0] == slurm.calls()[1]
     (slurm.folder / "calls.jsonl").unlink()
-  looking = "squeue --noheader --array '--format=%F %K' --jobs=17\n"
-  assert run_queued(tmp_path, dry_run=True)[0] == looking
+  squeue = "squeue --noheader --array '--format=%F %K' --jobs=17\n"
+  assert run_queued(tmp_path, dry_run=True)[0] == squeue
   printed, _, _ = run_slurm_script("cancel", f"--folder={tmp_path / 'sweep'}", "--dry_run")
-  assert printed == f"{looking}scancel 17\n"
+  assert printed == f"{squeue}scancel 17\n"
   printed, _, _ = array(tmp_path, "--wait", "--dry_run")
-  assert printed.startswith(looking) and not slurm.calls()
+  assert printed.startswith(squeue) and not slurm.calls()
   shutil.copy(tmp_path / "sweep/slurm/0.job", tmp_path / "sweep/slurm/1.job")
   subprocess.run(["bash", "-c", printed.splitlines()[-1]], check=True)
   assert slurm.calls() == [["scontrol", "--oneliner", "show", "job", "17"]]
@@ -241,8 +241,8 @@ def test_batch_script_requeues_only_interrupted_jobs(slurm, tmp_path, monkeypatc
   array(tmp_path)
   slurm.set_answer("srun", "training\n", "", code)
   slurm.set_answer("squeue", f"{state}\n")
-  own = {"JOB_ID": "17", "ARRAY_JOB_ID": "17", "ARRAY_TASK_ID": "1", "JOB_NODELIST": "n1", "RESTART_COUNT": "2"}
-  for name, value in own.items():
+  variables = {"JOB_ID": "17", "ARRAY_JOB_ID": "17", "ARRAY_TASK_ID": "1", "JOB_NODELIST": "n1", "RESTART_COUNT": "2"}
+  for name, value in variables.items():
     monkeypatch.setenv(f"SLURM_{name}", value)
   assert subprocess.run(["bash", "-c", batch_script(tmp_path / "sweep")]).returncode == code
   requeue = ["scontrol", "requeue", "17_1"]  # 17 alone would be the whole array

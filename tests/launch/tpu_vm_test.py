@@ -1,4 +1,4 @@
-"""launch/tpu_vm.py against a gcloud that answers from a transcript, and workers that are folders.
+"""launch/tpu_vm.py with a gcloud that answers from a transcript and workers that are folders.
 
 The transcript's answers follow gcloud's documentation (tests/testdata/tpu_vm.json); the flags are checked against the
 installed gcloud. Workers run the real tpu_worker.sh, with a stand-in for llmjax.
