@@ -237,7 +237,7 @@ def test_bad_preference_settings_and_records_are_one_line():
     ({"variant": "ipo", "label_smoothing": 0.1}, "0 but for variant='sigmoid'"),
     ({"label_smoothing": 0.5}, r"in \[0, 0.5\)"),
     ({"sft_weight": -1.0}, "must not be negative"),
-    ({"template": "chatml"}, "neither Jinja"),
+    ({"template": "chatml"}, "must be Jinja or one of"),
   ):
     with pytest.raises(ConfigError, match=message):
       Preference(TOKENIZER, LENGTH, **settings)

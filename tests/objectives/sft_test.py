@@ -201,7 +201,7 @@ def test_template_with_answer_not_after_prompt_is_refused():
   for settings, message in (
     ({"prompt": "a"}, "a pair of fields"),
     ({"response_len": LENGTH}, "from 1 to less than"),
-    ({"template": "chatml"}, "neither Jinja nor one of: default"),
+    ({"template": "chatml"}, "must be Jinja or one of default"),
   ):
     with pytest.raises(ConfigError, match=message):
       InstructionTuning(TOKENIZER, LENGTH, **settings)
