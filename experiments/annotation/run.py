@@ -40,7 +40,7 @@ def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> 
   from llmjax.checkpoints.sources import open_path
   from llmjax.data.sources.tfds import python_stdlib_source
   from llmjax.inference.predict import check_task, predict
-  from llmjax.metrics import tasks
+  from llmjax.metrics.labels import clustering_metrics
 
   train, held_out = (list(python_stdlib_source(split, config="package")) for split in ("train", "test"))
   truths = {"train": [r["package"] for r in train], "held_out": [r["package"] for r in held_out]}
@@ -71,7 +71,7 @@ def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> 
   results = predict(tuned.model, tuned.params, task, held_out)
 
   def nmi(truth: list[str], found: list) -> float:
-    return tasks.clustering(truth, list(map(str, found)))["nmi"]
+    return clustering_metrics(truth, list(map(str, found)))["nmi"]
 
   return {
     "pseudo-labelled share of the training functions": float(np.mean(sure)),

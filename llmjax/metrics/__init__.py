@@ -1,1 +1,1 @@
-"""Task metrics, baselines, and sums of metrics."""
+"""Metrics: quality of predictions, baselines without a model, and the sums that means are computed from. No JAX."""

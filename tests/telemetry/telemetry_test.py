@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import random
 import sys
 import types
 
@@ -14,34 +13,12 @@ from flax import linen as nn
 
 from llmjax.config import ConfigError
 from llmjax.config.model import TransformerConfig
-from llmjax.metrics import sums
 from llmjax.models.transformer import Transformer
 from llmjax.telemetry import writers
 from llmjax.telemetry.curves import read_curves, read_samples
 from llmjax.telemetry.flops import forward_flops, peak_flops
 from llmjax.telemetry.progress import Progress, sparkline
 from llmjax.types import Batch, dummy_batch
-
-
-def test_means_do_not_depend_on_the_partition():
-  rng = random.Random(0)
-  parts = [{"loss": (rng.random(), rng.randrange(4)), "extra": (rng.random(), 1.0)} for _ in range(6)]
-  parts[3].pop("extra")  # a part may lack a metric
-  left = {}
-  for part in parts:
-    left = sums.add_metrics(left, part)
-  right = sums.add_metrics(
-    sums.add_metrics(parts[5], parts[4]), sums.add_metrics(sums.add_metrics(parts[3], parts[2]), {})
-  )
-  right = sums.add_metrics(sums.add_metrics(parts[0], parts[1]), right)
-  assert sums.metric_means(left) == pytest.approx(sums.metric_means(right))
-  assert sums.metric_means(left)["loss"] == pytest.approx(
-    sum(p["loss"][0] for p in parts) / sum(p["loss"][1] for p in parts)
-  )
-
-
-def test_means_omit_weight_zero_and_keep_nan():
-  assert sums.metric_means({"a": (0.0, 0.0), "b": (math.nan, 2.0)}).keys() == {"b"}
 
 
 def test_read_returns_the_written_curves(tmp_path):
@@ -163,7 +140,7 @@ def test_progress_line_fits_the_width_and_keeps_the_step(width):
   assert len(line) <= width and "990" in line and ("4.0500" in line or width < 20)
   assert ("tok/s" in line and "2:39:51 left" in line) or width < 80
   assert out.getvalue().count("\n") == 100
-  progress.say("a [bold] \x1b[2J sample")
+  progress.print_above("a [bold] \x1b[2J sample")
   assert out.getvalue().endswith("a [bold] \ufffd[2J sample\n")
   progress.close()
 
