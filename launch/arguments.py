@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from command_line import ROOT
@@ -79,10 +79,24 @@ def add_shared_flags(parser: argparse._ActionsContainer, *names: str, **changes:
     parser.add_argument(f"--{name}", **{**SHARED_FLAGS[name], **changes})
 
 
-def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Return the launcher's own arguments and those after the first `--`."""
+def add_actions(
+  parser: LauncherParser, actions: Mapping[str, tuple[Callable[[argparse.Namespace], int], str]]
+) -> dict[str, LauncherParser]:
+  """Add subcommands {name: (function, description)} with the flag --dry_run; return {name: parser}."""
+  subparsers = parser.add_subparsers(dest="action", required=True, metavar="|".join(actions))
+  parsers = {}
+  for name, (_, about) in actions.items():
+    parsers[name] = subparsers.add_parser(name, help=about, description=about, epilog=parser.epilog)
+    add_shared_flags(parsers[name], "dry_run")
+  return parsers
+
+
+def parse_with_command(parser: LauncherParser, argv: Sequence[str]) -> argparse.Namespace:
+  """Parse the launcher's own arguments; those after the first `--` become `arguments`, the command of llmjax."""
   index = argv.index("--") if "--" in argv else len(argv)
-  return list(argv[:index]), list(argv[index + 1 :])
+  options = parser.parse_args(argv[:index])
+  options.arguments = list(argv[index + 1 :])
+  return options
 
 
 def check_command(arguments: Sequence[str], temporary_disk: str = "", alternative: str = "") -> None:
@@ -108,13 +122,3 @@ def check_name(name: str, max_length: int) -> None:
       f"--name: must be at most {max_length} lower-case letters, digits and hyphens, which start with a letter and do "
       f"not end with a hyphen, got {name}"
     )
-
-
-def add_actions(parser: LauncherParser, actions: Mapping[str, str]) -> dict[str, LauncherParser]:
-  """Add subcommands with descriptions, and their flag --dry_run; return {name: parser}."""
-  subparsers = parser.add_subparsers(dest="action", required=True, metavar="|".join(actions))
-  parsers = {}
-  for name, about in actions.items():
-    parsers[name] = subparsers.add_parser(name, help=about, description=about, epilog=parser.epilog)
-    add_shared_flags(parsers[name], "dry_run")
-  return parsers

@@ -28,8 +28,8 @@ from arguments import (
   add_shared_flags,
   check_command,
   check_name,
+  parse_with_command,
   positive_int,
-  split_arguments,
 )
 from command_line import MAX_TRIES, ROOT, OutcomeUnknown, pauses, print_status, run_main
 from dry_run import gke_dry_run
@@ -245,9 +245,8 @@ GKE_ACTIONS = {
 
 
 def parse_gke_flags(argv: Sequence[str]) -> argparse.Namespace:
-  own, arguments = split_arguments(argv)
   parser = LauncherParser(prog="gke.py", description=__doc__, epilog=EXAMPLES)
-  actions = add_actions(parser, {name: about for name, (_, about) in GKE_ACTIONS.items()})
+  actions = add_actions(parser, GKE_ACTIONS)
   for name in ("run", "status", "logs", "delete"):
     add = actions[name].add_argument
     add_shared_flags(actions[name], "name")
@@ -269,8 +268,7 @@ def parse_gke_flags(argv: Sequence[str]) -> argparse.Namespace:
   add("--tag", required=True, help="name of the image: REGION-docker.pkg.dev/PROJECT/REPOSITORY/llmjax:NAME")
   add_shared_flags(actions["image"], "extra", help="extras of setup.py besides gcs, such as cuda (default: tpu), wandb")
   add_shared_flags(actions["image"], "dirty")
-  options = parser.parse_args(own)
-  options.arguments = arguments
+  options = parse_with_command(parser, argv)
   if options.action != "image":
     check_name(options.name, 40)
   if options.action == "run":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from arguments import LauncherParser, add_shared_flags, check_command, positive_int, split_arguments
+from arguments import LauncherParser, add_shared_flags, check_command, parse_with_command, positive_int
 from command_line import find_llmjax, run_main
 
 EXIT_TIMEOUT = 10.0  # seconds for the other processes to end by themselves after one has failed
@@ -137,11 +137,10 @@ def make_processes_parser() -> LauncherParser:
 
 
 def main(argv: Sequence[str]) -> int:
-  own, command = split_arguments(argv)
-  options = make_processes_parser().parse_args(own)
-  check_command(command)
+  options = parse_with_command(make_processes_parser(), argv)
+  check_command(options.arguments)
   environments = process_environments(options.processes, options.devices, options.gpus, os.environ)
-  words = [find_llmjax(options.venv), *command]
+  words = [find_llmjax(options.venv), *options.arguments]
   if not options.dry_run:
     return run_processes(words, environments)
   for variables in environments:

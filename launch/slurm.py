@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import shipping
-from arguments import LauncherParser, add_actions, add_shared_flags, check_command, positive_int, split_arguments
+from arguments import LauncherParser, add_actions, add_shared_flags, check_command, parse_with_command, positive_int
 from batch_script import Code, SlurmTrial, batch_script
 from command_line import ROOT, OutcomeUnknown, find_llmjax, run_main, run_program
 
@@ -304,9 +304,8 @@ SLURM_ACTIONS = {
 
 
 def parse_slurm_flags(argv: Sequence[str]) -> argparse.Namespace:
-  own, arguments = split_arguments(argv)
   parser = LauncherParser(prog="slurm.py", description=__doc__, epilog=EXAMPLES)
-  actions = add_actions(parser, {name: about for name, (_, about) in SLURM_ACTIONS.items()})
+  actions = add_actions(parser, SLURM_ACTIONS)
   actions["submit"].add_argument("--workdir", required=True, metavar="DIR", help="folder of the run on a shared disk")
   for name in ("array", "queued", "cancel"):
     about = "folder of the sweep on a shared disk" if name == "array" else "--folder of array, or a --workdir"
@@ -329,9 +328,7 @@ def parse_slurm_flags(argv: Sequence[str]) -> argparse.Namespace:
     add("--ship", metavar="DIR", help="folder on a shared disk; install in DIR/COMMIT and run from there")
     add("--setup", metavar="EXTRA", help="what --ship installs: cuda, cuda,wandb, jax[cuda12] or '' (default: by GPUs)")
     add("--wait", action="store_true", help="wait until the job has ended, and return its exit code")
-  options = parser.parse_args(own)
-  options.arguments = arguments
-  return options
+  return parse_with_command(parser, argv)
 
 
 def main(argv: Sequence[str]) -> int:

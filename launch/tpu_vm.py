@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import gcloud
 import shipping
-from arguments import LauncherParser, add_actions, add_shared_flags, check_command, check_name, split_arguments
+from arguments import LauncherParser, add_actions, add_shared_flags, check_command, check_name, parse_with_command
 from command_line import MAX_TRIES, ROOT, OutcomeUnknown, pauses, print_status, run_main
 from dry_run import tpu_vm_dry_run
 from gcloud import VmsLost, error_line, on_all_workers, query_state, run_on_workers, worker_commands
@@ -292,9 +292,8 @@ TPU_VM_ACTIONS = {
 
 
 def parse_tpu_vm_flags(argv: Sequence[str]) -> argparse.Namespace:
-  own, arguments = split_arguments(argv)
   parser = LauncherParser(prog="tpu_vm.py", description=__doc__, epilog=EXAMPLES)
-  actions = add_actions(parser, {name: about for name, (_, about) in TPU_VM_ACTIONS.items()})
+  actions = add_actions(parser, TPU_VM_ACTIONS)
   for subparser in actions.values():
     add_shared_flags(subparser, "name", "slices")
     add_shared_flags(subparser, "poll", default=10)
@@ -315,8 +314,7 @@ def parse_tpu_vm_flags(argv: Sequence[str]) -> argparse.Namespace:
   capacity = run.add_mutually_exclusive_group()
   add_shared_flags(capacity, "spot")
   capacity.add_argument("--reserved", action="store_true", help="capacity of the project's reservation")
-  options = parser.parse_args(own)
-  options.arguments = arguments
+  options = parse_with_command(parser, argv)
   check_name(options.name, 60)
   if options.action == "delete" and options.existing:
     raise ValueError("--existing: an existing TPU VM is not deleted. Omit --existing to delete a queued resource")
