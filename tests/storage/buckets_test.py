@@ -29,7 +29,7 @@ COPY = "gs://bucket/corpus/t.txt"
 
 @pytest.fixture(scope="module")
 def server():
-  with fake_bucket.serve("bucket", "forbidden") as server, pytest.MonkeyPatch.context() as patch:
+  with fake_bucket.serve_buckets("bucket", "forbidden") as server, pytest.MonkeyPatch.context() as patch:
     patch.setenv("STORAGE_EMULATOR_HOST", server.url)
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
     patch.setenv(
@@ -54,7 +54,7 @@ def saved(workdir):
   step = checkpoints.steps()[-1]
   leaves = jax.tree_util.tree_leaves_with_path(checkpoints.manager.restore(step)["state"])
   state = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-  cursor, manifest = checkpoints.read(step, "data")["cursor"], checkpoints.read(step, "manifest")
+  cursor, manifest = checkpoints.read_cursor(step), checkpoints.read_manifest(step)
   steps = checkpoints.steps()
   checkpoints.close()
   return state, cursor, manifest["data_fingerprint"], steps
@@ -141,7 +141,7 @@ def test_damaged_checkpoint_in_bucket_is_moved_completely(runs, server):
   copies = {name.replace("runs/x", "moved"): content for name, content in objects.items() if "checkpoints/" in name}
   objects |= copies
   checkpoints = Checkpoints("gs://bucket/moved", write=True)
-  checkpoints.set_aside([6])
+  checkpoints.archive_damaged([6])
   assert checkpoints.steps() == [4]
   checkpoints.close()
   assert sorted(content for name, content in objects.items() if name.startswith("moved/damaged/6-")) == before

@@ -1,8 +1,11 @@
 """Google Cloud Storage in memory: the part of its JSON API that gcsfs, google-cloud-storage and tensorstore use.
 
-  with serve("bucket") as server: server.objects["bucket"]["a/b"] = b"..."; server.requests -> ["GET /storage/v1/b/..."]
-Objects, generations and their preconditions are as documented in https://cloud.google.com/storage/docs/json_api/v1; a
-bucket that is not named does not exist, and one called "forbidden" may not be touched.
+  with serve_buckets("bucket") as server:
+    server.objects["bucket"]["a/b"] = b"..."
+    server.requests  # ["GET /storage/v1/b/...", ...]
+
+Objects, generations and preconditions follow https://cloud.google.com/storage/docs/json_api/v1. Other buckets do not
+exist, and access to a bucket with the name "forbidden" is denied.
 """
 
 import base64
@@ -19,11 +22,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 OBJECT = r"(?:/download)?/storage/v1/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)"
 
 
-class Server(ThreadingHTTPServer):
+class BucketServer(ThreadingHTTPServer):
   daemon_threads = True
 
   def __init__(self, *buckets):
-    super().__init__(("127.0.0.1", 0), Handler)
+    super().__init__(("127.0.0.1", 0), RequestHandler)
     self.objects = {name: {} for name in buckets}
     self.generations, self.uploads = {}, {}
     self.requests, self.changes = [], []  # changes: (object, its content or None)
@@ -31,11 +34,12 @@ class Server(ThreadingHTTPServer):
     self.url = f"http://127.0.0.1:{self.server_port}"
 
   def handle_error(self, request, client_address):
-    """A client that hangs up is no news."""
+    """Ignore clients that close the connection."""
 
   def put(self, bucket, name, data, query=()):
+    """Store an object if the query's precondition holds, and return its resource."""
     with self.lock:
-      self.check(bucket, name, dict(query))
+      self.check_generation(bucket, name, dict(query))
       self.objects[bucket][name] = data
       self.changes.append((name, data))
       self.generations[bucket, name] = next(self.count)
@@ -43,25 +47,26 @@ class Server(ThreadingHTTPServer):
 
   def delete(self, bucket, name, query):
     with self.lock:
-      self.check(bucket, name, query)
+      self.check_generation(bucket, name, query)
       if self.objects[bucket].pop(name, None) is None:
-        raise Refused(404)
+        raise HttpError(404)
       self.changes.append((name, None))
 
-  def check(self, bucket, name, query):
-    now = self.generations.get((bucket, name), 1) if name in self.objects[bucket] else 0
-    if query.get("ifGenerationMatch", str(now)) != str(now):
-      raise Refused(412)
+  def check_generation(self, bucket, name, query):
+    current = self.generations.get((bucket, name), 1) if name in self.objects[bucket] else 0
+    if query.get("ifGenerationMatch", str(current)) != str(current):
+      raise HttpError(412)
 
   def resource(self, bucket, name):
+    """Return the description of an object in the JSON API."""
     data = self.objects[bucket][name]
     digest = base64.b64encode(hashlib.md5(data).digest()).decode()
-    facts = {"kind": "storage#object", "bucket": bucket, "name": name, "size": str(len(data)), "md5Hash": digest}
+    info = {"kind": "storage#object", "bucket": bucket, "name": name, "size": str(len(data)), "md5Hash": digest}
     generation = str(self.generations.get((bucket, name), 1))
     times = dict.fromkeys(("timeCreated", "updated"), "2024-01-01T00:00:00.000Z")
-    return facts | times | {"generation": generation, "metageneration": "1", "etag": generation, "id": name}
+    return info | times | {"generation": generation, "metageneration": "1", "etag": generation, "id": name}
 
-  def list(self, bucket, query):
+  def list_objects(self, bucket, query):
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
     first, end = query.get("startOffset", ""), query.get("endOffset")
     with self.lock:
@@ -73,11 +78,11 @@ class Server(ThreadingHTTPServer):
     return {"kind": "storage#objects", "items": items, "prefixes": prefixes}
 
 
-class Refused(Exception):
-  pass
+class HttpError(Exception):
+  """Its argument is the status."""
 
 
-class Handler(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
   disable_nagle_algorithm = True
 
@@ -90,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
     self.server.requests.append(f"{self.command} {self.path}")
     try:
       status, headers, content = self.answer(parts.path, dict(parse_qsl(parts.query)), body)
-    except Refused as error:
+    except HttpError as error:
       status, headers, content = error.args[0], {}, {"error": {"code": error.args[0], "message": "refused"}}
     if not isinstance(content, bytes):
       headers, content = headers | {"Content-Type": "application/json"}, json.dumps(content).encode()
@@ -100,22 +105,23 @@ class Handler(BaseHTTPRequestHandler):
   do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = handle_any
 
   def answer(self, path, query, body):
+    """Return (status, headers, content) of a request."""
     server = self.server
     bucket = re.search(r"/b/([^/]+)", path)[1]
     if bucket == "forbidden":
-      raise Refused(403)
+      raise HttpError(403)
     if bucket not in server.objects:
-      raise Refused(404)
+      raise HttpError(404)
     if re.fullmatch(r"/storage/v1/b/[^/]+", path):
       return 200, {}, {"kind": "storage#bucket", "name": bucket, "id": bucket}
     if path.startswith("/upload/"):
       return self.upload(bucket, query, body)
     if re.fullmatch(r"/storage/v1/b/[^/]+/o", path):
-      return 200, {}, server.list(bucket, query)
+      return 200, {}, server.list_objects(bucket, query)
     if copy := re.fullmatch(OBJECT + r"/(?:rewriteTo|copyTo)/b/(?P<to>[^/]+)/o/(?P<target>[^/]+)", path):
       data = self.data(bucket, unquote(copy["name"]))
-      made = server.put(copy["to"], unquote(copy["target"]), data)
-      return 200, {}, {"kind": "storage#rewriteResponse", "done": True, "resource": made}
+      copied = server.put(copy["to"], unquote(copy["target"]), data)
+      return 200, {}, {"kind": "storage#rewriteResponse", "done": True, "resource": copied}
     name = unquote(re.fullmatch(OBJECT, path)["name"])
     if self.command == "DELETE":
       server.delete(bucket, name, query)
@@ -128,18 +134,18 @@ class Handler(BaseHTTPRequestHandler):
     if query.get("ifGenerationNotMatch") == generation:
       return 304, headers, b""
     if query.get("ifGenerationMatch") not in (None, generation):
-      raise Refused(412)
+      raise HttpError(412)
     if span := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
       first = int(span[1]) if span[1] else max(len(data) - int(span[2]), 0)
       last = min(int(span[2] or len(data)), len(data) - 1) if span[1] else len(data) - 1
       if first >= len(data):
-        raise Refused(416)
+        raise HttpError(416)
       return 206, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}, data[first : last + 1]
     return 200, headers, data
 
   def data(self, bucket, name):
     if name not in self.server.objects[bucket]:
-      raise Refused(404)
+      raise HttpError(404)
     return self.server.objects[bucket][name]
 
   def upload(self, bucket, query, body):
@@ -148,26 +154,26 @@ class Handler(BaseHTTPRequestHandler):
       return 200, {}, server.put(bucket, query["name"], body, query)
     if query["uploadType"] == "multipart":
       kind = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-      facts, content = BytesParser().parsebytes(kind + body).get_payload()
+      info, content = BytesParser().parsebytes(kind + body).get_payload()
       data = content.get_payload(decode=True)
-      return 200, {}, server.put(bucket, json.loads(facts.get_payload())["name"], data, query)
+      return 200, {}, server.put(bucket, json.loads(info.get_payload())["name"], data, query)
     if "upload_id" not in query:
       number = str(next(server.count))
       server.uploads[number] = query.get("name") or json.loads(body)["name"], b""
-      where = f"{server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={number}"
-      return 200, {"Location": where}, b""
-    name, sofar = server.uploads[query["upload_id"]]
-    sofar += body
-    server.uploads[query["upload_id"]] = name, sofar
-    if self.headers["Content-Range"].endswith(f"/{len(sofar)}"):
-      return 200, {}, server.put(bucket, name, sofar)
-    return 308, {"Range": f"bytes=0-{len(sofar) - 1}"}, b""
+      location = f"{server.url}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={number}"
+      return 200, {"Location": location}, b""
+    name, received = server.uploads[query["upload_id"]]
+    received += body
+    server.uploads[query["upload_id"]] = name, received
+    if self.headers["Content-Range"].endswith(f"/{len(received)}"):
+      return 200, {}, server.put(bucket, name, received)
+    return 308, {"Range": f"bytes=0-{len(received) - 1}"}, b""
 
 
 @contextlib.contextmanager
-def serve(*buckets):
+def serve_buckets(*buckets):
   """Serve these buckets until the block ends."""
-  server = Server(*buckets)
+  server = BucketServer(*buckets)
   thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
   thread.start()
   try:

@@ -82,6 +82,11 @@ def json_error(error: json.JSONDecodeError) -> str:
   return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
+def first_line(error: BaseException) -> str:
+  """Return the first line of an error that is not blank, for messages."""
+  return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
 def file_names(paths: Sequence[Path]) -> str:
   """Return the first file, and whether there are more, for error messages."""
   return f"{paths[0]}{', ...' if len(paths) > 1 else ''}"

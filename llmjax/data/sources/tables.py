@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmjax.config import ConfigError, suggest_name
 from llmjax.data.sources.base import Record, Source, split_bounds
 from llmjax.data.sources.labelled import FIELDS
-from llmjax.data.sources.paths import OR_NONE, Files, expand_files, file_names, record_locator
+from llmjax.data.sources.paths import OR_NONE, Files, expand_files, file_names, first_line, record_locator
 from llmjax.data.sources.registry import source_kind
 from llmjax.storage.cache import cache_dir, content_digest, file_digest, fill_cache
 
@@ -63,7 +63,7 @@ def record_fields(files: Files) -> list[str]:
   except StopIteration:
     raise ConfigError(f"{path}: the file is empty. Choose a file with records") from None
   except ValueError as error:
-    raise ConfigError(f"{path}: the first record is not JSON: {str(error).splitlines()[0]}. Fix the line") from error
+    raise ConfigError(f"{path}: the first record is not JSON: {first_line(error)}. Fix the line") from error
   return list(record)
 
 
@@ -95,7 +95,7 @@ def _table_source(kind: str, split: str, files: Files, text: str | None, columns
   try:
     path = fill_cache(cache_dir() / kind / f"{name}.arrow", convert)
   except pyarrow.ArrowException as error:
-    raise ConfigError(f"data.corpus.files: cannot be read as one table: {_first_line(error)}, got {files!r}") from error
+    raise ConfigError(f"data.corpus.files: cannot be read as one table: {first_line(error)}, got {files!r}") from error
   table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
   if not table.num_rows:
     raise ConfigError(f"{file_names(paths)}: no rows. Set data.corpus.files to files with rows")
@@ -123,7 +123,7 @@ def _open_table(path: Path, kind: str, text_columns: Sequence[str]) -> Dataset:
     return dataset.dataset(str(path.absolute()), format=layout, filesystem=fs.LocalFileSystem())
   except (pyarrow.ArrowException, OSError) as error:
     name = "Parquet" if kind == "parquet" else "CSV"
-    raise ConfigError(f"{path}: cannot be read as {name}: {_first_line(error)}. Check the file's format") from error
+    raise ConfigError(f"{path}: cannot be read as {name}: {first_line(error)}. Check the file's format") from error
 
 
 def _check_columns(path: Path, schema: pyarrow.Schema, text: str | None, wanted: tuple[str, ...]) -> None:
@@ -159,10 +159,6 @@ def _value_type(kind: pyarrow.DataType) -> pyarrow.DataType:
   import pyarrow
 
   return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-
-
-def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def array_record_source(split: str, files: Files, format: str = "text", text: str | None = "text") -> Source:

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from llmjax.config import ConfigError, suggest_name
 from llmjax.data.sources.base import Record, Source, parse_split
-from llmjax.data.sources.paths import OR_NONE
+from llmjax.data.sources.paths import OR_NONE, first_line
 from llmjax.data.sources.tfrecord import RecordRange, TFRecords
 from llmjax.storage.buckets import fetch_folder, in_bucket
 from llmjax.storage.cache import content_digest, file_digest
@@ -75,7 +75,7 @@ def tfds_source(
     builder = tensorflow_datasets.builder_from_directory(str(local))
   except (OSError, ValueError) as error:
     raise ConfigError(
-      f"data.corpus.folder: must be a prepared TFDS dataset, got {folder!r}: {_first_line(error)}"
+      f"data.corpus.folder: must be a prepared TFDS dataset, got {folder!r}: {first_line(error)}"
     ) from error
   return _builder_source(builder, split, text, None)
 
@@ -96,7 +96,7 @@ def _prepared_builder(dataset: str, data_dir: str | None) -> DatasetBuilder:
       f"data.corpus.dataset: not a TFDS dataset, got {dataset!r}; {suggest_name(dataset, known)}"
     ) from error
   except ValueError as error:
-    raise ConfigError(f"data.corpus.dataset: TFDS refuses it: {_first_line(error)}, got {dataset!r}") from error
+    raise ConfigError(f"data.corpus.dataset: TFDS refuses it: {first_line(error)}, got {dataset!r}") from error
   if not is_prepared:
     logging.getLogger("llmjax").warning("preparing %s in %s; this downloads it", dataset, builder.data_dir)
     try:
@@ -104,7 +104,7 @@ def _prepared_builder(dataset: str, data_dir: str | None) -> DatasetBuilder:
     except (*PREPARE_ERRORS, tensorflow_datasets.download.DownloadError) as error:
       raise ConfigError(
         f"data.corpus.dataset: {dataset!r} is not prepared in {builder.data_dir}, and preparing it failed: "
-        f"{type(error).__name__}: {_first_line(error)}. Prepare it elsewhere and copy it"
+        f"{type(error).__name__}: {first_line(error)}. Prepare it elsewhere and copy it"
       ) from error
   return builder
 
@@ -135,7 +135,7 @@ def _builder_source(builder: DatasetBuilder, split: str, text: str | None, finge
   except (ValueError, AssertionError) as error:
     if isinstance(error, ConfigError):
       raise
-    raise ConfigError(f"split: TFDS refuses it for {info.full_name}: {_first_line(error)}, got {split!r}") from error
+    raise ConfigError(f"split: TFDS refuses it for {info.full_name}: {first_line(error)}, got {split!r}") from error
   if read_example is None:
     raise ConfigError(f"split: selects no records of {info.full_name}, got {split!r}. Choose a wider split")
   if fingerprint is None:
@@ -202,10 +202,6 @@ def _example_reader(builder: DatasetBuilder, split: str) -> Callable[[int], Mapp
       raise ConfigError(f"{builder.data_dir}: record {index} of split {split!r} is damaged. Copy it again") from error
 
   return read_example
-
-
-def _first_line(error: BaseException) -> str:
-  return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""Makes the folders beside this file, and expected.json: what Transformers' AutoTokenizer does with them.
+"""Makes the folders next to this file, and expected.json, the results of Transformers' AutoTokenizer for them.
 
-Run it here, in an environment with transformers (5.24), sentencepiece, protobuf and jinja2, to update them; the tests
-need none of these but sentencepiece.
+To update them, run this file in an environment with transformers (5.24), sentencepiece, protobuf and jinja2. Of these,
+the tests need only sentencepiece.
 """
 
 import io
@@ -112,7 +112,7 @@ TURNS = """\
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
 
-def write(name, **files):
+def write_folder(name, **files):
   folder = HERE / name
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir()
@@ -165,7 +165,7 @@ def llama3():
   return model.to_str()
 
 
-def make():
+def make_folders():
   vocabulary, merges = byte_level(["<|endoftext|>"])
   templates = [
     {"name": "default", "template": CHATML},
@@ -173,7 +173,7 @@ def make():
   ]
   config = {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
   config |= {"pad_token": "<|pad|>", "chat_template": templates}
-  write("gpt2", vocab__json=vocabulary, merges__txt=merges, tokenizer_config__json=config)
+  write_folder("gpt2", vocab__json=vocabulary, merges__txt=merges, tokenizer_config__json=config)
 
   vocabulary, merges = byte_level(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
   config = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": True}
@@ -181,17 +181,17 @@ def make():
   roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>"}
   roles |= {"cls_token": "<s>", "mask_token": mask}
   files = {"vocab__json": vocabulary, "merges__txt": merges}
-  write("roberta", **files, tokenizer_config__json=config, special_tokens_map__json=roles)
+  write_folder("roberta", **files, tokenizer_config__json=config, special_tokens_map__json=roles)
 
   turn = "'<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>'"
   headers = "{{ bos_token }}{% for message in messages %}{{ " + turn + " }}{% endfor %}"
   names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|end_of_text|>"}
   config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-  write("llama3", tokenizer__json=llama3(), tokenizer_config__json=config, chat_template__jinja=headers)
+  write_folder("llama3", tokenizer__json=llama3(), tokenizer_config__json=config, chat_template__jinja=headers)
 
-  write("bert", vocab__txt=word_piece(True), tokenizer_config__json={"tokenizer_class": "BertTokenizer"})
+  write_folder("bert", vocab__txt=word_piece(True), tokenizer_config__json={"tokenizer_class": "BertTokenizer"})
   config = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "tokenize_chinese_chars": False}
-  write("bert_cased", vocab__txt=word_piece(False), tokenizer_config__json=config | {"strip_accents": True})
+  write_folder("bert_cased", vocab__txt=word_piece(False), tokenizer_config__json=config | {"strip_accents": True})
 
   with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:  # U+FB01 -> f i; U+00A0, U+000A, U+0009 -> space
     rules.write("FB01\t66 69\nA0\t20\nA\t20\n9\t20\n")
@@ -200,23 +200,23 @@ def make():
     model = sentence_piece(model_type="unigram", vocab_size=220, normalization_rule_tsv=rules.name, **ids)
   config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 5}
   config["additional_special_tokens"] = [f"<extra_id_{k}>" for k in range(5)]
-  write("t5", spiece__model=model, tokenizer_config__json=config)
+  write_folder("t5", spiece__model=model, tokenizer_config__json=config)
 
   plain = dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
   plain |= dict(allow_whitespace_only_pieces=True, split_digits=True)
   model = sentence_piece(vocab_size=450, **plain)
   config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
   config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "[PAD]", "chat_template": INST}
-  write("llama", tokenizer__model=model, tokenizer_config__json=config, added_tokens__json={"[PAD]": 450})
+  write_folder("llama", tokenizer__model=model, tokenizer_config__json=config, added_tokens__json={"[PAD]": 450})
 
   ids = dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, bos_piece="<bos>", eos_piece="<eos>", add_dummy_prefix=False)
   own = ["<mask>", "<start_of_turn>", "<end_of_turn>", "\u2581\u2581", "\n\n"]
   model = sentence_piece(vocab_size=450, user_defined_symbols=own, **plain, **ids)
   config = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}
-  write("gemma", tokenizer__model=model, tokenizer_config__json=config, chat_template__jinja=TURNS)
+  write_folder("gemma", tokenizer__model=model, tokenizer_config__json=config, chat_template__jinja=TURNS)
 
 
-def expect(folder):
+def transformers_results(folder):
   tokenizer = AutoTokenizer.from_pretrained(folder)
   assert tokenizer.pad_token is not None
   padded = tokenizer(TEXTS, padding=True, padding_side="right")
@@ -234,8 +234,8 @@ def expect(folder):
 
 
 if __name__ == "__main__":
-  make()
+  make_folders()
   folders = sorted(path for path in HERE.iterdir() if path.is_dir() and path.name != "__pycache__")
   given = {"texts": TEXTS, "chats": CHATS, "tools": TOOLS}
-  expected = given | {"folders": {folder.name: expect(folder) for folder in folders}}
+  expected = given | {"folders": {folder.name: transformers_results(folder) for folder in folders}}
   (HERE / "expected.json").write_text(json.dumps(expected, ensure_ascii=False, separators=(",", ":")) + "\n")
