@@ -273,6 +273,19 @@ def test_parquet_reads_rows_of_several_files(write, home):
     open_("parquet", files=write("bad.parquet", "no"))
 
 
+def test_parquet_reads_dictionary_columns_of_several_row_groups(home):
+  import pyarrow
+  from pyarrow import parquet
+
+  words = [f"word {i // 50}" for i in range(200)]  # each row group has another dictionary
+  table = pyarrow.table(
+    {"text": pyarrow.array(words).dictionary_encode(), "kind": pyarrow.array(words).dictionary_encode()}
+  )
+  parquet.write_table(table, home / "a.parquet", row_group_size=50)
+  records = open_("parquet", files=str(home / "a.parquet"), columns=("kind",))
+  assert list(records) == [{"text": word, "kind": word} for word in words]
+
+
 def test_array_record_reads_text_and_json(write, home):
   from array_record.python.array_record_module import ArrayRecordWriter
 
