@@ -1,1 +1,1 @@
-"""Metric writers, progress, and FLOPs."""
+"""Metric writers and readers, the progress line, and FLOPs."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
+import jax
 
-def forward_flops(function: Any, *arguments: Any) -> float:
-  """Floating-point operations of all matrix products in one call of a function, counted from its traced program.
+from llmjax.trees import PyTree
 
-  Three times this is a training step's model FLOPs, as the PaLM paper counts them (arXiv:2204.02311, appendix B): twice
-  as much for the backward pass, a causal mask does not halve attention, recomputation does not count.
+
+def forward_flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
+  """Return the floating-point operations of all matrix products in one call of a function.
+
+  A training step has three times as many model FLOPs, as the PaLM paper counts them (arXiv:2204.02311, appendix B). The
+  backward pass counts twice, a causal mask does not halve attention, and recomputation does not count.
 
   Args:
+    function: function that JAX can trace.
     arguments: arrays or jax.ShapeDtypeStructs.
   """
-  import jax
-
   return _dot_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
@@ -28,24 +32,21 @@ def _dot_flops(jaxpr: Any) -> float:
       (contracted, _), _ = equation.params["dimension_numbers"]
       depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
       total += 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
-    times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+    repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
     for value in equation.params.values():  # the bodies of loops, calls and branches
       for part in value if isinstance(value, (tuple, list)) else (value,):
         body = getattr(part, "jaxpr", part)
         if hasattr(body, "eqns"):
-          total += times * _dot_flops(body)
+          total += repeats * _dot_flops(body)
   return total
 
 
-# Dense peaks in TFLOP/s of what JAX calls one device, from the vendors' spec sheets (Google Cloud TPU documentation;
-# NVIDIA data sheets and architecture white papers, without sparsity, for GeForce with float32 accumulation; AMD
-# Instinct data sheets). v2, v3 and 7x expose the two cores of a chip, MI250 its two dies, as devices of their own.
-# The first pattern that is found in the device's kind counts.
 _BF16 = ("bfloat16",)
-
-
 _HALF = ("bfloat16", "float16")
 
+# (regex of the device kind, dense peak in TFLOP/s, dtypes); the first match counts. Sources: Google Cloud TPU
+# documentation; NVIDIA data sheets and white papers, without sparsity, GeForce with float32 accumulation; AMD Instinct
+# data sheets. JAX counts each of the two cores of v2, v3 and 7x, and each of the two dies of MI250, as a device.
 _PEAKS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
   (r"TPU v2", 46 / 2, _BF16),
   (r"TPU v3", 123 / 2, _BF16),
@@ -83,13 +84,13 @@ _PEAKS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-  """The published dense matmul peak of a device in FLOP/s; None where there is none, as for CPUs and for float32.
+  """Return the published dense matmul peak of a device in FLOP/s, None if unknown, as for CPUs and for float32.
 
   Args:
     device_kind: `jax.devices()[0].device_kind`.
-    dtype: what matmuls are computed in, "bfloat16" or "float16".
+    dtype: dtype of matmuls, "bfloat16" or "float16".
   """
-  for pattern, tera, dtypes in _PEAKS:
+  for pattern, tflops, dtypes in _PEAKS:
     if re.search(pattern, device_kind):
-      return tera * 1e12 if str(dtype) in dtypes else None
+      return tflops * 1e12 if str(dtype) in dtypes else None
   return None

@@ -1,4 +1,4 @@
-"""Numbers on their way out of a run: the (sum, weight) algebra, files of curves, the progress line, model FLOPs."""
+"""Write the metrics and samples of a run: as JSON lines, for TensorBoard, and to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,30 +9,38 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
-from llmjax.config import ConfigError
+from llmjax.config import ConfigError, ConfigTree, Json
 from llmjax.storage.buckets import BucketMirror, as_path, in_bucket
 from llmjax.storage.cache import cache_dir
-from llmjax.telemetry.curves import CURVES, SAMPLES, read_json_lines
+from llmjax.telemetry.curves import METRICS_FILE, SAMPLES_FILE, Sample, read_json_lines
 
-WANDB = "wandb_run.txt"  # in a workdir: the id of its run
+WANDB_ID_FILE = "wandb_run.txt"  # in a workdir: the id of its run
+
+
+class Output(Protocol):
+  """A destination of metrics and samples."""
+
+  def write_metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+  def write_sample(self, sample: Sample) -> None: ...
+  def flush(self) -> None: ...
+  def close(self) -> None: ...
 
 
 class MetricWriter:
-  """Curves and samples of a run, as JSON lines and for TensorBoard. Every line is on disk when a call returns; in a
-  bucket it is half a minute later, or when `sync` returns.
+  """Writer of the metrics and samples of a run.
 
-  What an earlier run wrote after `start_step` is dropped, so that a reader finds each step once; `start_step` 0 begins
-  new files.
+  Every line is on disk when a call returns. In a bucket it is there half a minute later, or when `sync` returns.
+  Lines of an earlier run after `start_step` are deleted, so that readers find each step once.
 
   Args:
-    workdir: a folder, made where missing, or one in a bucket; None writes nothing, as on every process but the first.
-    start_step: the step that this run begins at.
+    workdir: folder, created if missing, or one in a bucket; None writes nothing, as on all processes but the first.
+    start_step: step at which this process begins; 0 starts new files.
     tensorboard: also write `workdir`/tensorboard.
-    wandb: also write to this project of Weights & Biases, PROJECT or ENTITY/PROJECT; the run is called as the folder,
-      and grouped by the folder that holds it.
-    config: what the run is of, for Weights & Biases.
+    wandb: also write to this project of Weights & Biases, PROJECT or ENTITY/PROJECT. The run is named after the folder,
+      its group after the parent folder.
+    config: config of the run, for Weights & Biases.
   """
 
   def __init__(
@@ -41,131 +49,183 @@ class MetricWriter:
     start_step: int = 0,
     tensorboard: bool = True,
     wandb: str | None = None,
-    config: Mapping[str, Any] | None = None,
-  ):
-    self._files: dict[str, TextIO] = {}
-    self._tensorboard: Any = None
-    self._wandb: Any = None
+    config: ConfigTree | None = None,
+  ) -> None:
+    self._outputs: list[Output] = []
     self._mirror: BucketMirror | None = None
     if workdir is None:
       return
-    workdir = as_path(workdir)
+    folder = workdir = as_path(workdir)
     if in_bucket(workdir):
-      self._mirror = BucketMirror(workdir, (CURVES, SAMPLES))
-    folder = workdir if self._mirror is None else self._mirror.folder
+      self._mirror = BucketMirror(workdir, (METRICS_FILE, SAMPLES_FILE))
+      folder = self._mirror.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CURVES, SAMPLES):
-      _rewind(folder / name, start_step)
-      # A lone surrogate, from bytes that are no text, becomes a JSON escape.
-      self._files[name] = open(folder / name, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+    self._outputs.append(JsonLinesOutput(folder, start_step))
     if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      purge = start_step + 1 if start_step else 0
-      self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+      self._outputs.append(TensorBoardOutput(folder, start_step))
     if wandb is not None:
-      self._wandb = start_wandb(wandb, workdir, config or {})
+      self._outputs.append(WandbOutput(wandb, workdir, config or {}))
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Numbers measured after `step` updates. NaN and infinities are the strings "NaN", "Infinity", "-Infinity"."""
+    """Write metrics measured after `step` updates."""
     numbers = {name: float(value) for name, value in values.items()}
-    self._line(CURVES, {"step": int(step), "time": time.time(), **{k: _to_json(v) for k, v in numbers.items()}})
-    if self._tensorboard is not None:
-      for name, number in numbers.items():
-        self._tensorboard.add_scalar(name, number, int(step))
-    if self._wandb is not None:
-      self._wandb.log({"step": int(step), **numbers})
+    for output in self._outputs:
+      output.write_metrics(int(step), numbers)
+    self._refresh_mirror()
 
-  def text(self, step: int, name: str, text: str, prompt: str | None = None) -> None:
-    """A text that the model wrote after `step` updates, with the `prompt` that it begins with where that is known."""
-    self._line(SAMPLES, {"step": int(step), "name": name, "prompt": prompt, "text": text})
-    if self._tensorboard is not None:
-      indented = "\n".join("    " + line for line in text.encode("utf-8", "replace").decode().splitlines())
-      self._tensorboard.add_text(name, indented, int(step))
-    if self._wandb is not None:
-      self._wandb.log({"step": int(step), f"sample/{name}": text})
+  def write_text(self, step: int, name: str, text: str, prompt: str | None = None) -> None:
+    """Write a text that the model generated after `step` updates; it begins with `prompt` if that is known."""
+    for output in self._outputs:
+      output.write_sample({"step": int(step), "name": name, "prompt": prompt, "text": text})
+    self._refresh_mirror()
 
   def sync(self) -> None:
-    """Everything written so far is in the bucket when this returns."""
+    """Upload everything written so far, if the workdir is in a bucket."""
     if self._mirror is not None:
-      if self._tensorboard is not None:
-        self._tensorboard.flush()
+      for output in self._outputs:
+        output.flush()
       self._mirror.upload()
 
   def close(self) -> None:
-    for file in self._files.values():
-      file.close()
-    self._files = {}
-    if self._tensorboard is not None:
-      self._tensorboard.close()
-      self._tensorboard = None
-    if self._wandb is not None:
-      self._wandb.finish()
-      self._wandb = None
+    for output in self._outputs:
+      output.close()
+    self._outputs = []
     if self._mirror is not None:
       self._mirror.close()
       self._mirror = None
 
-  def _line(self, name: str, record: Mapping[str, Any]) -> None:
-    if name in self._files:
-      self._files[name].write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-      self._files[name].flush()
+  def _refresh_mirror(self) -> None:
     if self._mirror is not None:
       self._mirror.refresh()
 
 
+class JsonLinesOutput:
+  """METRICS_FILE and SAMPLES_FILE in a folder, continued at `start_step`."""
+
+  def __init__(self, folder: Path, start_step: int) -> None:
+    for name in (METRICS_FILE, SAMPLES_FILE):
+      truncate_after_step(folder / name, start_step)
+    self._metrics, self._samples = (open_json_lines(folder / name, "a") for name in (METRICS_FILE, SAMPLES_FILE))
+
+  def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
+    numbers = {name: json_number(value) for name, value in values.items()}
+    self._write_line(self._metrics, {"step": step, "time": time.time(), **numbers})
+
+  def write_sample(self, sample: Sample) -> None:
+    self._write_line(self._samples, sample)
+
+  def _write_line(self, file: TextIO, record: Json) -> None:
+    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    file.flush()
+
+  def flush(self) -> None:
+    """Do nothing: every line has been flushed."""
+
+  def close(self) -> None:
+    self._metrics.close()
+    self._samples.close()
+
+
+class TensorBoardOutput:
+  """Event files in `folder`/tensorboard; events of an earlier run after `start_step` are hidden."""
+
+  def __init__(self, folder: Path, start_step: int) -> None:
+    from tensorboardX import SummaryWriter
+
+    purge_step = start_step + 1 if start_step else 0
+    self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+  def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def write_sample(self, sample: Sample) -> None:
+    lines = sample["text"].encode("utf-8", "replace").decode().splitlines()
+    self._writer.add_text(sample["name"], "\n".join("    " + line for line in lines), sample["step"])
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class WandbOutput:
+  """A run of Weights & Biases; a resumed run continues the one whose id is in WANDB_ID_FILE.
+
+  Raises:
+    ConfigError: wandb is not installed, or the run cannot be started.
+  """
+
+  def __init__(self, project: str, workdir: Path, config: ConfigTree) -> None:
+    wandb = import_wandb(project)
+    workdir = workdir if in_bucket(workdir) else workdir.absolute()
+    if not (workdir / WANDB_ID_FILE).exists():
+      (workdir / WANDB_ID_FILE).write_text(uuid.uuid4().hex[:16])
+    entity, _, name = project.rpartition("/")
+    try:
+      self._run = wandb.init(
+        entity=entity or None,
+        project=name,
+        name=workdir.name,
+        group=workdir.parent.name,
+        id=(workdir / WANDB_ID_FILE).read_text().strip(),
+        resume="allow",
+        dir=str(cache_dir() if in_bucket(workdir) else workdir),
+        config=dict(config),
+      )
+    except Exception as error:  # its own errors, of the network, of a missing key
+      reason = " ".join(str(error).split())
+      raise ConfigError(
+        f"log.wandb={project!r} cannot start a run: {reason}. Fix that, set WANDB_MODE=offline, or set it to none."
+      ) from error
+    # A resumed run repeats steps, and wandb's own step counter only increases.
+    self._run.define_metric("*", step_metric="step")
+
+  def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
+    self._run.log({"step": step, **values})
+
+  def write_sample(self, sample: Sample) -> None:
+    self._run.log({"step": sample["step"], f"sample/{sample['name']}": sample["text"]})
+
+  def flush(self) -> None:
+    """Do nothing: wandb uploads by itself."""
+
+  def close(self) -> None:
+    self._run.finish()
+
+
 def import_wandb(project: str) -> Any:
-  """The library; raises ConfigError where it is missing."""
+  """Return the module wandb.
+
+  Raises:
+    ConfigError: it is not installed.
+  """
   try:
     import wandb
   except ImportError as error:
-    raise ConfigError(f"log.wandb={project!r} needs `pip install wandb` (or set it to none)") from error
+    raise ConfigError(f"log.wandb={project!r} needs `pip install wandb`. Install it, or set it to none.") from error
   return wandb
 
 
-def start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
-  """A run of Weights & Biases; a resumed run goes on in the one that WANDB in its workdir names.
-
-  Raises ConfigError where it cannot be begun.
-  """
-  wandb = import_wandb(project)
-  workdir = workdir if in_bucket(workdir) else workdir.absolute()
-  if not (workdir / WANDB).exists():
-    (workdir / WANDB).write_text(uuid.uuid4().hex[:16])
-  entity, _, name = project.rpartition("/")
-  try:
-    run = wandb.init(
-      entity=entity or None,
-      project=name,
-      name=workdir.name,
-      group=workdir.parent.name,
-      id=(workdir / WANDB).read_text().strip(),
-      resume="allow",
-      dir=str(cache_dir() if in_bucket(workdir) else workdir),
-      config=dict(config),
-    )
-  except Exception as error:  # its own, of the network, of a missing key
-    why = " ".join(str(error).split())
-    raise ConfigError(
-      f"log.wandb={project!r} cannot be begun: {why}; mend that, set WANDB_MODE=offline, or set it to none"
-    ) from error
-  run.define_metric("*", step_metric="step")  # a resumed run repeats steps, and wandb's own count only grows
-  return run
-
-
-def _rewind(path: Path, step: int) -> None:
-  """Drops the lines after `step`, all of them for step 0; a crash in the middle leaves the old file whole."""
+def truncate_after_step(path: Path, step: int) -> None:
+  """Delete the lines after `step`, or all lines if it is 0. A crash in between leaves the old file intact."""
   if not path.exists():
     return
-  kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_json_lines(path) if r["step"] <= step] if step else []
+  records = [r for r in read_json_lines(path) if r["step"] <= step] if step else []
   new = path.with_name(path.name + ".new")
-  with open(new, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-    file.writelines(kept)
+  with open_json_lines(new, "w") as file:
+    file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     file.flush()
     os.fsync(file.fileno())
   os.replace(new, path)
 
 
-def _to_json(value: float) -> float | str:
-  """JSON has no NaN and no infinities; `float` reads these names back."""
+def open_json_lines(path: Path, mode: Literal["a", "w"]) -> TextIO:
+  """Open a file of JSON lines; a lone surrogate, from bytes that are not text, becomes a JSON escape."""
+  return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def json_number(value: float) -> float | str:
+  """Return a number, or the string "NaN", "Infinity" or "-Infinity", which JSON lacks and `float` parses."""
   return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")

@@ -20,7 +20,7 @@ import pytest
 
 from llmjax.checkpoints.manager import Checkpoints
 from llmjax.config import load_config
-from llmjax.telemetry.curves import CURVES, read_curves
+from llmjax.telemetry.curves import METRICS_FILE, read_curves
 from llmjax.training.loop import run as train_run
 from tests.support import hosts_worker
 from tests.support.ports import free_port
@@ -300,7 +300,7 @@ def test_missing_process_is_named(data, tmp_path):
 
 def wait_for_steps(workdir, steps, processes):
   """Wait until so many steps are logged."""
-  path, deadline = workdir / CURVES, time.monotonic() + WAIT
+  path, deadline = workdir / METRICS_FILE, time.monotonic() + WAIT
   while not (path.exists() and path.read_text().count("train/loss") >= steps):
     assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
     time.sleep(0.1)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from llmjax.telemetry.curves import CURVES
+from llmjax.telemetry.curves import METRICS_FILE
 from tests.support.launchers import LAUNCH, ROOT, run_script, write_program
 
 FAKE_LLMJAX = ROOT / "tests" / "support" / "fake_llmjax.py"
@@ -153,7 +153,7 @@ def test_ctrl_c_saves_the_run_of_two_real_processes(tmp_path, monkeypatch):
   ]
   venv = Path(sys.executable).parent.parent
   process = launch("--processes=2", "--devices=2", f"--venv={venv}", "--", *command)
-  curves, deadline = tmp_path / "run" / CURVES, time.monotonic() + 120
+  curves, deadline = tmp_path / "run" / METRICS_FILE, time.monotonic() + 120
   while not (curves.exists() and curves.read_text().count("train/loss") >= 2):
     assert process.poll() is None and time.monotonic() < deadline, finish(process)
     time.sleep(0.1)

@@ -84,7 +84,7 @@ def start_numbers(workdir):
 
 
 def has_logged(workdir):
-  return (workdir / curves.CURVES).exists() and "train/loss" in (workdir / curves.CURVES).read_text()
+  return (workdir / curves.METRICS_FILE).exists() and "train/loss" in (workdir / curves.METRICS_FILE).read_text()
 
 
 def resumed_step(workdir, total):

@@ -179,7 +179,7 @@ def test_upload_merges_staged_folders_into_the_bucket(server, home):
 def test_metrics_writer_uploads_only_changed_files_when_due(server, home, monkeypatch):
   writer = writers.MetricWriter("gs://bucket/w", tensorboard=False)
   objects, name = server.objects["bucket"], "w/metrics.jsonl"
-  writer.text(1, "sample", "the lazy dog")
+  writer.write_text(1, "sample", "the lazy dog")
   writer.write(1, {"a": 1.0})
   assert name not in objects
   writer.sync()
