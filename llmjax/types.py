@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,7 @@ class Outputs:
   routing: Leaf = ()  # routing statistics of each stack with experts, `models.moe.Routing`
 
 
+@runtime_checkable  # type checks in tests need it
 class Model(Protocol):
   """A Linen module that reads a `Batch` and returns `Outputs`; what a model of your own has to offer.
 
