@@ -263,7 +263,7 @@ def test_run_in_missing_or_forbidden_bucket_fails_at_once(server, home, bucket, 
   for call in (lambda: run(home / "t.txt", f"gs://{bucket}/x"), lambda: llmjax.load(f"gs://{bucket}/x")):
     with pytest.raises(ConfigError, match=f"gs://{bucket}/x.*{message}"):
       call()
-  with pytest.raises(ConfigError, match="no such workdir"):
+  with pytest.raises(ConfigError, match="gs://bucket/nothing does not exist"):
     llmjax.load("gs://bucket/nothing")
 
 
