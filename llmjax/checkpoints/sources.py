@@ -23,7 +23,7 @@ from llmjax.data.tokenizers.huggingface import from_folder
 from llmjax.distributed import sharding
 from llmjax.interop import family, hub, huggingface, peft
 from llmjax.interop.families import FAMILIES
-from llmjax.models.layer_stacks import HEADS
+from llmjax.models.layer_stacks import HEAD_PREFIXES
 from llmjax.models.lora import is_adapter
 from llmjax.models.transformer import MODELS
 from llmjax.objectives import OBJECTIVES, tag_scheme
@@ -238,7 +238,7 @@ def source_name(rules: Rules, name: str) -> str | None:
 
 def may_be_reinitialized(name: str) -> bool:
   """Whether a parameter may start afresh where there is none to read: a head, an adapter."""
-  return name.startswith(HEADS) or is_adapter(name)
+  return name.startswith(HEAD_PREFIXES) or is_adapter(name)
 
 
 def inherited_manifest_entries(path: str | Path | None) -> dict[str, Any]:
@@ -402,7 +402,7 @@ def _open_own(path: str, checkpoints: manager.Checkpoints, step: int, manifest: 
       wanted[name] = there, leaf
     if rules is not None:
       left = set(parts) - {there for there, _ in wanted.values()}
-      lost = sorted(n for n in left if not n.startswith(HEADS) and source_name(rules, n) is not None)
+      lost = sorted(n for n in left if not n.startswith(HEAD_PREFIXES) and source_name(rules, n) is not None)
       if lost:
         raise ConfigError(
           f"init_from={path}: its {lost[0]} has no place in this model, which would compute something else without "
@@ -495,7 +495,7 @@ def _open_adapter(path: str, base: PretrainedSource) -> PretrainedSource:
       if rules is None:
         return False
       other = name.startswith(OUTPUTS if model.cfg.head != spec["head"] else ()) or (
-        name.startswith(HEADS) and name not in flatten_tree(abstract)
+        name.startswith(HEAD_PREFIXES) and name not in flatten_tree(abstract)
       )
       return other or source_name(rules, name) is None
 

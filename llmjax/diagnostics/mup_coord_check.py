@@ -87,7 +87,7 @@ def table(program: Program) -> str:
   ratios = program.model.cfg.width_ratios
   lines = [f"{'parameter':<52} {'stddev':>8} {'input':>8} {'rate':>8}"]
   for path, names in trees.flatten_tree(axes).items():
-    own = mup.unstacked(names)
+    own = mup.strip_stacked_axes(names)
     columns = (
       mup.init_scale(own, ratios),
       mup.input_multiplier(own, ratios),

@@ -32,7 +32,7 @@ from llmjax import trees
 from llmjax.config import ConfigError, build, to_dict
 from llmjax.distributed import sharding
 from llmjax.metrics.sums import metric_means
-from llmjax.models.attention.kernels import FOR_DEVICES
+from llmjax.models.attention.select import ACCELERATOR_KERNELS
 from llmjax.training.components import make_config_tokenizer, open_source
 from llmjax.training.optimizers import DEFAULTS, OPTIMIZERS, with_optimizer
 from llmjax.training.program import Program, make_program
@@ -74,8 +74,8 @@ def meshes_of(devices: int) -> list[str]:
 def shrink(config: Any, devices: int) -> dict[str, Any]:
   """The same choices at the smallest size that cuts over `devices`: short sequences, few and narrow layers, float32.
 
-  A model of one's own, and a pretrained one, keep their size. A kernel in `FOR_DEVICES` gives way to what these devices
-  have. Shipped optimizers become gradient descent: Adam divides rounding noise by its own size.
+  A model of one's own, and a pretrained one, keep their size. A kernel in `ACCELERATOR_KERNELS` gives way to one
+  that these devices have. Shipped optimizers become gradient descent: Adam divides rounding noise by its own size.
   """
   config = to_dict(config)
   accum = min(config["accum"], 2)
@@ -83,7 +83,7 @@ def shrink(config: Any, devices: int) -> dict[str, Any]:
   config |= {"accum": accum, "batch_size": devices * accum, "seq_len": length, "total_steps": STEPS, "evals": {}}
   config["logit_tiles"] = math.gcd(config["logit_tiles"], length)
   plain = {"dtype": "float32", "param_dtype": "float32"}
-  if config["model"].get("attention") in FOR_DEVICES:
+  if config["model"].get("attention") in ACCELERATOR_KERNELS:
     plain["attention"] = "auto"
   config["model"] = {**config["model"], **{key: value for key, value in plain.items() if key in config["model"]}}
   if config["model"]["name"] == "transformer" and config["init_from"] is None:

@@ -23,7 +23,7 @@ from llmjax.interop import tensors as tensorlib
 from llmjax.interop.families import FAMILIES, find
 from llmjax.interop.family import Family, Names, differences, read_config, write_config
 from llmjax.interop.generation_config import FIELDS, TOKENS
-from llmjax.models.layer_stacks import HEADS, layer_locations
+from llmjax.models.layer_stacks import HEAD_PREFIXES, layer_locations
 from llmjax.trees import flatten_tree, unflatten_tree
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -282,7 +282,7 @@ def _check_all(folder: Folder, cfg: TransformerConfig, used: set[str], unfilled:
     _look_up(folder, entry.name)[0]
     for architecture in (family.heads if left else ())
     for entry in entries(family, architecture, cfg, None)
-    if entry.paths[0].startswith(HEADS)
+    if entry.paths[0].startswith(HEAD_PREFIXES)
   }
   if left:
     raise ConfigError(

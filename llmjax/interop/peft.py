@@ -28,7 +28,7 @@ from llmjax.interop.families import FAMILIES
 from llmjax.interop.family import Family
 from llmjax.interop.huggingface import Entry, choose, entries, parameters, read_json
 from llmjax.interop.tensors import Dimension, Layout
-from llmjax.models.layer_stacks import HEADS
+from llmjax.models.layer_stacks import HEAD_PREFIXES
 from llmjax.models.lora import is_adapter, merge_lora
 from llmjax.models.transformer import Transformer
 from llmjax.trees import FlatTree, flatten_tree, unflatten_tree
@@ -422,7 +422,7 @@ def trained(cfg: TransformerConfig, learns: Mapping[str, Any]) -> set[str]:
   return {
     path
     for path, value in flatten_tree(learns).items()
-    if not is_adapter(path) and (value or (cfg.head != "lm" and path.startswith(HEADS)))
+    if not is_adapter(path) and (value or (cfg.head != "lm" and path.startswith(HEAD_PREFIXES)))
   }
 
 

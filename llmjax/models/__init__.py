@@ -1,1 +1,1 @@
-"""Transformers as pure-functional Linen modules."""
+"""Transformer models as pure-functional Linen modules."""

@@ -1,10 +1,10 @@
-"""The parts of a Block that are not attention: projections, norms, embeddings, the MLP, keyed dropout."""
+"""The layers of a Block besides attention: projections, norms, embeddings, the MLP, and dropout keyed by row."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax
@@ -16,17 +16,18 @@ from llmjax.config.model import LoraConfig, TransformerConfig
 from llmjax.distributed.sharding import constrain, num_shards
 from llmjax.models.mup import kernel_init_scale, kernel_input_multiplier
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": lambda x: nn.gelu(x, approximate=True),  # GPT-2's tanh form
+# {name in model.activation: function}
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+  "gelu": lambda x: nn.gelu(x, approximate=True),  # the tanh approximation of GPT-2
   "gelu_exact": lambda x: nn.gelu(x, approximate=False),
   "relu": nn.relu,
-  "relu_squared": lambda x: jnp.square(nn.relu(x)),  # So et al. 2021, Primer
+  "relu_squared": lambda x: jnp.square(nn.relu(x)),  # Primer, So et al. 2021, arXiv:2109.08668
   "silu": nn.silu,
 }
 
 
 def normal_initializer(stddev: float) -> nn.initializers.Initializer:
-  """Normal initialisation; a standard deviation of 0 is zeros."""
+  """Return a normal initializer with this standard deviation; zeros for 0."""
   return nn.initializers.normal(stddev) if stddev else nn.initializers.zeros
 
 
@@ -38,64 +39,89 @@ def declare_parameter(
   shape: tuple[int, ...],
   dtype: str,
 ) -> Array:
-  """A parameter of `module` with a logical name for each of its dimensions."""
+  """Declare a parameter of a Linen module.
+
+  Args:
+    module: the module.
+    name: name of the parameter.
+    init: initializer.
+    axes: logical axis name of each dimension.
+    shape: shape.
+    dtype: dtype in which the parameter is stored.
+  """
   return cast(Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)))
 
 
 def scale(x: Array, multiplier: float) -> Array:
-  """x * multiplier; where that is 1, the same program as without."""
+  """Return x * multiplier. No-op (unchanged jaxpr) if the multiplier is 1."""
   return x if multiplier == 1 else x * multiplier
 
 
 class Projection(nn.Module):
-  """y[..., *features] = x[..., *inputs] kernel + bias, contracting the last `contracted` dimensions of x.
+  """Linear map y[..., *features] = x[..., *inputs] kernel + bias, optionally with a low-rank adapter.
 
-  The product runs on flattened matrices: XLA's CPU and GPU libraries are quickest there, and the parameter keeps
-  its meaningful shape, such as [D H A].
+  The product runs on matrices, which XLA's libraries on CPU and GPU compute fastest. The parameter keeps its shape,
+  such as [D H A].
+
+  Attributes:
+    features: output dimensions.
+    axes: logical axis names of the kernel's dimensions: inputs, then features.
+    stddev: initial standard deviation of the kernel; None: 1 / sqrt(fan-in).
+    use_bias: add a bias [*features].
+    dtype: dtype of the computation.
+    param_dtype: dtype of the parameters.
+    scale: factor of the initial standard deviation.
+    contracted: number of input dimensions, the last ones of x.
+    lora: adapters of the model; applied if `targets` matches the projection's path.
+    multiplier: factor of x (muP).
   """
 
   features: tuple[int, ...]
-  axes: tuple[str, ...]  # logical names of the kernel's dimensions: inputs, then features
-  stddev: float | None  # of the kernel; None = 1 / sqrt(inputs)
+  axes: tuple[str, ...]
+  stddev: float | None
   use_bias: bool
   dtype: str
   param_dtype: str
-  scale: float = 1.0  # multiplies the standard deviation
+  scale: float = 1.0
   contracted: int = 1
   lora: LoraConfig | None = None
-  multiplier: float = 1.0  # of x
+  multiplier: float = 1.0
 
   @nn.compact
-  def __call__(self, x: Array, keys: Key[Array, " B"] | None = None) -> Array:
-    """`keys` are for the dropout of an adapter."""
+  def __call__(self, x: Float[Array, ...], dropout_keys: Key[Array, " B"] | None = None) -> Float[Array, ...]:
+    """Return the projection of x [B ... *inputs]; `dropout_keys` are for the adapter's dropout."""
     n = self.contracted
     inputs, batch = x.shape[x.ndim - n :], x.shape[: x.ndim - n]
-    stddev = self.scale * (math.prod(inputs) ** -0.5 if self.stddev is None else self.stddev)
+    fan_in = math.prod(inputs)
+    stddev = self.scale * (fan_in**-0.5 if self.stddev is None else self.stddev)
     kernel = declare_parameter(
       self, "kernel", normal_initializer(stddev), self.axes, inputs + self.features, self.param_dtype
     )
-    matrix = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(self.features))
+    matrix = kernel.astype(self.dtype).reshape(fan_in, math.prod(self.features))
     x = scale(x.astype(self.dtype), self.multiplier)
-    rows = batch if num_shards("act_len") > 1 else (-1,)  # a length that is cut would be gathered to be flattened
-    y = x.reshape(*rows, math.prod(inputs)) @ matrix
+    # Flattening rows and positions into one dimension would gather a sharded sequence.
+    rows = batch if num_shards("act_len") > 1 else (-1,)
+    y = x.reshape(*rows, fan_in) @ matrix
     if self.lora is not None and re.fullmatch(self.lora.targets, "/".join(self.path)):
-      y = y + self.adapt(dropout(x, self.lora.dropout, keys).reshape(*rows, math.prod(inputs)), inputs)
+      adapter_input = dropout(x, self.lora.dropout, dropout_keys).reshape(*rows, fan_in)
+      y = y + self._low_rank_product(self.lora, adapter_input, inputs)
     y = y.reshape(*batch, *self.features)
     if self.use_bias:
       bias = declare_parameter(self, "bias", nn.initializers.zeros, self.axes[n:], self.features, self.param_dtype)
       y = y + bias.astype(self.dtype).reshape((1,) * len(batch) + self.features)
     return y
 
-  def adapt(self, x: Float[Array, "*T I"], inputs: tuple[int, ...]) -> Float[Array, "*T O"]:
-    """alpha / rank * x A B of a low-rank adapter (Hu et al. 2021); B begins as zeros."""
-    assert self.lora is not None
-    rank, n = self.lora.rank, self.contracted
-    first = normal_initializer(math.prod(inputs) ** -0.5)
-    a = declare_parameter(self, "lora_a", first, (*self.axes[:n], "lora"), (*inputs, rank), self.param_dtype)
-    last = nn.initializers.zeros
-    b = declare_parameter(self, "lora_b", last, ("lora", *self.axes[n:]), (rank, *self.features), self.param_dtype)
-    x = x @ a.astype(self.dtype).reshape(-1, rank) @ b.astype(self.dtype).reshape(rank, -1)
-    return x * jnp.asarray(self.lora.scale, x.dtype)
+  def _low_rank_product(
+    self, lora: LoraConfig, x: Float[Array, "*T I"], inputs: tuple[int, ...]
+  ) -> Float[Array, "*T O"]:
+    """Return alpha / rank * x A B (LoRA, Hu et al. 2021, arXiv:2106.09685). B is initially zero."""
+    n = self.contracted
+    init_a, init_b = normal_initializer(math.prod(inputs) ** -0.5), nn.initializers.zeros
+    axes_a, axes_b = (*self.axes[:n], "lora"), ("lora", *self.axes[n:])
+    lora_a = declare_parameter(self, "lora_a", init_a, axes_a, (*inputs, lora.rank), self.param_dtype)
+    lora_b = declare_parameter(self, "lora_b", init_b, axes_b, (lora.rank, *self.features), self.param_dtype)
+    x = x @ lora_a.astype(self.dtype).reshape(-1, lora.rank) @ lora_b.astype(self.dtype).reshape(lora.rank, -1)
+    return x * jnp.asarray(lora.scale, x.dtype)
 
 
 def make_projection(
@@ -108,15 +134,46 @@ def make_projection(
   scale: float = 1.0,
   contracted: int = 1,
 ) -> Projection:
-  """A projection initialised as the config says, its standard deviation times `scale`."""
-  settings = (features, axes, cfg.init_stddev, use_bias, cfg.dtype, cfg.param_dtype)
+  """Return a projection with the initial values, dtypes, muP factors and adapters of a config.
+
+  Args:
+    cfg: the model's config.
+    name: name of the submodule; None in `setup`, where Linen names it after the attribute.
+    features: see `Projection`.
+    axes: see `Projection`.
+    use_bias: see `Projection`.
+    scale: factor of the initial standard deviation, besides that of muP.
+    contracted: see `Projection`.
+  """
   return Projection(
-    *settings, scale * kernel_init_scale(cfg, axes), contracted, cfg.lora, kernel_input_multiplier(cfg, axes), name=name
+    features=features,
+    axes=axes,
+    stddev=cfg.init_stddev,
+    use_bias=use_bias,
+    dtype=cfg.dtype,
+    param_dtype=cfg.param_dtype,
+    scale=scale * kernel_init_scale(cfg, axes),
+    contracted=contracted,
+    lora=cfg.lora,
+    multiplier=kernel_input_multiplier(cfg, axes),
+    name=name,
   )
 
 
 class Norm(nn.Module):
-  """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension; statistics in float32."""
+  """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+  Statistics over the last dimension are float32.
+
+  Attributes:
+    kind: "layernorm" or "rmsnorm".
+    epsilon: added to the variance.
+    use_bias: add a bias.
+    zero_centered: the scale is stored minus 1 (Gemma).
+    dtype: dtype of the output.
+    param_dtype: dtype of the parameters.
+    axis: logical axis name of the parameters.
+  """
 
   kind: str
   epsilon: float
@@ -127,15 +184,13 @@ class Norm(nn.Module):
   axis: str = "norm"
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
+    """Return x normalised over its last dimension."""
     shape = (1,) * (x.ndim - 1) + x.shape[-1:]
 
-    def vector(name, init):
-      return (
-        declare_parameter(self, name, init, (self.axis,), x.shape[-1:], self.param_dtype)
-        .astype(jnp.float32)
-        .reshape(shape)
-      )
+    def vector(name: str, init: nn.initializers.Initializer) -> Array:
+      parameter = declare_parameter(self, name, init, (self.axis,), x.shape[-1:], self.param_dtype)
+      return parameter.astype(jnp.float32).reshape(shape)
 
     y = x.astype(jnp.float32)
     if self.kind == "layernorm":
@@ -151,31 +206,60 @@ class Norm(nn.Module):
 
 
 def make_norm(cfg: TransformerConfig, name: str | None, axis: str = "norm") -> Norm:
-  """The norm that the config asks for."""
+  """Return the norm of a config.
+
+  Args:
+    cfg: the model's config.
+    name: name of the submodule; None in `setup`.
+    axis: logical axis name of the parameters.
+  """
   return Norm(
-    *(cfg.norm, cfg.norm_epsilon, cfg.norm_bias, cfg.norm_zero_centered, cfg.dtype, cfg.param_dtype, axis), name=name
+    kind=cfg.norm,
+    epsilon=cfg.norm_epsilon,
+    use_bias=cfg.norm_bias,
+    zero_centered=cfg.norm_zero_centered,
+    dtype=cfg.dtype,
+    param_dtype=cfg.param_dtype,
+    axis=axis,
+    name=name,
   )
 
 
 class Bias(nn.Module):
-  """A vector added to the last dimension."""
+  """A bias that is added to the last dimension.
+
+  Attributes:
+    size: length of the last dimension.
+    axis: its logical axis name.
+    param_dtype: dtype of the parameter.
+  """
 
   size: int
   axis: str
   param_dtype: str
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
+    """Return x + bias."""
     bias = declare_parameter(self, "bias", nn.initializers.zeros, (self.axis,), (self.size,), self.param_dtype)
     return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (self.size,))
 
 
 class Embedding(nn.Module):
-  """A table with a row an entry. Also the tied output projection, by `attend`."""
+  """An embedding table, which is also the output projection of a model with tied embeddings (`attend`).
+
+  Attributes:
+    size: number of rows.
+    width: length of a row.
+    axes: logical axis names of rows and columns.
+    stddev: initial standard deviation.
+    dtype: dtype of the computation.
+    param_dtype: dtype of the table.
+  """
 
   size: int
   width: int
-  axes: tuple[str, str]  # logical names of rows and columns
+  axes: tuple[str, str]
   stddev: float
   dtype: str
   param_dtype: str
@@ -186,46 +270,69 @@ class Embedding(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    # Gathering rows of a table cut along its width costs two all-to-alls a step; so it is laid out whole first.
+    """Return the embeddings of ids."""
+    # Looking up rows of a table that is sharded along its width costs two all-to-alls per step. Gather the width first.
     table = constrain(self.table.astype(self.dtype), self.axes[0], None)
     return constrain(jnp.take(table, ids, axis=0), "act_batch", "act_len", "act_embed")
 
   def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    """Return the logits of hidden states: their products with all rows of the table."""
     return jnp.einsum("BLD,VD->BLV", x.astype(self.dtype), self.table.astype(self.dtype))
 
 
 def row_keys(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
-  """A key for every global row, so that meshes, hosts and microbatches cannot change what is dropped."""
+  """Return a random key for each row, which depends on the row's number in the global batch only.
+
+  The mesh, the number of processes and microbatches therefore cannot change which values dropout drops.
+
+  Args:
+    key: key of the step.
+    rows: numbers of the rows in the global batch.
+  """
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
 def fold_in_rows(keys: Key[Array, " B"] | None, data: int | Int[Array, ""]) -> Key[Array, " B"] | None:
-  """Every row's key, folded with a layer number or the number of a place inside a layer."""
+  """Fold a number, such as that of a layer or of a dropout site in a layer, into the key of each row."""
   return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
-def dropout(x: Array, rate: float, keys: Key[Array, " B"] | None) -> Array:
-  """Drops with probability `rate` and rescales; runs iff keys are given. The first dimension of x is the row."""
+def dropout(x: Float[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Float[Array, "B ..."]:
+  """Return x after dropout (Srivastava et al. 2014), rescaled by 1 / (1 - rate).
+
+  Args:
+    x: activations; the first dimension is the row.
+    rate: probability that a value is dropped.
+    keys: random key of each row; None: no dropout.
+  """
   if keys is None or rate == 0.0:
     return x
-  keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:]))(keys)
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
 class Mlp(nn.Module):
-  """activation(x W_up) W_down, or with a gate activation(x W_gate) * (x W_up) W_down (Shazeer 2020)."""
+  """activation(x W_up) W_down; gated: (activation(x W_gate) * (x W_up)) W_down (Shazeer 2020, arXiv:2002.05202).
+
+  Attributes:
+    cfg: the model's config.
+    width: F.
+  """
 
   cfg: TransformerConfig
-  width: int  # F
+  width: int
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"], keys: Key[Array, " B"] | None) -> Float[Array, "B L D"]:
+  def __call__(self, x: Float[Array, "B L D"], dropout_keys: Key[Array, " B"] | None) -> Float[Array, "B L D"]:
+    """Return the output of the MLP."""
     c = self.cfg
 
-    def up(name, place):
-      return make_projection(c, name, (self.width,), ("embed", "mlp"), c.mlp_bias)(x, fold_in_rows(keys, place))
+    def project_up(name: str, site: int) -> Array:
+      projection = make_projection(c, name, (self.width,), ("embed", "mlp"), c.mlp_bias)
+      return projection(x, fold_in_rows(dropout_keys, site))
 
-    h = ACTIVATIONS[c.activation](up("gate", 1)) * up("up", 2) if c.gated else ACTIVATIONS[c.activation](up("up", 2))
-    h = dropout(constrain(h, "act_batch", "act_len", "act_mlp"), c.mlp_dropout, keys)
+    activation = ACTIVATIONS[c.activation]
+    h = activation(project_up("gate", 1)) * project_up("up", 2) if c.gated else activation(project_up("up", 2))
+    h = dropout(constrain(h, "act_batch", "act_len", "act_mlp"), c.mlp_dropout, dropout_keys)
     down = make_projection(c, "down", (c.d_model,), ("mlp", "embed"), c.mlp_bias, scale=c.residual_scale)
-    return down(h, fold_in_rows(keys, 3))
+    return down(h, fold_in_rows(dropout_keys, 3))

@@ -16,7 +16,7 @@ import jax
 
 from llmjax.config import ConfigError, load_config, to_dict
 from llmjax.diagnostics.dry_run import WAYS_OUT, checked, compiled_bytes, device_memory, size
-from llmjax.models.attention.kernels import FOR_DEVICES
+from llmjax.models.attention.select import ACCELERATOR_KERNELS
 from llmjax.telemetry.writers import import_wandb
 from llmjax.training.program import Program
 from llmjax.types import Batch
@@ -77,7 +77,7 @@ def admit(trials: Mapping[str, Sequence[str]], compiling: Sequence[str]) -> dict
 def elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config with which a CPU can stand for its devices."""
   model = config["model"]
-  kernel = {"attention": "auto"} if model.get("attention") in FOR_DEVICES else {}
+  kernel = {"attention": "auto"} if model.get("attention") in ACCELERATOR_KERNELS else {}
   return {**config, "model": {**model, **kernel}}
 
 

@@ -19,8 +19,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.config import ConfigError, ConfigTree, build, to_dict
+from llmjax.distributed.sharding import LogicalAxes
 from llmjax.models import mup
-from llmjax.models.mup import Axes, matrix_inputs
+from llmjax.models.mup import matrix_input_dims
 from llmjax.trees import Params, PyTree, match_rules, split_trainable
 
 Number: TypeAlias = int | float
@@ -54,7 +55,7 @@ def make_optimizer(
   axes: PyTree,
   trainable: PyTree | None = None,
   scales: PyTree | None = None,
-  ratios: mup.Ratios | None = None,
+  ratios: mup.WidthRatios | None = None,
 ) -> optax.GradientTransformation:
   """Return the optimizer of config.optim. Its `update` needs params and returns a direction, not a step.
 
@@ -71,7 +72,7 @@ def make_optimizer(
     spec: {"name", "lr", **keys of `DEFAULTS`, **keys of the optimizer}. "name" is in OPTIMIZERS, or "module:function"
       of a function that returns a transformation of one parameter to a direction; it may take that parameter's `axes`.
     params: parameters, or their shapes.
-    axes: the same tree of tuples of logical axis names; leading names of `mup.STACKED` mark a stacked parameter.
+    axes: the same tree of tuples of logical axis names; leading names of `mup.STACKED_AXES` mark a stacked parameter.
     trainable: the same tree of bools: the optimizer has state for these parameters only. None: all.
     scales: the same tree of factors of the direction, numbers or arrays that broadcast. None: 1.
     ratios: of the model's widths to those of its base model, see `models/mup.py`. None: 1.
@@ -97,7 +98,9 @@ def make_optimizer(
       raise ConfigError(f"optim.lr_scale: {own!r} must be a number, 0 or more")
     return own * other * multiplier
 
-  multipliers = jax.tree.map(lambda _, names: mup.lr_multiplier(spec, mup.unstacked(names), ratios or {}), params, axes)
+  multipliers = jax.tree.map(
+    lambda _, names: mup.lr_multiplier(spec, mup.strip_stacked_axes(names), ratios or {}), params, axes
+  )
   decays = jax.tree.map(decay_of, params, match_rules(common["decay_mask"], params, "optim.decay_mask"), multipliers)
   own = match_rules(common["lr_scale"], params, "optim.lr_scale")
   scales = jax.tree.map(lambda _: 1.0, params) if scales is None else scales
@@ -141,9 +144,9 @@ def _combine_optimizers(
   return optax.GradientTransformation(init, update)
 
 
-def _single_parameter_optimizer(spec: ConfigTree, names: Axes) -> optax.GradientTransformation:
+def _single_parameter_optimizer(spec: ConfigTree, names: LogicalAxes) -> optax.GradientTransformation:
   """Return the optimizer of one parameter, mapped over its layers and experts."""
-  own = mup.unstacked(names)
+  own = mup.strip_stacked_axes(names)
   tx = build(spec, OPTIMIZERS, "optim", axes=own)
   init, update = tx.init, tx.update
   for _ in range(len(names) - len(own)):
@@ -268,7 +271,7 @@ def sgd(momentum: Number = 0.0) -> optax.GradientTransformation:
 
 
 def muon(
-  axes: Axes,
+  axes: LogicalAxes,
   beta: Number = 0.95,
   ns_steps: int = 5,
   nesterov: bool = True,
@@ -281,7 +284,7 @@ def muon(
   """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for hidden matrices, Adam for all else.
 
   Args:
-    axes: the parameter's logical axis names, without leading ones of `mup.STACKED`.
+    axes: the parameter's logical axis names, without leading ones of `mup.STACKED_AXES`.
     beta: decay of the momentum.
     ns_steps: Newton-Schulz iterations, which bring singular values to about 0.7 ... 1.2.
     nesterov: use Nesterov momentum.
@@ -290,7 +293,7 @@ def muon(
     adam_lr_ratio: learning rate of Adam / learning rate of Muon.
     b1, b2, eps: as in `adamw`.
   """
-  inputs = matrix_inputs(axes)
+  inputs = matrix_input_dims(axes)
   if inputs is None:
     return optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), optax.scale(adam_lr_ratio))
   outputs = tuple(i for i in range(len(axes)) if i not in inputs)

@@ -33,7 +33,7 @@ from llmjax.data.pipeline import TrainStream
 from llmjax.data.sources.base import Source
 from llmjax.data.tokenizers.base import Tokenizer
 from llmjax.distributed import sharding
-from llmjax.models.attention.kernels import check_attention_kernel
+from llmjax.models.attention.select import check_attention_kernel
 from llmjax.models.lora import check_lora_targets
 from llmjax.telemetry.flops import forward_flops
 from llmjax.training import optimizers, step

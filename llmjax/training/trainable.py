@@ -8,7 +8,7 @@ import numpy as np
 
 from llmjax.config import ConfigError
 from llmjax.config.model import ModelConfig, TransformerConfig
-from llmjax.models.layer_stacks import HEADS, layer_locations
+from llmjax.models.layer_stacks import HEAD_PREFIXES, layer_locations
 from llmjax.trees import FlatTree, Params, PyTree, flatten_tree, match_rules, unflatten_tree
 
 EMBEDDINGS = ("embedding", "positions", "token_types", "embedding_norm", "project_in")  # top names of their parameters
@@ -51,7 +51,7 @@ def layer_lr_scales(params: Params, cfg: ModelConfig, decay: float) -> PyTree:
   scales: FlatTree = {}
   for path, leaf in flatten_tree(params).items():
     top, *rest = path.split("/")
-    if top in HEADS or top.startswith("head"):
+    if top in HEAD_PREFIXES or top.startswith("head"):
       scales[path] = 1.0
     elif top in EMBEDDINGS or rest[:1] == ["relative"]:
       scales[path] = decay ** (depths.get(top, max(depths.values())) + 1)

@@ -105,7 +105,7 @@ def test_load_with_overrides_and_a_mesh_applies_both(folders):
   assert model.cfg.max_len == 32 and not model.cfg.scan
   assert {x.dtype.name for x in jax.tree.leaves(params)} == {"bfloat16"}
   assert len(params["decoder"]["layers_1"]["mlp"]["up"]["kernel"].sharding.device_set) == 8
-  with pytest.raises(ConfigError, match=r"model\.scann is no such key.*scan"):
+  with pytest.raises(ConfigError, match=r"model\.scann does not exist.*scan"):
     llmjax.load(folders["llama3"], scann=False)
 
 

@@ -75,7 +75,7 @@ TABLE = {  # axes: (initial standard deviation, multiplier, rate of Adam, of gra
 
 @pytest.mark.parametrize("axes", TABLE, ids="-".join)
 def test_mup_scales_equal_table_8_of_the_paper(axes):
-  unstacked = mup.unstacked(axes)
+  unstacked = mup.strip_stacked_axes(axes)
   rates = [mup.lr_multiplier({"name": name}, unstacked, RATIOS) for name in ("adamw", "sgd")]
   assert (mup.init_scale(unstacked, RATIOS), mup.input_multiplier(unstacked, RATIOS), *rates) == TABLE[axes]
   stddev, _, adam, _ = TABLE[axes]
@@ -83,7 +83,7 @@ def test_mup_scales_equal_table_8_of_the_paper(axes):
   assert mup.lr_multiplier({"name": "adafactor", "parameter_scale": False}, unstacked, RATIOS) == adam
   # `parameter_scale` multiplies the rate by the parameter's own scale.
   assert mup.lr_multiplier({"name": "adafactor", "parameter_scale": True}, unstacked, RATIOS) * stddev == adam
-  orthogonal = mup.matrix_inputs(unstacked) is not None and "lora" not in unstacked
+  orthogonal = mup.matrix_input_dims(unstacked) is not None and "lora" not in unstacked
   assert mup.lr_multiplier({"name": "muon", "consistent_rms": None}, unstacked, RATIOS) == (1 if orthogonal else adam)
   assert mup.lr_multiplier({"name": "muon", "consistent_rms": 0.2}, unstacked, RATIOS) == (
     1 / 2 if orthogonal else adam
@@ -98,8 +98,8 @@ def test_mup_initial_values_of_hidden_matrices_are_smaller(init_stddev):
   plain, got = (trees.flatten_tree(initial_parameters(c)) for c in (cfg, based))
   natural = 1.0 if init_stddev is None else 0.5  # 1 / sqrt(fan-in) depends on the width already
   for path, names in axes.items():
-    hidden = mup.matrix_inputs(mup.unstacked(names)) is not None
-    want = natural if hidden else 2 * natural if names[-1] in mup.READOUTS else 1
+    hidden = mup.matrix_input_dims(mup.strip_stacked_axes(names)) is not None
+    want = natural if hidden else 2 * natural if names[-1] in mup.READOUT_AXES else 1
     want = 2 if path == "embedding/table" and init_stddev is None else want
     np.testing.assert_allclose(got[path], want * plain[path], rtol=1e-5, err_msg=path)
 

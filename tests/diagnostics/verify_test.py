@@ -155,13 +155,13 @@ def test_verify_detects_wrong_reductions_of_user_code(wrong, right):
 @pytest.mark.parametrize("kind", ["decoder", "adapters"])
 def test_measure_detects_a_wrong_attention_gradient(kind, monkeypatch):
   """Also with adapters, whose gradients would be zero at their initial values."""
-  right = blockwise._backward
+  right = blockwise._local_backward
 
   def wrong(*arguments):
     query, *others = right(*arguments)
     return 1.5 * query, *others
 
-  monkeypatch.setattr(blockwise, "_backward", wrong)
+  monkeypatch.setattr(blockwise, "_local_backward", wrong)
   got = verify.measure_run(shrunk_config(kind), {"context": 8}, jax.devices())
   parts = {
     difference.part for difference in verify.compare_runs(measure_one_device(kind), got) if difference.excess > 1

@@ -9,7 +9,8 @@ GENERATION = "tests/inference/generation_test.py::"
 HUGGINGFACE = "tests/interop/huggingface_test.py::"
 INVARIANTS = "tests/training/invariants_test.py::"
 KERNELS = "tests/models/attention_test.py::"
-MODEL = "tests/models/transformer_test.py::"
+LAYERS = "tests/models/layers_test.py::"
+MASKS = "tests/models/masks_test.py::"
 MUP = "tests/diagnostics/mup_coord_check_test.py::"
 OBJECTIVES = "tests/objectives/objectives_test.py::"
 OPTIM = "tests/training/optimizers_test.py::"
@@ -17,6 +18,8 @@ PACKING = "tests/data/packing_test.py::"
 PEFT = "tests/interop/peft_test.py::"
 PIPELINE = "tests/data/pipeline_test.py::"
 PREFERENCE = "tests/objectives/preference_test.py::"
+ROTARY = "tests/models/rotary_test.py::"
+SAMPLING = "tests/inference/sampling_test.py::"
 SEQ2SEQ = "tests/objectives/seq2seq_test.py::"
 SFT = "tests/objectives/sft_test.py::"
 STEP = "tests/training/step_test.py::"
@@ -98,8 +101,8 @@ LOSSES = (
   Mutant(
     "balance-loss-counts-padding",
     "models/moe.py",
-    "seen = (real.reshape(-1) > 0).astype(jnp.float32)",
-    "seen = jnp.ones(real.size, jnp.float32)",
+    "is_token = (segments.reshape(-1) > 0).astype(jnp.float32)",
+    "is_token = jnp.ones(segments.size, jnp.float32)",
     (HUGGINGFACE + "test_routing_with_padding_counts_real_tokens_only",),
   ),
   Mutant(
@@ -189,7 +192,7 @@ ATTENTION = (
     "same = query.segments[:, :, None] == key.segments[:, None, :]",
     "same = query.segments[:, :, None] > 0",
     (
-      MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",
+      MASKS + "test_attention_mask_equals_its_definition[causal]",
       STEP + "test_gradient_of_a_document_ignores_other_documents_in_the_row[gpt causal_lm]",
       STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[encoder]",
     ),
@@ -200,7 +203,7 @@ ATTENTION = (
     "visible &= ahead <= 0 if key.prefix is None else (ahead <= 0) | (key.prefix[:, None, :] > 0)",
     "visible &= ahead <= 1 if key.prefix is None else (ahead <= 1) | (key.prefix[:, None, :] > 0)",
     (
-      MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",
+      MASKS + "test_attention_mask_equals_its_definition[causal]",
       STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[decoder]",
     ),
     "the label of every token can be read by the model",
@@ -218,7 +221,7 @@ ATTENTION = (
     "visible &= ahead <= 0 if key.prefix is None else (ahead <= 0) | (key.prefix[:, None, :] > 0)",
     "visible &= ahead <= 0",
     (
-      MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[prefix-2]",
+      MASKS + "test_attention_mask_equals_its_definition[prefix]",
       STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[prefix decoder]",
     ),
     "a bidirectional prompt is read causally",
@@ -229,7 +232,7 @@ ATTENTION = (
     "visible &= jnp.abs(ahead) < window if causal",
     "visible &= jnp.abs(ahead) <= window if causal",
     (
-      MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal window-2]",
+      MASKS + "test_attention_mask_equals_its_definition[causal window]",
       STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[windowed decoder]",
     ),
   ),
@@ -239,7 +242,7 @@ ATTENTION = (
     "else jnp.abs(ahead) <= window // 2",
     "else jnp.abs(ahead) <= window",
     (
-      MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[local-2]",
+      MASKS + "test_attention_mask_equals_its_definition[local]",
       STEP + "test_token_attends_to_exactly_the_tokens_of_its_mask[local encoder]",
     ),
     "local layers of ModernBERT see twice as far",
@@ -263,9 +266,9 @@ ATTENTION = (
   Mutant(
     "query-heads-grouped-in-turn",
     "models/attention/masks.py",
-    "grouped = query.reshape(batch, length, shared, heads // shared, width)",
-    "grouped = query.reshape(batch, length, heads // shared, shared, width).swapaxes(2, 3)",
-    (MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",),
+    "grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)",
+    "grouped = query.reshape(batch, length, heads // kv_heads, kv_heads, width).swapaxes(2, 3)",
+    (MASKS + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",),
     "with grouped-query attention, query head h reads key head h % K: checkpoints give other logits",
   ),
   Mutant(
@@ -273,28 +276,28 @@ ATTENTION = (
     "models/attention/masks.py",
     "scores = settings.softcap * jnp.tanh(scores / settings.softcap)",
     "scores = jnp.tanh(scores / settings.softcap)",
-    (MODEL + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",),
+    (MASKS + "test_xla_attention_equals_softmax_of_masked_scores_in_float64[causal-2]",),
   ),
   Mutant(
     "relative-positions-reversed",
     "models/attention/masks.py",
     "ahead = key[:, None, :] - query[:, :, None]",
     "ahead = query[:, :, None] - key[:, None, :]",
-    (MODEL + "test_relative_buckets_equal_the_formula_of_t5[True-32-128]",),
+    (MASKS + "test_relative_buckets_equal_the_formula_of_t5[True-32-128]",),
   ),
   Mutant(
     "relative-buckets-begin-one-late",
     "models/attention/masks.py",
-    "bucket += distance >= exact + int(np.argmax(wide >= least))",
-    "bucket += distance > exact + int(np.argmax(wide >= least))",
-    (MODEL + "test_relative_buckets_equal_the_formula_of_t5[True-32-128]",),
+    "bucket += distance >= exact + int(np.argmax(wide >= number))",
+    "bucket += distance > exact + int(np.argmax(wide >= number))",
+    (MASKS + "test_relative_buckets_equal_the_formula_of_t5[True-32-128]",),
   ),
   Mutant(
     "rotary-pairs-interleaved",
     "models/rotary.py",
     "first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)",
     "first, second = x[..., 0 : 2 * half : 2].astype(jnp.float32), x[..., 1 : 2 * half : 2].astype(jnp.float32)",
-    (MODEL + "test_rotary_embedding_equals_complex_rotation",),
+    (ROTARY + "test_rotary_embedding_equals_complex_rotation",),
     "pairs (2i, 2i + 1) are rotated, the layout of GPT-J: Llama checkpoints give other logits",
   ),
   Mutant(
@@ -302,7 +305,7 @@ ATTENTION = (
     "models/rotary.py",
     "[first * cos - second * sin, second * cos + first * sin]",
     "[first * cos + second * sin, second * cos - first * sin]",
-    (MODEL + "test_rotary_embedding_equals_complex_rotation",),
+    (ROTARY + "test_rotary_embedding_equals_complex_rotation",),
   ),
   Mutant(
     "local-layers-use-the-global-rotary-base",
@@ -318,16 +321,16 @@ ATTENTION_KERNELS = (
   Mutant(
     "chunked-softmax-is-not-rescaled",
     "models/attention/blockwise.py",
-    "return shrink[..., None] * out + new_out, new, total",
-    "return out + new_out, new, total",
+    "return rescale[..., None] * out + new_out, new_max, total",
+    "return out + new_out, new_max, total",
     (KERNELS + "test_chunked_attention_equals_reference[packed]",),
     "long sequences attend to the wrong tokens whenever a later block holds the highest score",
   ),
   Mutant(
     "chunked-dropout-by-position-in-document",
     "models/attention/blockwise.py",
-    "masks.dropout_keep_mask(dropout_keys, heads, queries.ids, keys.ids, settings.dropout)",
-    "masks.dropout_keep_mask(dropout_keys, heads, queries.positions, keys.positions, settings.dropout)",
+    "inputs.heads, query_tokens.ids, key_tokens.ids, settings.dropout",
+    "inputs.heads, query_tokens.positions, key_tokens.positions, settings.dropout",
     (KERNELS + "test_chunked_attention_equals_reference[all]",),
     "documents of a row drop the same weights; the kernels give different losses",
   ),
@@ -342,7 +345,7 @@ ATTENTION_KERNELS = (
   Mutant(
     "softmax-gradient-without-delta",
     "models/attention/blockwise.py",
-    "pull(weights * (d_weights * keep - row(delta)))",
+    "pull(weights * (d_weights * keep - per_score(delta)))",
     "pull(weights * d_weights * keep)",
     (KERNELS + "test_chunked_attention_equals_reference[packed]",),
     "gradients of queries and keys are wrong",
@@ -350,56 +353,56 @@ ATTENTION_KERNELS = (
   Mutant(
     "dk-of-the-last-query-block-alone",
     "models/attention/blockwise.py",
-    "jax.tree.map(jnp.add, (*carry, d_key, d_value), (new_query",
-    "jax.tree.map(jnp.add, (*carry, jnp.zeros_like(d_key), d_value), (new_query",
+    "jax.tree.map(jnp.add, gradients, (new_query",
+    "jax.tree.map(jnp.add, (*gradients[:2], jnp.zeros_like(gradients[2]), gradients[3]), (new_query",
     (KERNELS + "test_chunked_attention_equals_reference[packed]",),
     "gradients of keys are wrong for sequences longer than a block",
   ),
   Mutant(
     "ring-dq-of-the-last-device-alone",
     "models/attention/blockwise.py",
-    "lax.scan(key_block, (d_query, d_table), (source, d_source))",
-    "lax.scan(key_block, (jnp.zeros_like(d_query), d_table), (source, d_source))",
+    "lax.scan(visit_key_block, (d_query, d_table), (key_blocks, d_key_blocks))",
+    "lax.scan(visit_key_block, (jnp.zeros_like(d_query), d_table), (key_blocks, d_key_blocks))",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism alone: a query's gradient comes from the keys of one device",
   ),
   Mutant(
     "ring-dk-of-the-last-device-alone",
     "models/attention/blockwise.py",
-    "    source, d_source = travelling\n",
-    "    source, (d_key, d_value) = travelling\n    d_source = jnp.zeros_like(d_key), d_value\n",
+    "    key_blocks, d_key_blocks = rotating\n",
+    "    key_blocks, (d_key, d_value) = rotating\n    d_key_blocks = jnp.zeros_like(d_key), d_value\n",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism alone: the gradient of keys comes from the queries of one device",
   ),
   Mutant(
     "ring-dv-of-the-last-device-alone",
     "models/attention/blockwise.py",
-    "    source, d_source = travelling\n",
-    "    source, (d_key, d_value) = travelling\n    d_source = d_key, jnp.zeros_like(d_value)\n",
+    "    key_blocks, d_key_blocks = rotating\n",
+    "    key_blocks, (d_key, d_value) = rotating\n    d_key_blocks = d_key, jnp.zeros_like(d_value)\n",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism alone: the gradient of values comes from the queries of one device",
   ),
   Mutant(
     "ring-keys-leave-their-segments",
-    "models/attention/blockwise.py",
-    "return (state, jax.tree.map(send, travelling)), None",
-    "return (state, jax.tree.map(lambda x: x if x.dtype == jnp.int32 else send(x), travelling)), None",
+    "models/attention/blocks.py",
+    "return (state, jax.tree.map(send, rotating)), None",
+    "return (state, jax.tree.map(lambda x: x if x.dtype == jnp.int32 else send(x), rotating)), None",
     (KERNELS + "test_ring_attention_equals_reference[d2c2t2-cross of odd lengths with dropout]",),
     "context parallelism alone: masks are made from the segments of other keys",
   ),
   Mutant(
     "ring-sends-the-other-way",
-    "models/attention/blockwise.py",
-    "perm=[(i, (i + 1) % count) for i in range(count)]",
-    "perm=[(i, (i + 2) % count) for i in range(count)]",
+    "models/attention/blocks.py",
+    "perm = [(i, (i + 1) % devices) for i in range(devices)]",
+    "perm = [(i, (i + 2) % devices) for i in range(devices)]",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism over an even number of devices: each sees half of the keys twice",
   ),
   Mutant(
     "ring-order-not-restored",
-    "models/attention/blockwise.py",
-    "return _exchanged(layout, x, back=True) if layout.zigzag else x",
-    "return _exchanged(layout, x) if layout.zigzag else x",
+    "models/attention/blocks.py",
+    "return exchange_halves(layout, x, inverse=True) if layout.zigzag else x",
+    "return exchange_halves(layout, x) if layout.zigzag else x",
     (KERNELS + "test_ring_attention_equals_reference[c8-left padding]",),
     "context parallelism alone: outputs stand at the places of other tokens",
   ),
@@ -413,29 +416,29 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "splash-without-softcap",
-    "models/attention/kernels.py",
+    "models/attention/splash.py",
     "attn_logits_soft_cap=settings.softcap,",
     "attn_logits_soft_cap=None,",
-    (KERNELS + "test_splash_attention_interpreted_equals_reference[window both ways]",),
+    (KERNELS + "test_splash_attention_interpreted_equals_reference[bidirectional window]",),
     "Gemma on TPU differs from Gemma elsewhere",
   ),
   Mutant(
     "splash-without-scale",
-    "models/attention/kernels.py",
+    "models/attention/splash.py",
     "(query * settings.scale, key, value)",
     "(query, key, value)",
     (KERNELS + "test_splash_attention_interpreted_equals_reference[packed]",),
   ),
   Mutant(
     "splash-window-one-token-too-wide",
-    "models/attention/kernels.py",
+    "models/attention/splash.py",
     "(settings.window - 1, 0) if settings.causal",
     "(settings.window, 0) if settings.causal",
     (KERNELS + "test_splash_attention_interpreted_equals_reference[window]",),
   ),
   Mutant(
     "cudnn-without-scale",
-    "models/attention/kernels.py",
+    "models/attention/cudnn.py",
     'mask[:, None], scale=settings.scale, implementation="cudnn"',
     'mask[:, None], implementation="cudnn"',
     (INVARIANTS + "test_cudnn_kernel_gets_scale_mask_and_bias",),
@@ -443,8 +446,8 @@ ATTENTION_KERNELS = (
   ),
   Mutant(
     "cudnn-without-relative-bias",
-    "models/attention/kernels.py",
-    "bias = masks.relative_bias(relative, queries, keys, settings).astype(query.dtype)",
+    "models/attention/cudnn.py",
+    "bias = masks.relative_bias(relative, query_tokens, key_tokens, settings).astype(query.dtype)",
     "bias = None",
     (INVARIANTS + "test_cudnn_kernel_gets_scale_mask_and_bias",),
     "T5 on GPU has no positions",
@@ -489,7 +492,7 @@ MODELS = (
     "models/layers.py",
     "return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)",
     "return jnp.where(keep, x, jnp.zeros((), x.dtype)).astype(x.dtype)",
-    (MODEL + "test_dropout_keeps_the_mean_and_depends_on_the_key_of_a_row",),
+    (LAYERS + "test_dropout_keeps_the_mean",),
   ),
   Mutant(
     "dropout-keyed-by-place-in-microbatch",
@@ -503,7 +506,7 @@ MODELS = (
     "dropout-keyed-by-row-of-the-device",
     "models/layers.py",
     "return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)",
-    'return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows % (rows.shape[0] // parts("act_batch")))',
+    'return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows % (rows.shape[0] // num_shards("act_batch")))',
     (STEP + "test_gradient_with_dropout_accumulated_on_mesh_equals_one_device[gpt causal_lm]",),
     "the mesh changes what is dropped, and the loss",
   ),
@@ -548,7 +551,7 @@ MODELS = (
   Mutant(
     "lora-forward-without-scale",
     "models/layers.py",
-    "return x * jnp.asarray(self.lora.scale, x.dtype)",
+    "return x * jnp.asarray(lora.scale, x.dtype)",
     "return x",
     (FINETUNE + "test_merged_adapters_compute_the_same_logits[llama causal_lm]",),
   ),
@@ -719,7 +722,7 @@ OPTIMIZERS = (
     "models/mup.py",
     'return tuple(range(len(axes) - 1)) if axes[-1] == "embed" else None',
     'return (0,) if axes[-1] == "embed" else None',
-    (OPTIM + "test_matrix_inputs_follow_from_axis_names",),
+    (OPTIM + "test_matrix_input_dims_follow_from_axis_names",),
     "the output projection of attention is orthogonalised as another matrix",
   ),
   Mutant(
@@ -748,8 +751,8 @@ OPTIMIZERS = (
   Mutant(
     "mup-rate-does-not-follow-the-width",
     "models/mup.py",
-    "return own / fan_in",
-    "return own",
+    "return readout / fan_in",
+    "return readout",
     (MUP + "test_mup_scales_equal_table_8_of_the_paper[layers-mlp-embed]",),
     "a learning rate tuned on a narrow model diverges on a wide one",
   ),
@@ -935,7 +938,7 @@ GENERATING = (
   ),
   Mutant(
     "decoded-positions-one-behind",
-    "inference/generation.py",
+    "inference/decoding.py",
     "token=token, position=state.position + 1, seen=seen",
     "token=token, position=state.position + (state.count > 0), seen=seen",
     (GENERATION + "test_generate_greedy_equals_the_uncached_forward[learned]",),
@@ -946,7 +949,7 @@ GENERATING = (
     "inference/sampling.py",
     "before = jnp.cumsum(probabilities, axis=-1) - probabilities",
     "before = jnp.cumsum(probabilities, axis=-1)",
-    (GENERATION + "test_filter_logits_keeps_top_k_top_p_and_min_p",),
+    (SAMPLING + "test_filter_logits_keeps_the_most_probable_tokens[top_p=0.8]",),
   ),
   Mutant(
     "beam-search-drops-finished-beams",
@@ -965,9 +968,9 @@ GENERATING = (
   ),
   Mutant(
     "cache-does-not-follow-its-beam",
-    "inference/generation.py",
-    "_read_token(model, params, take(cache, parents), tokens, position, cache_length)",
-    "_read_token(model, params, cache, tokens, position, cache_length)",
+    "inference/decoding.py",
+    "_read_token(model, params, take(memory.cache, parents), tokens, position, cache_length)",
+    "_read_token(model, params, memory.cache, tokens, position, cache_length)",
     (BEAMS + "test_beam_search_over_a_cache_equals_the_uncached_reference[scanned-0]",),
     "a beam goes on from the keys and values of another",
   ),

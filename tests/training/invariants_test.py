@@ -16,7 +16,7 @@ from llmjax.checkpoints.manager import Checkpoints
 from llmjax.config import files as cfglib
 from llmjax.distributed import sharding
 from llmjax.evaluation import evaluators
-from llmjax.models.attention import kernels, masks
+from llmjax.models.attention import masks, select
 from llmjax.models.attention.masks import AttentionSettings
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
@@ -235,7 +235,7 @@ def test_cudnn_kernel_gets_scale_mask_and_bias(monkeypatch):
   settings = AttentionSettings(0.4, causal=True, window=5, buckets=8, max_distance=16)
   mask = masks.attention_mask(tokens, tokens, causal=True, window=5)
   each = [
-    jax.jit(functools.partial(kernels.dot_product_attention, kernel, settings=settings))(
+    jax.jit(functools.partial(select.dot_product_attention, kernel, settings=settings))(
       *vectors, tokens, tokens, mask=mask, relative=table
     )
     for kernel in ("xla", "cudnn")

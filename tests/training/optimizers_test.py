@@ -176,12 +176,12 @@ def test_muon_with_consistent_rms_gives_equal_rms_to_all_shapes():
     assert 0.13 < np.sqrt(np.mean(np.square(out[name]["kernel"]))) < 0.26
 
 
-def test_matrix_inputs_follow_from_axis_names():
-  assert optimizers.matrix_inputs(("embed", "heads", "head_dim")) == (0,)
-  assert optimizers.matrix_inputs(("heads", "head_dim", "embed")) == (0, 1)
-  assert optimizers.matrix_inputs(("mlp", "embed")) == (0,)
+def test_matrix_input_dims_follow_from_axis_names():
+  assert optimizers.matrix_input_dims(("embed", "heads", "head_dim")) == (0,)
+  assert optimizers.matrix_input_dims(("heads", "head_dim", "embed")) == (0, 1)
+  assert optimizers.matrix_input_dims(("mlp", "embed")) == (0,)
   none = [("vocab", "embed"), ("embed", "vocab"), ("positions", "embed"), ("heads", "head_dim"), ("norm",)]
-  assert all(optimizers.matrix_inputs(axes) is None for axes in none)
+  assert all(optimizers.matrix_input_dims(axes) is None for axes in none)
 
 
 def test_clip_norm_is_the_norm_of_the_whole_tree():

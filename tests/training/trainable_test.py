@@ -226,14 +226,14 @@ def test_layer_scales_are_powers_of_the_depth_below_the_top():
   scales = scales_of(MODERNBERT)  # 4 layers: one before the scan, a pattern of two in it, one after it
   assert scales["embedding/table"] == scales["embedding_norm/scale"] == [1 / 32]
   assert scales["encoder/first/mlp/up/kernel"] == [1 / 16]
-  assert scales["encoder/layers/slot_0/attention/out/kernel"] == [1 / 8]
-  assert scales["encoder/layers/slot_1/attention/out/kernel"] == [1 / 4]
+  assert scales["encoder/layers/sublayer_0/attention/out/kernel"] == [1 / 8]
+  assert scales["encoder/layers/sublayer_1/attention/out/kernel"] == [1 / 4]
   assert scales["encoder/last_0/attention_norm/scale"] == [1 / 2]
   assert scales["head_transform/kernel"] == scales["head_norm/scale"] == scales["head_bias/bias"] == [1.0]
   scales = scales_of(MODERNBERT, encoder_layers=5)
   assert scales["encoder/first/mlp/up/kernel"] == [1 / 32]
-  assert scales["encoder/layers/slot_0/mlp/up/kernel"] == [1 / 16, 1 / 4]
-  assert scales["encoder/layers/slot_1/mlp/up/kernel"] == [1 / 8, 1 / 2]
+  assert scales["encoder/layers/sublayer_0/mlp/up/kernel"] == [1 / 16, 1 / 4]
+  assert scales["encoder/layers/sublayer_1/mlp/up/kernel"] == [1 / 8, 1 / 2]
 
   scales = scales_of(T5, encoder_layers=3)  # each stack counts its own layers; the shared table is below the deeper one
   assert scales["encoder/layers/mlp/up/kernel"] == [1 / 8, 1 / 4, 1 / 2]

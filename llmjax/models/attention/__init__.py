@@ -1,1 +1,1 @@
-"""Attention: the module, the masks, and its kernels."""
+"""Attention: masks and scores, the kernels, the choice of a kernel, and the Linen module."""

@@ -1,312 +1,307 @@
-"""Attention in blocks of queries and keys with a running softmax (Rabe & Staats 2021, Dao et al. 2022).
+"""Attention in blocks of queries and keys with a running softmax: the kernels "chunked" and "ring".
 
-Memory grows with the length and not with its square: only the output and the logarithm of each softmax's denominator
-are kept, and the backward pass computes the blocks again. A block in which no query sees a key is skipped.
+Memory grows with the length, not with its square (Rabe & Staats 2021, arXiv:2112.05682; Dao et al. 2022,
+FlashAttention, arXiv:2205.14135). Only the output and the log sum exp of each query's scores are saved, and the
+backward pass computes the blocks again. A block in which no query attends to a key is skipped.
 
-Where the length is cut over devices, keys and values travel round them (Liu et al. 2023, Ring Attention), in the
-backward pass together with their gradients, so that no device ever holds all of them. Under a causal mask each device
-works on one early and one late half of a part, which gives all of them the same number of blocks (Brandon et al. 2023).
+"ring" is the same on sharded sequences: keys and values travel around the devices, in the backward pass together with
+their gradients, so that no device ever holds all of them. See `blocks.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from llmjax.distributed import sharding
+from llmjax.distributed.sharding import LogicalAxes
 from llmjax.models.attention import masks
+from llmjax.models.attention.blocks import (
+  RESIDUAL_NAME,
+  BlockLayout,
+  merge_blocks,
+  pad_length,
+  repeat_kv_for_sharding,
+  scan_ring,
+  split_blocks,
+)
 from llmjax.models.attention.masks import MASK_VALUE, AttentionSettings
+from llmjax.trees import PyTree
 from llmjax.types import Tokens
 
-BLOCK_SIZE = 512  # queries, and keys, of a block at most
-RESIDUAL_NAME = "attention"  # of what rematerialisation may keep
+BLOCK_SIZE = 512  # most queries, and most keys, of a block
+
+QueryBlock = tuple[Array, Tokens]  # query, its tokens
+KeyBlock = tuple[Array, Array, Tokens]  # key, value, their tokens
+SoftmaxState = tuple[Array, Array, Array]  # unscaled output [B K G L A], maximum and sum of exp of scores [B K G L]
+QueryBlockGradients = tuple[Array, Tokens, Array, Array, Array]  # query, its tokens, d_out, logsumexp, delta
+Gradients = tuple[Array, Array | None, Array, Array]  # of the query, the relative table, the key, the value
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockLayout:
-  """How an attention is cut.
+class AttentionInputs(NamedTuple):
+  """The arrays that an attention reads, on all devices or on one."""
 
-  Attributes:
-    names: logical ones of the dimensions of rows, lengths and heads; None where one is whole on every device.
-    ring: the mesh axes that lengths are cut over, none where they are whole.
-    zigzag: each device takes an early and a late half of a part.
-    block: tokens of a block at most.
-  """
+  query: Float[Array, "B L H A"]
+  key: Float[Array, "B S K A"]
+  value: Float[Array, "B S K A"]
+  relative: Float[Array, "R H"] | None  # table of relative biases
+  query_tokens: Tokens  # ids are indices in the row
+  key_tokens: Tokens
+  heads: Int[Array, " H"]  # numbers of the query heads
+  dropout_keys: Key[Array, " B"] | None
 
-  names: tuple[str | None, str | None, str | None]
-  ring: tuple[str, ...]
-  zigzag: bool
-  block: int
+
+class ArrayAxes(NamedTuple):
+  """Logical axes of each kind of array."""
+
+  vectors: LogicalAxes  # [B L H A]
+  tokens: LogicalAxes  # [B L]
+  sums: LogicalAxes  # [B L H]
+  table: LogicalAxes  # [R H]
+  heads: LogicalAxes  # [H]
+  rows: LogicalAxes  # [B]
 
   @property
-  def replicated(self) -> tuple[str, ...]:
-    """The mesh axes that see a table of biases whole, and different rows or queries."""
-    batch = () if self.names[0] is None else sharding.mesh_axes_of(self.names[0])
-    return (*batch, *self.ring)
+  def inputs(self) -> list[LogicalAxes]:
+    """Axes of `AttentionInputs`, in their order."""
+    return [self.vectors, self.vectors, self.vectors, self.table, self.tokens, self.tokens, self.heads, self.rows]
 
 
 def blockwise_attention(
   query: Float[Array, "B L H A"],
   key: Float[Array, "B S K A"],
   value: Float[Array, "B S K A"],
-  queries: Tokens,
-  keys: Tokens,
+  query_tokens: Tokens,
+  key_tokens: Tokens,
   settings: AttentionSettings,
   relative: Float[Array, "R H"] | None = None,
   dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B L H A"]:
-  """softmax(scores) value; a query that sees nothing gets zeros. The mesh in use says whether keys go round a ring."""
+  """Return softmax(scores) value, and zeros for queries without keys; a ring if the current mesh shards sequences.
+
+  See `select.dot_product_attention` for the arguments.
+  """
   length, heads = query.shape[1:3]
   ring = sharding.mesh_axes_of("act_len")
   zigzag = bool(ring) and settings.causal and length == key.shape[1]
-  batch, cut_heads, key, value = repeat_kv_for_sharding(query, key, value)
-  layout = BlockLayout((batch, "act_len" if ring else None, cut_heads), ring, zigzag, BLOCK_SIZE)
+  batch_axis, head_axis, key, value = repeat_kv_for_sharding(query, key, value)
+  layout = BlockLayout((batch_axis, "act_len" if ring else None, head_axis), ring, zigzag, BLOCK_SIZE)
   if not settings.causal:
-    keys = dataclasses.replace(keys, prefix=None)
-  multiple = 2 * sharding.num_shards("act_len") if ring else 1
-  query, queries = _padded((query, masks.with_row_indices(queries)), multiple)
-  key, value, keys = _padded((key, value, masks.with_row_indices(keys)), multiple)
-  # A scan over layers computes what does not differ between them beforehand: the masks of all blocks, in full. Tokens
-  # that come out together with queries are known no earlier than these.
-  query, queries, keys = lax.optimization_barrier((query, queries, keys))
-  out = _attention(settings, layout, query, key, value, relative, queries, keys, jnp.arange(heads), dropout_keys)
-  return out[:, :length]
+    key_tokens = dataclasses.replace(key_tokens, prefix=None)
+  multiple = 2 * sharding.num_shards("act_len") if ring else 1  # each device has two halves, see `exchange_halves`
+  query, query_tokens = pad_length((query, masks.with_row_indices(query_tokens)), multiple)
+  key, value, key_tokens = pad_length((key, value, masks.with_row_indices(key_tokens)), multiple)
+  # Flax moves what is equal in all layers out of the scan over layers. The masks of all blocks would be such, in full.
+  # After this barrier, tokens depend on the layer's queries.
+  query, query_tokens, key_tokens = lax.optimization_barrier((query, query_tokens, key_tokens))
+  inputs = AttentionInputs(query, key, value, relative, query_tokens, key_tokens, jnp.arange(heads), dropout_keys)
+  return _attention(settings, layout, inputs)[:, :length]
 
 
-def repeat_kv_for_sharding(
-  query: Float[Array, "B L H A"], key: Array, value: Array
-) -> tuple[str | None, str | None, Array, Array]:
-  """The logical names of rows and heads where they divide over devices, else None; and keys and values with each head
-  as many times as lets every device hold those of its own query heads."""
-  heads, shared = query.shape[2], key.shape[2]
-  batch = sharding.axis_if_divisible("act_batch", query.shape[0])
-  parts = sharding.num_shards("act_heads")
-  if heads % parts:
-    return batch, None, key, value
-  times = next(n for n in range(1, heads + 1) if shared * n % parts == 0 and heads % (shared * n) == 0)
-  if times > 1:
-    key, value = (jnp.repeat(x, times, axis=2) for x in (key, value))
-  return batch, "act_heads", key, value
-
-
-def _padded(tree: Any, multiple: int) -> Any:
-  """Lengths, the second dimension, filled up with zeros: tokens of segment 0."""
-
-  def one(x: Array) -> Array:
-    missing = -x.shape[1] % multiple
-    return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
-
-  return jax.tree.map(one, tree)
-
-
-# Of the arguments: query, key, value, the table, tokens of queries and of keys, head numbers, dropout keys.
-ARGUMENTS = ("vectors", "vectors", "vectors", "table", "tokens", "tokens", "heads", "rows")
-
-
-def _names(layout: BlockLayout) -> dict[str, tuple[str | None, ...]]:
-  """Logical names of the dimensions of each kind of array."""
-  batch, length, heads = layout.names
-  return {
-    "vectors": (batch, length, heads, None),
-    "tokens": (batch, length),
-    "sums": (batch, length, heads),
-    "table": (None, heads),
-    "heads": (heads,),
-    "rows": (batch,),
-  }
+def _array_axes(layout: BlockLayout) -> ArrayAxes:
+  batch, length, heads = layout.axes
+  return ArrayAxes(
+    vectors=(batch, length, heads, None),
+    tokens=(batch, length),
+    sums=(batch, length, heads),
+    table=(None, heads),
+    heads=(heads,),
+    rows=(batch,),
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(settings, layout, query, key, value, relative, queries, keys, heads, dropout_keys):
-  return _attention_forward(settings, layout, query, key, value, relative, queries, keys, heads, dropout_keys)[0]
+def _attention(settings: AttentionSettings, layout: BlockLayout, inputs: AttentionInputs) -> Array:
+  return _attention_forward(settings, layout, inputs)[0]
 
 
-def _attention_forward(settings, layout, *arguments):
-  names = _names(layout)
-  local = functools.partial(_forward, settings, layout)
-  out, logsumexp = sharding.per_device(local, [names[kind] for kind in ARGUMENTS], (names["vectors"], names["sums"]))(
-    *arguments
-  )
-  out, logsumexp = checkpoint_name(out, RESIDUAL_NAME), checkpoint_name(logsumexp, RESIDUAL_NAME)
-  return out, (arguments, out, logsumexp)
+def _attention_forward(
+  settings: AttentionSettings, layout: BlockLayout, inputs: AttentionInputs
+) -> tuple[Array, tuple[AttentionInputs, Array, Array]]:
+  """Return the output and what the backward pass needs: the inputs, the output, and the log sum exp of scores."""
+  axes = _array_axes(layout)
+
+  def forward(*arrays: PyTree) -> tuple[Array, Array]:
+    return _local_forward(settings, layout, AttentionInputs(*arrays))
+
+  out, logsumexp = sharding.per_device(forward, axes.inputs, (axes.vectors, axes.sums))(*inputs)
+  out, logsumexp = (checkpoint_name(x, RESIDUAL_NAME) for x in (out, logsumexp))
+  return out, (inputs, out, logsumexp)
 
 
-def _attention_backward(settings, layout, saved, d_out):
-  arguments, out, logsumexp = saved
-  names = _names(layout)
-  kinds = (*ARGUMENTS, "vectors", "vectors", "sums")
-  local = functools.partial(_backward, settings, layout)
-  results = (names["vectors"], names["vectors"], names["vectors"], names["table"])
-  gradients = sharding.per_device(local, [names[kind] for kind in kinds], results)(*arguments, d_out, out, logsumexp)
-  return (*gradients, None, None, None, None)
+def _attention_backward(
+  settings: AttentionSettings,
+  layout: BlockLayout,
+  residuals: tuple[AttentionInputs, Array, Array],
+  d_out: Float[Array, "B L H A"],
+) -> tuple[PyTree]:
+  """Return the gradients of the inputs, given that of the output; tokens, heads and dropout keys have none."""
+  inputs, out, logsumexp = residuals
+  axes = _array_axes(layout)
+
+  def backward(*arrays: PyTree) -> tuple[Array, Array, Array, Array | None]:
+    *local_inputs, d_out, out, logsumexp = arrays
+    return _local_backward(settings, layout, AttentionInputs(*local_inputs), d_out, out, logsumexp)
+
+  arguments = [*axes.inputs, axes.vectors, axes.vectors, axes.sums]
+  results = (axes.vectors, axes.vectors, axes.vectors, axes.table)
+  no_gradients: list[PyTree] = [None] * 4
+  gradients = sharding.per_device(backward, arguments, results)(*inputs, d_out, out, logsumexp)
+  return (AttentionInputs(*gradients, *no_gradients),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _forward(settings, layout, query, key, value, relative, queries, keys, heads, dropout_keys):
-  """What one device holds of the output, as `query`, and of log sum exp of the scores [B L H]."""
-  batch, length, count, width = query.shape
-  shared = key.shape[2]
-  cut = functools.partial(_cut, layout)
-  query_blocks, source = cut((query, queries)), cut((key, value, keys))
-  blocks, size = query_blocks[0].shape[0], query_blocks[0].shape[2]
-  sums = (blocks, batch, shared, count // shared, size)
-  start = (jnp.zeros((*sums, width), jnp.float32), jnp.full(sums, MASK_VALUE), jnp.zeros(sums))
+def _local_forward(
+  settings: AttentionSettings, layout: BlockLayout, inputs: AttentionInputs
+) -> tuple[Float[Array, "B L H A"], Float[Array, "B L H"]]:
+  """Return one device's part of the output, and of the log sum exp of each query's scores."""
+  batch, length, heads, width = inputs.query.shape
+  kv_heads = inputs.key.shape[2]
+  query_blocks = split_blocks(layout, (inputs.query, inputs.query_tokens))
+  key_blocks = split_blocks(layout, (inputs.key, inputs.value, inputs.key_tokens))
+  num_blocks, block_length = query_blocks[0].shape[0], query_blocks[0].shape[2]
+  shape = (num_blocks, batch, kv_heads, heads // kv_heads, block_length)
+  start = (jnp.zeros((*shape, width), jnp.float32), jnp.full(shape, MASK_VALUE), jnp.zeros(shape))
 
-  def see(state, source):
-    def query_block(each):
-      (query, queries), state = each
+  def visit_keys(states: SoftmaxState, key_blocks: KeyBlock) -> tuple[SoftmaxState, KeyBlock]:
+    def visit_query_block(block: tuple[QueryBlock, SoftmaxState]) -> SoftmaxState:
+      query_block, state = block
 
-      def key_block(state, source):
-        key, value, keys = source
-        mask = masks.attention_mask(queries, keys, causal=settings.causal, window=settings.window)
+      def visit_key_block(state: SoftmaxState, key_block: KeyBlock) -> tuple[SoftmaxState, None]:
+        return _add_key_block(settings, inputs, state, query_block, key_block), None
 
-        def add():
-          out, greatest, total = state
-          values = masks.attention_scores(query, key, relative, queries, keys, mask, settings)
-          new = jnp.maximum(greatest, jnp.max(values, axis=-1))
-          weights = jnp.where(mask[:, None, None], jnp.exp(values - new[..., None]), 0.0)
-          shrink = jnp.exp(greatest - new)
-          total = shrink * total + jnp.sum(weights, axis=-1)
-          weights = weights * _dropout(settings, weights, queries, keys, heads, dropout_keys)
-          new_out = jnp.einsum(
-            "BKGLS,BSKA->BKGLA", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-          )
-          return shrink[..., None] * out + new_out, new, total
+      return lax.scan(visit_key_block, state, key_blocks)[0]
 
-        return lax.cond(jnp.any(mask), add, lambda: state), None
+    return cast(SoftmaxState, lax.map(visit_query_block, (query_blocks, states))), key_blocks
 
-      return lax.scan(key_block, state, source)[0]
-
-    return lax.map(query_block, (query_blocks, state)), source
-
-  (out, greatest, total), _ = _go_round(layout, see, start, source)
-  safe = jnp.where(total > 0, total, 1.0)
-  out = jnp.moveaxis(out / safe[..., None], 4, 2).reshape(blocks, batch, size, count, width)
-  logsumexp = jnp.moveaxis(greatest + jnp.log(safe), 4, 2).reshape(blocks, batch, size, count)
-  return _joined(layout, (out.astype(query.dtype), logsumexp), length)
+  (out, score_max, total), _ = scan_ring(layout, visit_keys, start, key_blocks)
+  safe_total = jnp.where(total > 0, total, 1.0)  # a query without keys gets zeros, not 0 / 0
+  out = jnp.moveaxis(out / safe_total[..., None], 4, 2).reshape(num_blocks, batch, block_length, heads, width)
+  logsumexp = jnp.moveaxis(score_max + jnp.log(safe_total), 4, 2).reshape(num_blocks, batch, block_length, heads)
+  return merge_blocks(layout, (out.astype(inputs.query.dtype), logsumexp), length)
 
 
-def _backward(settings, layout, query, key, value, relative, queries, keys, heads, dropout_keys, d_out, out, logsumexp):
-  """What one device holds of the gradients of query, key, value and the table."""
-  length, source_length = query.shape[1], key.shape[1]
-  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B L H]: weights times their gradient
-  query_blocks = _cut(layout, (query, queries, d_out, logsumexp, delta))
-  source = _cut(layout, (key, value, keys))
+def _add_key_block(
+  settings: AttentionSettings,
+  inputs: AttentionInputs,
+  state: SoftmaxState,
+  query_block: QueryBlock,
+  key_block: KeyBlock,
+) -> SoftmaxState:
+  """Return the running softmax of a block of queries after one more block of keys."""
+  (query, query_tokens), (key, value, key_tokens) = query_block, key_block
+  mask = masks.attention_mask(query_tokens, key_tokens, causal=settings.causal, window=settings.window)
+
+  def add() -> SoftmaxState:
+    out, score_max, total = state
+    scores = masks.attention_scores(query, key, inputs.relative, query_tokens, key_tokens, mask, settings)
+    new_max = jnp.maximum(score_max, jnp.max(scores, axis=-1))
+    weights = jnp.where(mask[:, None, None], jnp.exp(scores - new_max[..., None]), 0.0)
+    rescale = jnp.exp(score_max - new_max)  # earlier weights were relative to the earlier maximum
+    total = rescale * total + jnp.sum(weights, axis=-1)
+    weights = weights * _dropout_scale(settings, inputs, weights, query_tokens, key_tokens)
+    new_out = jnp.einsum("BKGLS,BSKA->BKGLA", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return rescale[..., None] * out + new_out, new_max, total
+
+  return cast(SoftmaxState, lax.cond(jnp.any(mask), add, lambda: state))
+
+
+def _local_backward(
+  settings: AttentionSettings,
+  layout: BlockLayout,
+  inputs: AttentionInputs,
+  d_out: Float[Array, "B L H A"],
+  out: Float[Array, "B L H A"],
+  logsumexp: Float[Array, "B L H"],
+) -> tuple[Array, Array, Array, Array | None]:
+  """Return one device's part of the gradients of query, key, value and relative table, given that of the output."""
+  query, key, relative = inputs.query, inputs.key, inputs.relative
+  # The sum over keys of each weight times its gradient, [B L H].
+  delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+  query_blocks = split_blocks(layout, (query, inputs.query_tokens, d_out, logsumexp, delta))
+  key_blocks = split_blocks(layout, (key, inputs.value, inputs.key_tokens))
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
 
-  def see(state, travelling):
-    source, d_source = travelling
+  def visit_keys(state: PyTree, rotating: PyTree) -> tuple[PyTree, PyTree]:
+    key_blocks, d_key_blocks = rotating
 
-    def query_block(carry, each):
-      d_source, d_table = carry
-      (query, queries, d_out, logsumexp, delta), d_query = each
+    def visit_query_block(carry: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
+      d_key_blocks, d_table = carry
+      query_block, d_query = block
 
-      def key_block(carry, each):
-        (key, value, keys), (d_key, d_value) = each
-        mask = masks.attention_mask(queries, keys, causal=settings.causal, window=settings.window)
+      def visit_key_block(carry: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
+        key_block, d_key_block = block
+        d_query, d_table, *d_key_block = _add_block_gradients(
+          settings, inputs, (*carry, *d_key_block), query_block, key_block
+        )
+        return (d_query, d_table), tuple(d_key_block)
 
-        def add():
-          def score(query, key, relative):
-            return masks.attention_scores(query, key, relative, queries, keys, mask, settings)
-
-          values, pull = jax.vjp(score, query, key, relative)
-          grouped = d_out.reshape(*d_out.shape[:2], key.shape[2], -1, d_out.shape[-1])
-          row = functools.partial(_per_score, values)
-          weights = jnp.where(mask[:, None, None], jnp.exp(values - row(logsumexp)), 0.0)
-          d_weights = jnp.einsum("BLKGA,BSKA->BKGLS", grouped, value, preferred_element_type=jnp.float32)
-          keep = _dropout(settings, weights, queries, keys, heads, dropout_keys)
-          new_value = jnp.einsum(
-            "BKGLS,BLKGA->BSKA", (weights * keep).astype(d_out.dtype), grouped, preferred_element_type=jnp.float32
-          )
-          new_query, new_key, new_table = pull(weights * (d_weights * keep - row(delta)))
-          return jax.tree.map(jnp.add, (*carry, d_key, d_value), (new_query, new_table, new_key, new_value))
-
-        d_query, d_table, *d_source = lax.cond(jnp.any(mask), add, lambda: (*carry, d_key, d_value))
-        return (d_query, d_table), tuple(d_source)
-
-      (d_query, d_table), d_source = lax.scan(key_block, (d_query, d_table), (source, d_source))
-      return (d_source, d_table), d_query
+      (d_query, d_table), d_key_blocks = lax.scan(visit_key_block, (d_query, d_table), (key_blocks, d_key_blocks))
+      return (d_key_blocks, d_table), d_query
 
     d_queries, d_table = state
-    (d_source, d_table), d_queries = lax.scan(query_block, (d_source, d_table), (query_blocks, d_queries))
-    return (d_queries, d_table), (source, d_source)
+    (d_key_blocks, d_table), d_queries = lax.scan(visit_query_block, (d_key_blocks, d_table), (query_blocks, d_queries))
+    return (d_queries, d_table), (key_blocks, d_key_blocks)
 
   start = zeros(query_blocks[0]), zeros(relative)
-  (d_queries, d_table), (_, d_source) = _go_round(layout, see, start, (source, zeros(source[:2])))
-  d_query = _joined(layout, d_queries, length).astype(query.dtype)
-  d_key, d_value = (d.astype(key.dtype) for d in _joined(layout, d_source, source_length))
+  (d_queries, d_table), (_, d_key_blocks) = scan_ring(layout, visit_keys, start, (key_blocks, zeros(key_blocks[:2])))
+  d_query = merge_blocks(layout, d_queries, query.shape[1]).astype(query.dtype)
+  d_key, d_value = (d.astype(key.dtype) for d in merge_blocks(layout, d_key_blocks, key.shape[1]))
   if relative is not None:
     d_table = lax.psum(d_table, layout.replicated).astype(relative.dtype)
   return d_query, d_key, d_value, d_table
 
 
-def _dropout(settings, weights, queries, keys, heads, dropout_keys):
-  """What multiplies the weights [B K G L S]: 0 where they are dropped."""
-  if dropout_keys is None or settings.dropout == 0.0:
+def _add_block_gradients(
+  settings: AttentionSettings,
+  inputs: AttentionInputs,
+  gradients: Gradients,
+  query_block: QueryBlockGradients,
+  key_block: KeyBlock,
+) -> Gradients:
+  """Return the gradients with those from one block of queries and one block of keys added."""
+  (query, query_tokens, d_out, logsumexp, delta), (key, value, key_tokens) = query_block, key_block
+  mask = masks.attention_mask(query_tokens, key_tokens, causal=settings.causal, window=settings.window)
+
+  def score(query: Array, key: Array, relative: Array | None) -> Array:
+    return masks.attention_scores(query, key, relative, query_tokens, key_tokens, mask, settings)
+
+  def add() -> Gradients:
+    scores, pull = jax.vjp(score, query, key, inputs.relative)
+    per_score = functools.partial(_like_scores, scores)
+    grouped = d_out.reshape(*d_out.shape[:2], key.shape[2], -1, d_out.shape[-1])
+    weights = jnp.where(mask[:, None, None], jnp.exp(scores - per_score(logsumexp)), 0.0)
+    d_weights = jnp.einsum("BLKGA,BSKA->BKGLS", grouped, value, preferred_element_type=jnp.float32)
+    keep = _dropout_scale(settings, inputs, weights, query_tokens, key_tokens)
+    new_value = jnp.einsum(
+      "BKGLS,BLKGA->BSKA", (weights * keep).astype(d_out.dtype), grouped, preferred_element_type=jnp.float32
+    )
+    # The gradient of a softmax: weight * (its gradient - the sum over keys of weight * gradient).
+    new_query, new_key, new_table = pull(weights * (d_weights * keep - per_score(delta)))
+    return cast(Gradients, jax.tree.map(jnp.add, gradients, (new_query, new_table, new_key, new_value)))
+
+  return cast(Gradients, lax.cond(jnp.any(mask), add, lambda: gradients))
+
+
+def _dropout_scale(
+  settings: AttentionSettings, inputs: AttentionInputs, weights: Array, query_tokens: Tokens, key_tokens: Tokens
+) -> Float[Array, "B K G L S"] | float:
+  """Return the factor of each weight: 0 if it is dropped, else 1 / (1 - rate)."""
+  if inputs.dropout_keys is None or settings.dropout == 0.0:
     return 1.0
-  kept = masks.dropout_keep_mask(dropout_keys, heads, queries.ids, keys.ids, settings.dropout)
-  return kept.reshape(weights.shape) / (1.0 - settings.dropout)
+  keep = masks.dropout_keep_mask(inputs.dropout_keys, inputs.heads, query_tokens.ids, key_tokens.ids, settings.dropout)
+  return keep.reshape(weights.shape) / (1.0 - settings.dropout)
 
 
-def _per_score(values: Array, x: Array) -> Array:
-  """[B L H] -> [B K G L 1], to stand beside scores."""
-  return jnp.moveaxis(x, 1, 2).reshape(*values.shape[:4], 1)
-
-
-def _cut(layout: BlockLayout, tree: Any) -> Any:
-  """[B L ...] -> [blocks B block ...], lengths filled up with zeros."""
-
-  def one(x: Array) -> Array:
-    x = _exchanged(layout, x) if layout.zigzag else x
-    halves = 2 if layout.zigzag else 1
-    count = halves * -(-x.shape[1] // (halves * layout.block))
-    x = _padded(x, count)
-    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
-
-  return jax.tree.map(one, tree)
-
-
-def _joined(layout: BlockLayout, tree: Any, length: int) -> Any:
-  """The reverse of `_cut`."""
-
-  def one(x: Array) -> Array:
-    x = jnp.moveaxis(x, 0, 1)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-    return _exchanged(layout, x, back=True) if layout.zigzag else x
-
-  return jax.tree.map(one, tree)
-
-
-def _exchanged(layout: BlockLayout, x: Array, back: bool = False) -> Array:
-  """Of 2 C halves in order, device i's 2i and 2i + 1 become i and 2 C - 1 - i, the one with the even number first."""
-  count = lax.axis_size(layout.ring)
-  halves = jnp.split(x, 2, axis=1)
-  for which in (0, 1):
-    numbers = range(which, 2 * count, 2)
-    pairs = [(i, number if number < count else 2 * count - 1 - number) for i, number in enumerate(numbers)]
-    halves[which] = lax.ppermute(halves[which], layout.ring, [pair[::-1] for pair in pairs] if back else pairs)
-  return jnp.concatenate(halves, axis=1)
-
-
-def _go_round(layout: BlockLayout, see: Callable[[Any, Any], tuple[Any, Any]], state: Any, travelling: Any) -> Any:
-  """`see` of the state and what travels, on every device once; in the end all that travels is back where it began."""
-  if not layout.ring:
-    return see(state, travelling)
-  count = lax.axis_size(layout.ring)
-
-  def step(carry: Any, _: None) -> tuple[Any, None]:
-    state, travelling = see(*carry)
-    send = functools.partial(lax.ppermute, axis_name=layout.ring, perm=[(i, (i + 1) % count) for i in range(count)])
-    return (state, jax.tree.map(send, travelling)), None
-
-  return lax.scan(step, (state, travelling), length=count)[0]
+def _like_scores(scores: Float[Array, "B K G L S"], x: Float[Array, "B L H"]) -> Float[Array, "B K G L 1"]:
+  """Return a value per query and head, shaped so that it broadcasts with the scores."""
+  return jnp.moveaxis(x, 1, 2).reshape(*scores.shape[:4], 1)
