@@ -72,8 +72,8 @@ LOSSES = (
     "mean-of-local-means",
     "objectives/losses.py",
     "sums = {self.term: jnp.sum(smoothed * weight)}",
-    "from llmjax import sharding\n\n"
-    '    axes = sharding.axes_of("act_batch") + sharding.axes_of("act_len")\n\n'
+    "from llmjax.distributed import sharding\n\n"
+    '    axes = sharding.mesh_axes_of("act_batch") + sharding.mesh_axes_of("act_len")\n\n'
     "    def local(loss, weight):\n"
     "      count = jnp.sum(weight)\n"
     "      total = jnp.sum(loss * weight)\n"
@@ -634,10 +634,16 @@ OPTIMIZERS = (
   Mutant(
     "clip-by-local-gradient-norm",
     "training/optimizers.py",
-    "grads, _ = clip.update(_promote_to_float32(grads), optax.EmptyState())",
-    "from llmjax import sharding\n\n"
-    "    local = sharding.per_device(lambda g: clip.update(g, optax.EmptyState())[0], (axes,), axes)\n"
-    "    grads = local(_promote_to_float32(grads))",
+    'return _combine_optimizers(each, decays, scales, common["clip_norm"])',
+    "from llmjax.distributed import sharding\n\n"
+    '  clip_norm, inner = common["clip_norm"], _combine_optimizers(each, decays, scales, None)\n\n'
+    "  def update(grads, state, params=None):\n"
+    "    if clip_norm is not None:\n"
+    "      clip = optax.clip_by_global_norm(clip_norm)\n"
+    "      local = sharding.per_device(lambda g: clip.update(g, optax.EmptyState())[0], (axes,), axes)\n"
+    "      grads = local(_promote_to_float32(grads))\n"
+    "    return inner.update(grads, state, params)\n\n"
+    "  return optax.GradientTransformation(inner.init, update)",
     (STEP + "test_two_train_steps_on_mesh_equal_one_device[llama causal_lm-sizes0-2]",),
     "each device clips by the norm of its own shards",
   ),
