@@ -24,7 +24,7 @@ setup(
   python_requires=">=3.11",
   # The config files ship as package data under llmjax/shipped, never as a top-level `configs`.
   packages=[*find_packages(include=["llmjax", "llmjax.*"]), "llmjax.shipped.configs"],
-  package_data={"llmjax": ["py.typed", "reporting/*.html"]},
+  package_data={"llmjax": ["py.typed", "reporting/*.html", "sweeps/*.html"]},
   package_dir={"llmjax": "llmjax", "llmjax.shipped.configs": "configs"},
   install_requires=[
     "absl-py>=2.1",

@@ -1,1 +1,1 @@
-"""Reports and figures of runs."""
+"""Reports of runs: figures, HTML pages, and text."""

@@ -1,6 +1,5 @@
 """The report of a run: its contents, a page without links, and unusual names and numbers."""
 
-import itertools
 import json
 import math
 import re
@@ -10,7 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.reporting import plots, report
+from llmjax.reporting import report
+from llmjax.reporting.plots import format_metric, last_value
+from llmjax.reporting.runs import RankedValue, final_table, load_run, metric_panels, rankings
 from llmjax.telemetry.writers import MetricWriter
 
 PROMPT = "def f(x):\n"
@@ -28,7 +29,7 @@ def write_run(workdir, curves, samples=(), config=None):
     for step, value in values.items():
       writer.write(step, {name: value})
   for step, text in samples:
-    writer.text(step, "sample", text, prompt=PROMPT)
+    writer.write_text(step, "sample", text, prompt=PROMPT)
   writer.close()
   if config is not None:
     (workdir / "config.json").write_text(json.dumps(config))
@@ -66,23 +67,26 @@ def test_summary_ranks_the_run_among_the_baselines(workdir):
 def test_baselines_are_shown_with_their_metric(tmp_path):
   run = {"train/loss": 5.0, "eval/heldout/loss": 2.5, "eval/heldout/contrastive/loss": 1.0, "eval/pairs/mrr": 0.25}
   run |= {"eval/heldout/masked_accuracy": 0.5, "train/contrastive/accuracy": 1.0}
-  sticks = {"unigram_loss": 6.0, "unigram_accuracy": 0.125, "bm25_mrr": 0.75}
-  curves = {**run, **{f"baseline/{name}": value for name, value in sticks.items()}}
+  baselines = {"unigram_loss": 6.0, "unigram_accuracy": 0.125, "bm25_mrr": 0.75}
+  curves = {**run, **{f"baseline/{name}": value for name, value in baselines.items()}}
   write_run(tmp_path, {name: {1: value} for name, value in curves.items()})
-  levels = {panel.key: panel.levels for panel in report.panels(report.load_run(tmp_path))}
+  levels = {panel.metric: panel.levels for panel in metric_panels(load_run(tmp_path))}
   assert levels["loss"] == {"token frequencies": 6.0} and levels["mrr"] == {"BM25": 0.75}
   assert levels["masked_accuracy"] == {"most frequent token": 0.125} and not levels["accuracy"]
   loss, mrr = (
-    report.rankings(report.load_run(tmp_path))[f"held-out {what} is better"]
-    for what in ("loss, less", "mean reciprocal rank, more")
+    rankings(load_run(tmp_path))[f"held-out {what} is better"]
+    for what in ("loss, lower", "mean reciprocal rank, higher")
   )
-  assert loss == [("this run, held-out", 2.5, True), ("token frequencies", 6.0, False)]
-  assert mrr == [("BM25", 0.75, False), ("this run, pairs", 0.25, True)]
+  assert loss == [
+    RankedValue("this run, held-out", 2.5, True, 2.5 / 6),
+    RankedValue("token frequencies", 6.0, False, 1.0),
+  ]
+  assert mrr == [RankedValue("BM25", 0.75, False, 1.0), RankedValue("this run, pairs", 0.25, True, 1 / 3)]
   assert "bits per byte" not in report.summary(tmp_path)
-  assert "Held-out loss, less is better" in report.write_report(tmp_path)[1].read_text()
+  assert "Held-out loss, lower is better" in report.write_report(tmp_path)[1].read_text()
 
 
-def test_report_png_is_1600_wide_and_page_has_no_links(workdir):
+def test_report_png_is_1600_wide_and_its_page_has_no_links(workdir):
   png, page = report.write_report(workdir)
   assert png.read_bytes()[:4] == b"\x89PNG"
   assert struct.unpack(">I", png.read_bytes()[16:20]) == (1600,)
@@ -102,12 +106,12 @@ def test_report_png_is_1600_wide_and_page_has_no_links(workdir):
 
 
 def test_final_table_has_the_numbers_of_the_labels(workdir):
-  run = report.load_run(workdir)
-  columns, rows = report.finals(run)
+  run = load_run(workdir)
+  columns, rows = final_table(run)
   assert columns == ["train", "heldout"]
   table = {row[0]: row[1:] for row in rows}
   assert table["bits_per_byte"] == [
-    plots.number(plots.last(run.curves["train/bits_per_byte"][1], "bits_per_byte")),
+    format_metric(last_value(run.curves["train/bits_per_byte"][1], "bits_per_byte")),
     "1.75",
   ]
   assert table["learning_rate"] == ["0.001", ""]
@@ -129,7 +133,7 @@ def test_final_table_has_the_numbers_of_the_labels(workdir):
 def test_report_is_written_for_unusual_names_and_numbers(tmp_path, curves):
   png, page = report.write_report(write_run(tmp_path, curves))
   assert png.stat().st_size > 1000 and page.stat().st_size > 1000
-  assert "last numbers" in report.summary(tmp_path)
+  assert "final numbers" in report.summary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,19 +158,3 @@ def test_report_of_missing_or_broken_files_is_one_line_error(tmp_path, workdir):
   (workdir / "config.json").write_text("{")
   with pytest.raises(ConfigError, match=r"config\.json is not a JSON object"):
     report.summary(workdir)
-
-
-def test_smooth_keeps_lines_and_constants():
-  assert plots.smooth([2.0] * 100) == pytest.approx([2.0] * 100)
-  line = [float(i) for i in range(100)]
-  assert plots.smooth(line)[:90] == pytest.approx(line[:90])
-  assert plots.smooth([math.nan, *line])[1:3] == pytest.approx([0.5, 1.5])  # the means of (0, 1) and of (0, 1, 2, 3)
-
-
-def test_spread_keeps_order_and_minimum_distance():
-  heights = [0.5, 0.5, 0.99, 0.1, 0.51, 0.98]
-  out = plots.spread(heights, 0.1)
-  order = sorted(range(6), key=lambda i: (heights[i], i))
-  gaps = [out[b] - out[a] for a, b in itertools.pairwise(order)]
-  assert min(gaps) >= 0.1 - 1e-9 and max(out) <= 1 + 1e-9
-  assert plots.spread([0.2, 0.8], 0.1) == [0.2, 0.8]

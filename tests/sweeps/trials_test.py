@@ -11,13 +11,13 @@ from llmjax.sweeps.trials import (
   chain,
   choice,
   draws,
-  flags,
   grid,
   integers,
   log_uniform,
-  names,
   product,
   seeds,
+  trial_flags,
+  trial_names,
   uniform,
   vary,
   zipped,
@@ -52,35 +52,35 @@ def test_draws_have_their_distribution_and_a_stable_prefix():
 
 def test_names_contain_the_varied_values():
   trials = product(vary("optim.lr", [1e-3, 3e-4]), vary("model.d_model", [64]), vary(":size", ["a/b"]))
-  assert names(trials) == ["lr=0.001,d_model=64,size=a-b", "lr=0.0003,d_model=64,size=a-b"]
-  assert names([{"optim.name": 1, "schedule.name": 2}]) == ["optim.name=1,schedule.name=2"]
-  assert names([{"mesh.data": (1, 2), "x": None, "y": True}]) == ["data=1+2,x=None,y=True"]
-  same_text = names([{":t": "a b"}, {":t": "a-b"}])
+  assert trial_names(trials) == ["lr=0.001,d_model=64,size=a-b", "lr=0.0003,d_model=64,size=a-b"]
+  assert trial_names([{"optim.name": 1, "schedule.name": 2}]) == ["optim.name=1,schedule.name=2"]
+  assert trial_names([{"mesh.data": (1, 2), "x": None, "y": True}]) == ["data=1+2,x=None,y=True"]
+  same_text = trial_names([{":t": "a b"}, {":t": "a-b"}])
   assert len(set(same_text)) == 2
-  long = names([{"x": "y" * 300}, {"x": "y" * 301}])
+  long = trial_names([{"x": "y" * 300}, {"x": "y" * 301}])
   assert len(set(long)) == 2 and max(map(len, long)) <= 120
 
 
 def test_flags_of_a_trial_load_as_its_config():
   trial = {":size": "debug", ":text": "a,b.txt", "optim.lr": 3e-3, "trainable": ((r".*", True),), "init_from": None}
-  made = flags("gpt:corpus=lm1b", trial)
+  made = trial_flags("gpt:corpus=lm1b", trial)
   assert made[0] == '--config=gpt:corpus=lm1b,size=debug,text="a,b.txt"'
-  config = load_config(flags("gpt", trial))
+  config = load_config(trial_flags("gpt", trial))
   assert config.optim.lr == 3e-3 and config.trainable == ((r".*", True),) and config.init_from is None
   assert config.model.d_model == 32 and config.data.corpus.files == "a,b.txt"
 
 
 def test_flags_preserve_strings_numbers_and_none():
   trial = {":text": "a b, c.txt", ":column": None, "optim.lr": np.float64(1e-3), "init_from": 'a "b", c'}
-  made = flags("gpt:size=debug", trial)
+  made = trial_flags("gpt:size=debug", trial)
   assert made[0] == '--config=gpt:size=debug,text="a b, c.txt"'
   config = load_config(made)
   assert (config.data.corpus.files, config.optim.lr, config.init_from) == ("a b, c.txt", 1e-3, 'a "b", c')
 
 
 def test_names_differ_on_case_insensitive_file_systems():
-  assert len({name.casefold() for name in names([{":text": "a"}, {":text": "A"}])}) == 2
-  assert all(len(name.encode()) <= 120 for name in names([{":text": "ü" * 200}, {":text": "ü" * 201}]))
+  assert len({name.casefold() for name in trial_names([{":text": "a"}, {":text": "A"}])}) == 2
+  assert all(len(name.encode()) <= 120 for name in trial_names([{":text": "ü" * 200}, {":text": "ü" * 201}]))
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_names_differ_on_case_insensitive_file_systems():
   [
     (lambda: product(vary("a", [1]), vary("a", [2])), "two parts of a product set a"),
     (lambda: zipped({"a": [1], "b": [1, 2]}), "'b': 2"),
-    (lambda: names([{"a": 1}, {"a": 1}]), "a=1 is there twice"),
-    (lambda: names([{"a": 1, "b": 2}, {"b": 2, "a": 1}]), "there twice"),
+    (lambda: trial_names([{"a": 1}, {"a": 1}]), "a=1 is there twice"),
+    (lambda: trial_names([{"a": 1, "b": 2}, {"b": 2, "a": 1}]), "there twice"),
     (lambda: log_uniform(0, 1), "0 < low"),
     (lambda: Sweep([]), "empty"),
     (lambda: Sweep([{}], mode="lowest"), "'min' or 'max'"),

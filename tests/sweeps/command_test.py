@@ -18,9 +18,9 @@ import pytest
 
 from llmjax.cli.main import main
 from llmjax.config import ConfigError, load_config, to_dict
-from llmjax.sweeps import admission, pool
-from llmjax.sweeps import command as sweeps
-from llmjax.sweeps.trials import COSTS, Sweep
+from llmjax.sweeps import preflight, process_pool, trial_checks
+from llmjax.sweeps.command import load_sweep
+from llmjax.sweeps.trials import COST_COLUMNS, Sweep
 from llmjax.training.components import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -97,10 +97,11 @@ def in_process(monkeypatch):
     config = SimpleNamespace(update=lambda name, value: None)
     __getattr__ = staticmethod(lambda name: getattr(jax, name))
 
-  monkeypatch.setattr(admission, "jax", Jax())
-  monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(run=run))
-  monkeypatch.setattr(pool, "subprocess", SimpleNamespace(Popen=FinishedProcess, DEVNULL=None, STDOUT=None))
-  monkeypatch.setattr(pool.os, "sched_setaffinity", lambda pid, cores: None)
+  monkeypatch.setattr(trial_checks, "jax", Jax())
+  monkeypatch.setattr(preflight, "subprocess", SimpleNamespace(run=run))
+  fake = SimpleNamespace(Popen=FinishedProcess, DEVNULL=None, STDOUT=None)
+  monkeypatch.setattr(process_pool, "subprocess", fake)
+  monkeypatch.setattr(process_pool.os, "sched_setaffinity", lambda pid, cores: None)
 
 
 @pytest.mark.slow
@@ -201,14 +202,14 @@ def test_killed_sweep_resumes_without_lost_or_repeated_trials(files, home):
 @pytest.mark.parametrize(
   "plan, message",
   [
-    ({"metric": "eval/heldot/loss"}, "is none of the run's measurements: eval/heldout/..., eval/nap/..."),
+    ({"metric": "eval/heldot/loss"}, "metrics are eval/heldout/..., eval/nap/..."),
     ({"metric": "eval/heldout/loss", "mode": "max"}, "would select the worst value"),
     ({"metric": "train/loss"}, ""),
     ({"metric": "eval/nap/x", "mode": "max"}, ""),
   ],
 )
 def test_metric_that_trials_do_not_measure_is_refused(plan, message):
-  error = sweeps.misjudged(Sweep([{}], **plan), ["heldout", "nap"])
+  error = preflight.metric_error(Sweep([{}], **plan), ["heldout", "nap"])
   assert message in error and bool(message) == bool(error)
 
 
@@ -221,12 +222,12 @@ def test_metric_that_trials_do_not_measure_is_refused(plan, message):
     (["--launcher=gke", "--trials_in=/tmp/x"], "--trials_in=gs://"),
     (["--launcher_flags=--zone 'z"], "No closing quotation"),
     (["--launcher_flags=--zone z"], "--FLAG=VALUE each"),
-    (["--config.model.d_mdel=3"], "no key of this config"),
+    (["--config.model.d_mdel=3"], "did you mean `model.d_model`"),
     (
       ["--launcher=tpu_vm", "--trials_in=gs://b/x", "--launcher_flags=--zon=z"],
-      "nothing has been started: tpu_vm.py: ",
+      "no trial was started: tpu_vm.py: ",
     ),
-    (["--launcher=gke", "--trials_in=gs://b/x"], "nothing has been started: gke.py: "),
+    (["--launcher=gke", "--trials_in=gs://b/x"], "no trial was started: gke.py: "),
   ],
 )
 def test_wrong_flags_are_refused(flags, words, home, capsys, monkeypatch):
@@ -238,18 +239,18 @@ def test_wrong_flags_are_refused(flags, words, home, capsys, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/sweep.py")), ids=lambda path: path.parent.name)
 def test_trials_of_experiments_are_valid_configs(path, tmp_path):
-  plan, jobs = sweeps.load_sweep([f"--config={path}"], tmp_path)
+  plan, jobs = load_sweep([f"--config={path}"], tmp_path)
   assert len(jobs) > 1 and len({job.folder for job in jobs}) == len(jobs)
   for job in jobs:
     config = load_config(job.arguments[1:-1])
     make_model(to_dict(config.model), 256, config.seq_len)
-  assert any(plan.x == key for job in jobs for key in job.trial) or plan.x in COSTS
+  assert any(plan.x == key for job in jobs for key in job.trial) or plan.x in COST_COLUMNS
 
 
 def test_file_without_a_sweep_is_refused(home, tmp_path):
   (tmp_path / "x.py").write_text("def get_sweep():\n  return []\n")
-  with pytest.raises(ConfigError, match=r"must return an llmjax.sweeps.trials.Sweep, not list"):
-    sweeps.load_sweep([f"--config={tmp_path / 'x.py'}"], tmp_path)
+  with pytest.raises(ConfigError, match=r"must return an llmjax.sweeps.trials.Sweep, got list"):
+    load_sweep([f"--config={tmp_path / 'x.py'}"], tmp_path)
 
 
 def test_column_that_no_trial_has_is_refused(home, tmp_path):
@@ -259,4 +260,4 @@ def test_column_that_no_trial_has_is_refused(home, tmp_path):
   )
   (tmp_path / "x.py").write_text(text)
   with pytest.raises(ConfigError, match="did you mean `optim"):
-    sweeps.load_sweep([f"--config={tmp_path / 'x.py'}"], tmp_path)
+    load_sweep([f"--config={tmp_path / 'x.py'}"], tmp_path)

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.sweeps import jobs as joblib
-from llmjax.sweeps import queue as queuelib
+from llmjax.sweeps import slurm_queue
+from llmjax.sweeps.job import RECORD_FILE, Job
 
 SCRIPT = """
 import json, pathlib, sys
@@ -49,18 +49,18 @@ FACTS = {"steps": 5, "config": "c"}
 def queue(tmp_path, monkeypatch):
   """A function that follows trials to their end; `troubles` has an x for each call of the script that fails."""
   (tmp_path / "slurm.py").write_text(SCRIPT)
-  monkeypatch.setattr(queuelib, "launch_script", lambda name: tmp_path / "slurm.py")
-  monkeypatch.setattr(queuelib, "at_its_end", lambda job: (job.folder / "done").exists())
-  monkeypatch.setattr(queuelib, "POLL", 0.01)
+  monkeypatch.setattr(slurm_queue, "find_launch_script", lambda name: tmp_path / "slurm.py")
+  monkeypatch.setattr(slurm_queue, "is_trial_finished", lambda job: (job.folder / "done").exists())
+  monkeypatch.setattr(slurm_queue, "POLL_SECONDS", 0.01)
 
   def follow(*names, retry=False, troubles="", flags=(), **facts):
     (tmp_path / "troubles").write_text(troubles)
     folder = tmp_path / "sweep"
-    jobs = {name: joblib.Job(name, {}, ["train", f"--workdir={folder / name}"], folder / name) for name in names}
+    jobs = {name: Job(name, {}, ["train", f"--workdir={folder / name}"], folder / name) for name in names}
     for job in jobs.values():
       job.facts = FACTS | facts
-      joblib.look(job, retry)
-    queuelib.run_queue(list(jobs.values()), flags, folder, 2, retry, lambda jobs: None)
+      job.load_state(retry)
+    slurm_queue.run_queue(list(jobs.values()), flags, folder, 2, retry, lambda jobs: None)
     return {name: (job.state, job.seconds) for name, job in jobs.items()}
 
   follow.folder = tmp_path
@@ -72,7 +72,7 @@ def test_queue_submits_trials_once_and_records_their_ends(queue):
   ended = {"a": ("finished", 7.0), "fails": ("failed", 7.0)}
   assert queue("a", "fails") == ended and queue.submitted() == ["a,fails"]
   assert queue("a", "fails") == ended and queue.submitted() == ["a,fails"]
-  record = json.loads((queue.folder / "sweep" / "fails" / joblib.TRIAL).read_text())
+  record = json.loads((queue.folder / "sweep" / "fails" / RECORD_FILE).read_text())
   assert record["error"] == "left the queue before its end: log line"
   queue("a", "fails", "b", retry=True)
   assert queue.submitted() == ["a,fails", "fails,b"]
@@ -91,7 +91,7 @@ def test_finished_trial_with_more_steps_is_submitted_again(queue):
 
 def test_unreachable_queue_is_polled_again(queue, monkeypatch):
   assert queue("a", troubles="..xxx")["a"][0] == "finished"
-  monkeypatch.setattr(queuelib, "PATIENCE", 3)
+  monkeypatch.setattr(slurm_queue, "MAX_FAILED_POLLS", 3)
   with pytest.raises(ConfigError, match="squeue does not answer"):
     queue("b", troubles="..xxxxx")
   assert queue("b")["b"][0] == "finished" and queue.submitted() == ["a", "b"]
@@ -102,9 +102,9 @@ def test_next_call_records_trials_that_ended_meanwhile(queue, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(queuelib.time, "sleep", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="the same command follows them"):
+    patch.setattr(slurm_queue.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="The same command follows them"):
       queue("a", "fails")
-  queuelib.queued(queue.folder / "sweep")
+  slurm_queue.queued_trials(queue.folder / "sweep")
   assert {name: state for name, (state, _) in queue("a", "fails").items()} == {"a": "finished", "fails": "failed"}
   assert queue.submitted() == ["a,fails"]

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.sweeps import jobs as joblib
-from llmjax.sweeps import pool
+from llmjax.sweeps import launchers
+from llmjax.sweeps.job import LOCK_FILE, RECORD_FILE, Job
+from llmjax.sweeps.launchers import Launcher, LauncherSpec, Slot, machine_name_prefix, make_slots
+from llmjax.sweeps.process_pool import ProcessPool, pair_with_slots
 
 # In place of `llmjax train`: record the attempt, then end as the name of the trial demands.
 TRIAL = """
@@ -38,20 +40,19 @@ FACTS = {"parameters": 10, "steps": 5, "tokens": 8, "flops": 100.0, "program": "
 @pytest.fixture
 def started(tmp_path, monkeypatch):
   """A function that runs trials of these kinds and returns their jobs."""
-  script = tmp_path / "trial.py"
-  script.write_text(TRIAL)
-  monkeypatch.setitem(pool.LAUNCHERS, "fake", ["trial.py"])
-  monkeypatch.setitem(pool.LEFT, "fake", "what ran has saved")
-  monkeypatch.setattr(pool, "launch_script", lambda name: script)
+  (tmp_path / "trial.py").write_text(TRIAL)
+  monkeypatch.setattr(launchers, "find_launch_script", lambda name: tmp_path / name)
 
-  def start(*kinds, max_parallel=2, seen=lambda jobs: None, flags=(), retry=False, **facts):
+  def start(*kinds, max_parallel=2, seen=lambda jobs: None, flags=(), cleanup=(), retry=False, **facts):
+    spec = LauncherSpec("running trials have saved", command=("trial.py",), cleanup=cleanup)
+    monkeypatch.setitem(launchers.LAUNCHERS, "fake", spec)
     jobs = []
     for kind in kinds:
       name = f"kind={kind}"
       folder = tmp_path / "sweep" / name
-      jobs.append(joblib.Job(name, {"kind": kind}, ["train", f"--workdir={folder}"], folder, FACTS | facts))
-      joblib.look(jobs[-1], retry)
-    pool.run_pool(jobs, "fake", flags, "sweep", [pool.Slot(i) for i in range(max_parallel)], seen)
+      jobs.append(Job(name, {"kind": kind}, ["train", f"--workdir={folder}"], folder, FACTS | facts))
+      jobs[-1].load_state(retry)
+    ProcessPool(jobs, Launcher("fake", flags, "sweep"), [Slot(i) for i in range(max_parallel)], seen).run()
     return {job.name.partition("=")[2]: job for job in jobs}
 
   return start
@@ -73,61 +74,58 @@ def test_pool_runs_trials_in_parallel_and_records_their_ends(started):
   assert jobs["fails"].error == "llmjax: optim.lr is too high" and max(running) == 2
 
 
-def test_machines_of_a_slot_are_deleted_after_its_trials(started, monkeypatch, tmp_path):
+def test_machines_of_a_slot_are_deleted_after_its_trials(started, tmp_path):
   script = tmp_path / "end.py"
   script.write_text("import sys; open(sys.argv[0] + '.log', 'a').write(' '.join(sys.argv[1:]) + '\\n')")
-  ending = [["end.py", word, "--name={sweep}-{slot}"] for word in ("stop", "delete")]
-  monkeypatch.setitem(pool.ENDING, "fake", ending)
-  monkeypatch.setattr(pool, "launch_script", lambda name: tmp_path / name)
-  started("a", "fails", "b", flags=["--zone=z", "--type=t"])
+  cleanup = [("end.py", word, "--name={sweep}-{slot}") for word in ("stop", "delete")]
+  started("a", "fails", "b", flags=["--zone=z", "--type=t"], cleanup=cleanup)
   words = [f"{word} --name=sweep-{slot} --zone=z\n" for slot in (0, 1) for word in ("stop", "delete")]
   assert script.with_name("end.py.log").read_text() == "".join(words)
 
 
 def test_unknown_exit_closes_the_slot_and_resumes_later(started):
-  with pytest.raises(ConfigError, match="nothing is lost: the same command goes on"):
+  with pytest.raises(ConfigError, match="nothing is lost"):
     started("a", "unsure", "b", max_parallel=1)
   jobs = started("a", "unsure", "b")
   assert {kind: attempts(job) for kind, job in jobs.items()} == {"a": 1, "unsure": 2, "b": 1}
   assert all(job.state == "finished" for job in jobs.values())
 
 
-def test_open_trials_are_paired_with_their_previous_slots(monkeypatch, tmp_path):
+def test_trials_of_unknown_exit_are_paired_with_their_slots(tmp_path):
   def job(name, slot, **state):
-    made = joblib.Job(name, {}, [], tmp_path / name, **state)
+    made = Job(name, {}, [], tmp_path / name, **state)
     made.folder.mkdir()
-    (made.folder / joblib.LOCK).write_text(str(slot))
+    (made.folder / LOCK_FILE).write_text(str(slot))
     return made
 
-  jobs = [job("new", 0), job("b", 1, open=True), job("c", 4, open=True), job("over", 0, state="finished"), job("d", 0)]
-  places = [pool.Slot(0), pool.Slot(1), pool.Slot(2)]
+  jobs = [job("new", 0), job("b", 1, exit_unknown=True), job("c", 4, exit_unknown=True)]
+  jobs += [job("ended", 0, state="finished"), job("d", 0)]
+  slots = [Slot(0), Slot(1), Slot(2)]
 
   def paired(busy, sticky):
-    return [(place.number, job.name) for place, job in pool.pair(jobs, places, busy, sticky)]
+    return [(slot.number, job.name) for slot, job in pair_with_slots(jobs, slots, busy, sticky)]
 
   assert paired((), True) == [(1, "b"), (4, "c"), (0, "new"), (2, "d")]
   assert paired((1, 2), True) == [(4, "c"), (0, "new")]  # b waits
   assert paired((), False) == [(0, "new"), (1, "b"), (2, "c")]
 
 
-def test_machines_left_by_an_earlier_call_are_deleted(started, monkeypatch, tmp_path):
+def test_machines_left_by_an_earlier_call_are_deleted(started, tmp_path):
   jobs = started("a", "b")
-  joblib.write_record(jobs["b"], None)  # a crash: how it ended is not recorded
-  (jobs["b"].folder / joblib.LOCK).write_text("3")
-  ended = []
-  monkeypatch.setitem(pool.ENDING, "fake", [["end.py", "{slot}"]])
-  monkeypatch.setattr(pool.subprocess, "run", lambda words, **_: ended.append(words[2]))
-  started("a", "b", max_parallel=1)
-  assert ended == ["3"] and attempts(jobs["b"]) == 2
+  jobs["b"].write_record(None)  # a crash: how it ended is not recorded
+  (jobs["b"].folder / LOCK_FILE).write_text("3")
+  (tmp_path / "end.py").write_text("import sys; open(sys.argv[0] + '.log', 'a').write(sys.argv[1])")
+  started("a", "b", max_parallel=1, cleanup=[("end.py", "{slot}")])
+  assert (tmp_path / "end.py.log").read_text() == "3" and attempts(jobs["b"]) == 2
 
 
 def test_machine_names_are_unique_to_a_sweep():
   first, other, third = (
-    pool.name(Path(path), place)
-    for path, place in (("/a/runs/Width 2", None), ("/b/runs/Width 2", None), ("/a/runs/Width 2", "gs://b"))
+    machine_name_prefix(Path(path), trials_in)
+    for path, trials_in in (("/a/runs/Width 2", None), ("/b/runs/Width 2", None), ("/a/runs/Width 2", "gs://b"))
   )
   assert len({first, other, third}) == 3 and first.startswith("s-width-2-")
-  assert len(pool.name(Path("/" + "long" * 30), None)) <= 29
+  assert len(machine_name_prefix(Path("/" + "long" * 30), None)) <= 29
 
 
 def test_second_call_runs_only_unfinished_trials(started):
@@ -135,13 +133,13 @@ def test_second_call_runs_only_unfinished_trials(started):
   jobs = started("a", "fails", "b")
   assert [attempts(job) for job in jobs.values()] == [1, 1, 1] and jobs["fails"].state == "failed"
   assert attempts(started("fails", retry=True)["fails"]) == 2
-  (jobs["b"].folder / joblib.TRIAL).write_text("")  # a power cut
+  (jobs["b"].folder / RECORD_FILE).write_text("")  # a power cut
   assert attempts(started("b")["b"]) == 2
 
 
 def test_changed_config_is_refused_unless_only_steps_are_added(started):
   jobs = started("a")
-  joblib.write_record(jobs["a"], None)  # a crash in the middle
+  jobs["a"].write_record(None)  # a crash in the middle
   with pytest.raises(ConfigError, match="another config"):
     started("a", config="d")
   started("a")
@@ -154,7 +152,7 @@ def test_changed_config_is_refused_unless_only_steps_are_added(started):
 def test_interrupted_pool_lets_trials_save_and_resumes(started):
   timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
   timer.start()
-  with pytest.raises(KeyboardInterrupt, match="same command goes on"):
+  with pytest.raises(KeyboardInterrupt, match="same command resumes"):
     started("waits", "a", "b", "c", max_parallel=1)
   jobs = started("waits", "a", "b", "c")
   assert {kind: attempts(job) for kind, job in jobs.items()} == {"waits": 2, "a": 1, "b": 1, "c": 1}
@@ -164,8 +162,8 @@ def test_interrupted_pool_lets_trials_save_and_resumes(started):
 def test_orphaned_trial_keeps_its_slot_until_it_ends(started, tmp_path):
   started("fails")  # recorded as failed, but running again
   folder = tmp_path / "sweep" / "kind=fails"
-  (folder / joblib.LOCK).write_text("1")
-  lock = open(folder / joblib.LOCK, "a")
+  (folder / LOCK_FILE).write_text("1")
+  lock = open(folder / LOCK_FILE, "a")
   fcntl.flock(lock, fcntl.LOCK_EX)
   orphan = subprocess.Popen(["sleep", "1.5"], pass_fds=[lock.fileno()])
   lock.close()
@@ -174,18 +172,18 @@ def test_orphaned_trial_keeps_its_slot_until_it_ends(started, tmp_path):
   jobs = started("fails", "a", "b", seen=lambda jobs: states.append([job.state for job in jobs]))
   assert orphan.poll() == 0 and time.time() - began > 1.2
   assert states[0] == ["running", "running", "waiting"] and attempts(jobs["fails"]) == 2
-  assert (jobs["a"].folder / joblib.LOCK).read_text() == "0"
+  assert (jobs["a"].folder / LOCK_FILE).read_text() == "0"
 
 
 def test_slots_share_the_visible_accelerators(monkeypatch):
-  monkeypatch.setattr(pool.Path, "glob", lambda path, _: map(Path, "abcd") if "nvidia" in str(path) else iter(()))
+  monkeypatch.setattr(launchers.Path, "glob", lambda path, _: map(Path, "abcd") if "nvidia" in str(path) else iter(()))
   for name in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
     monkeypatch.delenv(name, raising=False)
-  assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in pool.slots(2, "local")] == ["0,1", "2,3"]
-  with pytest.raises(ConfigError, match="serve 4 trials"):
-    pool.slots(5, "local")
+  assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in make_slots(2, "local")] == ["0,1", "2,3"]
+  with pytest.raises(ConfigError, match="run 4 trials at a time"):
+    make_slots(5, "local")
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-  assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in pool.slots(2, "local")] == ["3", "5"]
+  assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in make_slots(2, "local")] == ["3", "5"]
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  assert len(pool.slots(5, "local")) == 5
-  assert pool.slots(2, "tpu_vm") == [pool.Slot(0), pool.Slot(1)]
+  assert len(make_slots(5, "local")) == 5
+  assert make_slots(2, "tpu_vm") == [Slot(0), Slot(1)]
