@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _LAZY = {
-  "load": "llmjax.checkpoints.sources",
+  "load": "llmjax.checkpoints.paths",
   "run": "llmjax.training.loop",
   "generate": "llmjax.inference.generation",
   "embed": "llmjax.inference.embeddings",
@@ -18,7 +18,7 @@ _MODULES = ("types",)
 __all__ = [*_LAZY, *_MODULES, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
   if name in _MODULES:
     return importlib.import_module(f"llmjax.{name}")
   if name in _LAZY:

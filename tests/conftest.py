@@ -72,9 +72,9 @@ LONGEST = (
   "verify_test.py",
   "finetune_run_test.py",
   "trainable_test.py",
-  "huggingface_test.py",
+  "families_test.py",
   "multi_process_test.py",
-  "sources_test.py",
+  "paths_test.py",
   "task_test.py",
   "attention_test.py",
 )

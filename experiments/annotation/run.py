@@ -37,7 +37,7 @@ def main() -> None:
 
 def annotate(arguments: argparse.Namespace, flags: list[str], workdir: Path) -> dict[str, float]:
   """Return {metric: agreement with the true labels on the held-out functions}, for every stage."""
-  from llmjax.checkpoints.sources import open_path
+  from llmjax.checkpoints.paths import open_path
   from llmjax.data.sources.tfds import python_stdlib_source
   from llmjax.inference.predict import check_task, predict
   from llmjax.metrics.labels import clustering_metrics

@@ -1,1 +1,1 @@
-"""Checkpoints: written, read, and converted."""
+"""Checkpoints: written, read and converted; and PATHs, which refer to any pretrained model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llmjax.checkpoints.sources import open_path
+from llmjax.checkpoints.paths import open_path
 from llmjax.config import ConfigError, ConfigTree, build, duration_to_steps
 from llmjax.config.model import ModelConfig
 from llmjax.data.sources.base import Source, parse_split

@@ -17,15 +17,10 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llmjax.checkpoints.sources import (
-  FROM_PRETRAINED,
-  abstract_params,
-  labels_of_init,
-  load_params,
-  make_objective,
-  pretrained_model_config,
-  with_head_fields,
-)
+from llmjax.checkpoints.heads import FROM_PRETRAINED, with_head_fields
+from llmjax.checkpoints.init_from import labels_of_init, load_params, pretrained_model_config
+from llmjax.checkpoints.objectives import make_objective
+from llmjax.checkpoints.sources.base import abstract_params
 from llmjax.config import ConfigError, ConfigLike, ConfigTree, to_dict
 from llmjax.config.mesh import RULES, Rules
 from llmjax.config.model import TransformerConfig

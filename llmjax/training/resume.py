@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmjax.checkpoints.manager import FOLDER, Checkpoints, DamagedCheckpoint
-from llmjax.checkpoints.sources import checkpoint_tokenizer, load_tokenizer
+from llmjax.checkpoints.manager import CHECKPOINTS_DIR, Checkpoints, DamagedCheckpoint
+from llmjax.checkpoints.paths import load_tokenizer
+from llmjax.checkpoints.sources.run import checkpoint_tokenizer
 from llmjax.config import ConfigError, ConfigTree, Json, config_differences
 from llmjax.data.tokenizers.base import Tokenizer
 from llmjax.data.tokenizers.registry import make_tokenizer
@@ -42,14 +43,14 @@ def restore_or_init(program: Program, checkpoints: Checkpoints) -> tuple[TrainSt
   for step in reversed(checkpoints.steps()):
     try:
       state = checkpoints.restore(step, program.abstract_state)
-      cursor = checkpoints.read(step, "data")["cursor"]
-      checkpoints.read(step, "manifest")
+      cursor = checkpoints.read_cursor(step)
+      checkpoints.read_manifest(step)
     except DamagedCheckpoint as error:
       damaged.append(step)
       print(f"{error}; trying an older one")
       continue
     if damaged:
-      checkpoints.set_aside(damaged)
+      checkpoints.archive_damaged(damaged)
     return state, step, cursor
   if damaged:
     raise ConfigError(f"no checkpoint of {damaged} in {checkpoints.folder} can be read; --fresh starts a new run")
@@ -63,7 +64,7 @@ def restore_or_init(program: Program, checkpoints: Checkpoints) -> tuple[TrainSt
 
 def read_previous_manifest(workdir: Path) -> dict[str, Json] | None:
   """Return the manifest of the newest checkpoint in `workdir`, None if there is no checkpoint."""
-  if not (workdir / FOLDER).is_dir():
+  if not (workdir / CHECKPOINTS_DIR).is_dir():
     return None
   checkpoints = Checkpoints(workdir)
   try:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 
+from llmjax.checkpoints.init_from import INHERITED_ENTRIES, inherited_manifest_entries
 from llmjax.checkpoints.manager import Checkpoints
 from llmjax.checkpoints.manifest import make_manifest
-from llmjax.checkpoints.sources import INHERITED_ENTRIES, inherited_manifest_entries
 from llmjax.config import ConfigLike, ConfigTree, Json, to_dict
 from llmjax.data.pipeline import merge_cursors
 from llmjax.data.sources.base import Source
@@ -140,7 +140,7 @@ class Session:
     self.done = self.first_step
     if cursor is not None:
       self.stream.restore(cursor)
-    self._restored: dict[str, Json] = self._checkpoints.read(self.first_step, "manifest") if self.first_step else {}
+    self._restored: dict[str, Json] = self._checkpoints.read_manifest(self.first_step) if self.first_step else {}
     self._stopper.restore(self._restored.get("early_stopping"))
     self.is_finished = self.first_step >= self.program.total_steps or self._stopper.should_stop
     if self.is_finished:
@@ -205,7 +205,7 @@ class Session:
     for evaluation in evaluations:
       for name, value in evaluation.evaluator(self.program.eval_params(state)).items():
         if isinstance(value, str):
-          self._writer.text(step, evaluation.name, value)
+          self._writer.write_text(step, evaluation.name, value)
           self._print_progress(f"[{evaluation.name} at step {step:,}]\n{value}\n")
         else:
           measured[metric_name(evaluation.name, name)] = float(value)

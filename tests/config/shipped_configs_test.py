@@ -12,7 +12,7 @@ from flax import linen as nn
 import llmjax
 from configs import base
 from configs.sizes import SIZES
-from llmjax.checkpoints.sources import abstract_params
+from llmjax.checkpoints.sources.base import abstract_params
 from llmjax.config import ConfigError, optional, values
 from llmjax.config import files as cfglib
 from llmjax.config.model import TransformerConfig

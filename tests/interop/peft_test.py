@@ -13,10 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 import llmjax
 from llmjax.checkpoints.convert import export_folder, import_folder
-from llmjax.checkpoints.sources import abstract_params, load_params
+from llmjax.checkpoints.init_from import load_params
+from llmjax.checkpoints.sources.base import abstract_params
 from llmjax.config import ConfigError
 from llmjax.distributed import sharding
-from llmjax.interop import huggingface, peft
+from llmjax.interop.folder_reader import open_huggingface_folder, read_folder_params
+from llmjax.interop.peft.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llmjax.interop.peft.writer import changed_parameters, write_adapter
 from llmjax.models.lora import is_adapter, merge_lora
 from llmjax.models.transformer import Transformer
 from llmjax.trees import flatten_tree, unflatten_tree
@@ -62,10 +65,10 @@ def test_logits_equal_peft(name):
 def copy_adapter(name, target, **changes):
   """Copy an adapter with changes of its config; it refers to the original base."""
   shutil.copytree(DATA / "peft" / name, target)
-  config = json.loads((target / peft.CONFIG).read_text()) | {
+  config = json.loads((target / ADAPTER_CONFIG).read_text()) | {
     "base_model_name_or_path": str(DATA / "huggingface" / name)
   }
-  (target / peft.CONFIG).write_text(json.dumps(config | changes))
+  (target / ADAPTER_CONFIG).write_text(json.dumps(config | changes))
   return target
 
 
@@ -73,32 +76,32 @@ def copy_adapter(name, target, **changes):
 
 
 @functools.cache
-def with_adapters(name, targets=EVERYTHING, **changes):
+def model_with_adapters(name, targets=EVERYTHING, **changes):
   """(config, parameters, family) of a folder's model with random adapters."""
-  folder = huggingface.open_folder(DATA / "huggingface" / name)
+  folder = open_huggingface_folder(DATA / "huggingface" / name)
   cfg = dataclasses.replace(folder.cfg, lora_rank=2, lora_alpha=3.0, lora_targets=targets, **changes)
   plain = dataclasses.replace(cfg, lora_rank=0)
-  params = flatten_tree(huggingface.read_params(folder, plain, abstract_params(Transformer(plain))))
+  params = flatten_tree(read_folder_params(folder, plain, abstract_params(Transformer(plain))))
   rng = np.random.default_rng(0)
   shapes = flatten_tree(sharding.abstract_parameters(Transformer(cfg))[0])
   params |= {k: rng.normal(0, 0.4, s.shape).astype(np.float32) for k, s in shapes.items() if is_adapter(k)}
   return cfg, unflatten_tree(params), folder.family
 
 
-def write(name, output, cfg, params, family, saved=()):
+def write_to(name, output, cfg, params, family, saved=()):
   base = str(DATA / "huggingface" / name)
-  peft.write_adapter(output, params, cfg, base=base, prefer=family.model_type, saved=saved)
+  write_adapter(output, params, cfg, base=base, prefer=family.model_type, saved=saved)
 
 
 @pytest.mark.parametrize("name", by_tier(FOLDERS, ["bert_sequence", "gpt_neox", "qwen2_moe", "t5_v1_1"]))
 def test_exported_adapter_loads_identically(name, tmp_path):
   """Adapters and a head that differs from the base's; unrolled layers are written like scanned ones."""
-  cfg, params, family = with_adapters(name)
+  cfg, params, family = model_with_adapters(name)
   frozen = {path: False for path in flatten_tree(params)}
-  saved = peft.trained(cfg, unflatten_tree(frozen))
+  saved = changed_parameters(cfg, unflatten_tree(frozen))
   assert bool(saved) == (cfg.head != "lm")
   params = {path: leaf + 1 if path in saved else leaf for path, leaf in flatten_tree(params).items()}
-  write(name, tmp_path / "a", cfg, unflatten_tree(params), family, saved)
+  write_to(name, tmp_path / "a", cfg, unflatten_tree(params), family, saved)
   model, again, _ = llmjax.load(tmp_path / "a")
   assert model.cfg == dataclasses.replace(cfg, lora_targets=model.cfg.lora_targets)
   again = flatten_tree(again)
@@ -106,19 +109,21 @@ def test_exported_adapter_loads_identically(name, tmp_path):
   for path, leaf in params.items():
     np.testing.assert_array_equal(again[path], leaf, err_msg=path)
   unrolled = llmjax.load(tmp_path / "a", scan=False)
-  write(name, tmp_path / "b", unrolled.model.cfg, unrolled.params, family, saved & set(flatten_tree(unrolled.params)))
-  for file in (peft.CONFIG, peft.WEIGHTS):
+  write_to(
+    name, tmp_path / "b", unrolled.model.cfg, unrolled.params, family, saved & set(flatten_tree(unrolled.params))
+  )
+  for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
     assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
 
 
 def test_export_of_adapters_for_parts_of_a_fused_matrix(tmp_path):
-  cfg, params, family = with_adapters("gpt2", r".*attention/(query|value)|.*mlp/up")
-  write("gpt2", tmp_path / "a", cfg, params, family)
-  config = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+  cfg, params, family = model_with_adapters("gpt2", r".*attention/(query|value)|.*mlp/up")
+  write_to("gpt2", tmp_path / "a", cfg, params, family)
+  config = json.loads((tmp_path / "a" / ADAPTER_CONFIG).read_text())
   assert config["target_modules"] == ["c_attn", "c_fc"] and config["fan_in_fan_out"] is True
   assert (config["r"], config["rank_pattern"], config["lora_alpha"]) == (2, {"c_attn": 6}, 3)
   assert config["alpha_pattern"] == {"c_attn": 9}
-  tensors = load_file(tmp_path / "a" / peft.WEIGHTS)
+  tensors = load_file(tmp_path / "a" / ADAPTER_WEIGHTS)
   a, b = (tensors[f"base_model.model.transformer.h.0.attn.c_attn.lora_{x}.weight"] for x in "AB")
   merged = flatten_tree(merge_lora(params, cfg))["decoder/layers/attention/value/kernel"][0]
   before = flatten_tree(params)["decoder/layers/attention/value/kernel"][0]
@@ -129,8 +134,8 @@ def test_export_of_adapters_for_parts_of_a_fused_matrix(tmp_path):
 
 
 def test_export_merges_adapters_of_a_head_that_is_saved_whole(tmp_path):
-  cfg, params, family = with_adapters("bert_sequence", ".*")
-  write("bert_sequence", tmp_path / "a", cfg, params, family, {"head/kernel", "head/bias"})
+  cfg, params, family = model_with_adapters("bert_sequence", ".*")
+  write_to("bert_sequence", tmp_path / "a", cfg, params, family, {"head/kernel", "head/bias"})
   _, again, _ = llmjax.load(tmp_path / "a")
   np.testing.assert_allclose(again["head"]["kernel"], merge_lora(params, cfg)["head"]["kernel"], atol=1e-6)
 
@@ -157,11 +162,11 @@ def test_imported_adapter_and_its_merged_export_equal_peft(tmp_path):
     ({"bias": "all"}, r"bias='all' is not supported.*'none'"),
     ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' is not supported"),
     ({"r": None}, r"r=None must be a number"),
-    ({"base_model_name_or_path": None}, r"does not say which model it is for; set base_model_name_or_path"),
-    ({"task_type": "SEQ_CLS"}, r"task_type='SEQ_CLS' is of a model with a head, .*modules_to_save"),
-    ({"base_model_name_or_path": "."}, r"is an adapter itself; name its base"),
+    ({"base_model_name_or_path": None}, r"does not name its base model; set base_model_name_or_path"),
+    ({"task_type": "SEQ_CLS"}, r"task_type='SEQ_CLS' needs a head, .*modules_to_save"),
+    ({"base_model_name_or_path": "."}, r"is an adapter itself; name its base model"),
     ({"base_model_name_or_path": str(DATA / "huggingface" / "gpt2")}, r"no place in a gpt2"),
-    ({"base_model_name_or_path": str(DATA / "huggingface" / "qwen3")}, r"has the shape .* is what fits its base"),
+    ({"base_model_name_or_path": str(DATA / "huggingface" / "qwen3")}, r"has shape .*, but its base model requires"),
   ],
 )
 def test_load_rejects_unsupported_adapter_configs(changes, words, tmp_path):
@@ -172,23 +177,23 @@ def test_load_rejects_unsupported_adapter_configs(changes, words, tmp_path):
 
 def test_load_rejects_damaged_adapter_folders_in_one_line(tmp_path):
   folder = copy_adapter("llama", tmp_path / "a")
-  (folder / peft.WEIGHTS).write_bytes(b"\0" * 100)
-  with pytest.raises(ConfigError, match="is no safetensors file, or damaged"):
+  (folder / ADAPTER_WEIGHTS).write_bytes(b"\0" * 100)
+  with pytest.raises(ConfigError, match="is not a safetensors file, or is damaged"):
     llmjax.load(folder)
-  (folder / peft.WEIGHTS).rename(folder / "adapter_model.bin")
+  (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
   with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors; .*adapter_model\.bin is a pickle"):
     llmjax.load(folder)
-  (folder / peft.CONFIG).write_text("{")
+  (folder / ADAPTER_CONFIG).write_text("{")
   with pytest.raises(ConfigError, match=r"adapter_config\.json is damaged"):
     llmjax.load(folder)
 
 
 def test_export_and_load_name_parameters_an_adapter_cannot_hold(tmp_path):
-  cfg, params, family = with_adapters("gpt2")
-  with pytest.raises(ConfigError, match=r"no adapters \(model\.lora_rank=0\)"):
-    write("gpt2", tmp_path / "a", dataclasses.replace(cfg, lora_rank=0), params, family)
-  with pytest.raises(ConfigError, match=r"embedding/table was trained, which is the output projection"):
-    write("gpt2", tmp_path / "a", cfg, params, family, {"embedding/table"})
+  cfg, params, family = model_with_adapters("gpt2")
+  with pytest.raises(ConfigError, match=r"model\.lora_rank=0: the model has no adapters"):
+    write_to("gpt2", tmp_path / "a", dataclasses.replace(cfg, lora_rank=0), params, family)
+  with pytest.raises(ConfigError, match=r"embedding/table was trained and is also the output projection"):
+    write_to("gpt2", tmp_path / "a", cfg, params, family, {"embedding/table"})
   with pytest.raises(ConfigError, match=r"model\.lora_\* as they are there"):
     llmjax.load(DATA / "peft" / "llama", lora_rank=3)
   with pytest.raises(ConfigError, match=r"model\.lora_\* as they are there"):
@@ -196,16 +201,16 @@ def test_export_and_load_name_parameters_an_adapter_cannot_hold(tmp_path):
 
 
 def test_trained_norm_is_saved_for_all_layers_or_rejected(tmp_path):
-  cfg, params, family = with_adapters("llama")
-  write("llama", tmp_path / "a", cfg, params, family, {"decoder/layers/mlp_norm/scale"})
+  cfg, params, family = model_with_adapters("llama")
+  write_to("llama", tmp_path / "a", cfg, params, family, {"decoder/layers/mlp_norm/scale"})
   np.testing.assert_array_equal(
     llmjax.load(tmp_path / "a").params["decoder"]["layers"]["mlp_norm"]["scale"],
     params["decoder"]["layers"]["mlp_norm"]["scale"],
   )
-  tensors = load_file(tmp_path / "a" / peft.WEIGHTS)
+  tensors = load_file(tmp_path / "a" / ADAPTER_WEIGHTS)
   del tensors["base_model.model.model.layers.0.post_attention_layernorm.weight"]
-  save_file(tensors, tmp_path / "a" / peft.WEIGHTS)
-  with pytest.raises(ConfigError, match=r"of some layers alone, and there is none for decoder/layers_0/mlp_norm/scale"):
+  save_file(tensors, tmp_path / "a" / ADAPTER_WEIGHTS)
+  with pytest.raises(ConfigError, match=r"for some layers only, but not decoder/layers_0/mlp_norm/scale"):
     llmjax.load(tmp_path / "a")
 
 
@@ -222,7 +227,7 @@ def test_init_from_adapter_keeps_a_head_of_equal_kind_and_size():
   params, fresh = start()
   assert not fresh
   jax.tree.map(np.testing.assert_array_equal, params, source.params)
-  with pytest.raises(ConfigError, match=r"head/bias is of size \[3\] there and \[5\] here; .*init_map"):
+  with pytest.raises(ConfigError, match=r"head/bias has shape \[3\] there and \[5\] here; .*init_map"):
     start(num_classes=5)
   for again, fresh in (start(((".*head.*", None),), num_classes=5), start(head="token", pooler=False)):
     assert fresh == ["head/bias", "head/kernel"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.checkpoints import sources
+from llmjax.checkpoints.paths import open_path
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
 from llmjax.config.model import TransformerConfig
@@ -289,7 +289,7 @@ def test_classifier_trained_on_csv_predicts_and_is_trained_again(home, capsys):
   run = str(home / "run")
   assert main(["train", *flags, f"--workdir={run}"]) == 0
   assert "answers/accuracy" in capsys.readouterr().out
-  with sources.open_path(run) as found:
+  with open_path(run) as found:
     assert list(found.config["objective"]["labels"]) == ["1", "5"]
   assert main(["evaluate", f"--model={run}", f"--data={home / 'my.csv'}"]) == 0
   assert "answers/accuracy" in capsys.readouterr().out
@@ -312,7 +312,7 @@ def test_classifier_trained_on_csv_predicts_and_is_trained_again(home, capsys):
   (home / "empty.jsonl").write_text("\n")
   assert main(["predict", f"--model={run}", f"--input={home / 'empty.jsonl'}", f"--output={home / 'o.jsonl'}"]) == 2
   assert main([*command, "--num_beams=2"]) == 2
-  assert "num_beams=2 is for tasks that write texts" in capsys.readouterr().err
+  assert "num_beams=2 is for tasks that generate text" in capsys.readouterr().err
   (home / "link.jsonl").symlink_to(home / "in.jsonl")
   before = (home / "in.jsonl").read_text(), (home / "out.jsonl").read_text()
   assert main([*command[:3], f"--output={home / 'link.jsonl'}"]) == 2
@@ -351,7 +351,7 @@ def test_tagger_is_trained_again_on_its_pseudo_labels(home, capsys):
   few = write("few.jsonl", [{"tokens": ["no", "one"], "tags": ["O", "O"]}] * 16)
   for name, file in (("second", sure), ("third", few)):
     assert train(f"{again},train={file}", name)[0] == 0
-    with sources.open_path(home / name) as found:
+    with open_path(home / name) as found:
       assert list(found.config["objective"]["labels"]) == ["B-LOC", "B-PER", "I-PER", "O"]
   assert train(f"{again},train={few}", "third", "--config.total_steps=2")[0] == 0
   strange = [{"tokens": ["it"], "tags": ["B-ORG"]}]

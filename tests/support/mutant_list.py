@@ -6,12 +6,12 @@ BEAMS = "tests/inference/beam_search_test.py::"
 CRF = "tests/objectives/crf_test.py::"
 FINETUNE = "tests/training/trainable_test.py::"
 GENERATION = "tests/inference/generation_test.py::"
-HUGGINGFACE = "tests/interop/huggingface_test.py::"
+FAMILIES = "tests/interop/families_test.py::"
 INVARIANTS = "tests/training/invariants_test.py::"
 KERNELS = "tests/models/attention_test.py::"
 LAYERS = "tests/models/layers_test.py::"
 MASKS = "tests/models/masks_test.py::"
-MUP = "tests/diagnostics/mup_coord_check_test.py::"
+MUP = "tests/models/mup_test.py::"
 OBJECTIVES = "tests/objectives/objectives_test.py::"
 OPTIM = "tests/training/optimizers_test.py::"
 PACKING = "tests/data/packing_test.py::"
@@ -95,7 +95,7 @@ LOSSES = (
     "objectives/losses.py",
     "jnp.mean(routing.counts.shape[1] * jnp.sum(shares * probabilities, axis=1))",
     "jnp.mean(jnp.sum(shares * probabilities, axis=1))",
-    (HUGGINGFACE + "test_routing_and_balance_loss_equal_transformers[mixtral]",),
+    (FAMILIES + "test_routing_and_balance_loss_equal_transformers[mixtral]",),
     "objective.balance means something else for every number of experts",
   ),
   Mutant(
@@ -103,7 +103,7 @@ LOSSES = (
     "models/moe.py",
     "is_token = (segments.reshape(-1) > 0).astype(jnp.float32)",
     "is_token = jnp.ones(segments.size, jnp.float32)",
-    (HUGGINGFACE + "test_routing_with_padding_counts_real_tokens_only",),
+    (FAMILIES + "test_routing_with_padding_counts_real_tokens_only",),
   ),
   Mutant(
     "label-is-the-input-token",
@@ -312,7 +312,7 @@ ATTENTION = (
     "models/transformer.py",
     'if kind == "local" and c.local_rotary_base is not None:',
     'if kind == "global" and c.local_rotary_base is not None:',
-    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[modernbert]",),
+    (FAMILIES + "test_forward_of_each_family_equals_transformers[modernbert]",),
   ),
 )
 
@@ -460,7 +460,7 @@ MODELS = (
     "models/layers.py",
     'y = y * (1 + vector("scale", nn.initializers.zeros))',
     'y = y * vector("scale", nn.initializers.zeros)',
-    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[gemma]",),
+    (FAMILIES + "test_forward_of_each_family_equals_transformers[gemma]",),
     "Gemma checkpoints give other logits",
   ),
   Mutant(
@@ -485,7 +485,7 @@ MODELS = (
     "models/transformer.py",
     "return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)",
     "return logits",
-    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[gemma2]",),
+    (FAMILIES + "test_forward_of_each_family_equals_transformers[gemma2]",),
   ),
   Mutant(
     "dropout-not-rescaled",
@@ -522,7 +522,7 @@ MODELS = (
     "models/moe.py",
     "  if normalize:",
     "  if not normalize:",
-    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[mixtral]",),
+    (FAMILIES + "test_forward_of_each_family_equals_transformers[mixtral]",),
     "the weights of a token's experts do not sum to one: Mixtral checkpoints give other logits",
   ),
   Mutant(
@@ -530,7 +530,7 @@ MODELS = (
     "models/moe.py",
     "rows = jnp.take(x.reshape(B * L, -1), order // k, axis=0)",
     "rows = jnp.take(x.reshape(B * L, -1), order % (B * L), axis=0)",
-    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[mixtral]",),
+    (FAMILIES + "test_forward_of_each_family_equals_transformers[mixtral]",),
   ),
   Mutant(
     "expert-width-not-summed-over-devices",
@@ -565,39 +565,39 @@ MODELS = (
   ),
   Mutant(
     "peft-rank-stabilised-scale-ignored",
-    "interop/peft.py",
+    "interop/peft/lora_matrices.py",
     'return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))',
     "return float(alpha / rank)",
     (PEFT + "test_logits_equal_peft[t5]",),
   ),
   Mutant(
     "peft-rank-stabilised-scale-assumed",
-    "interop/peft.py",
+    "interop/peft/lora_matrices.py",
     'return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))',
     "return float(alpha / math.sqrt(rank))",
     (PEFT + "test_logits_equal_peft[gpt2]",),
   ),
   Mutant(
     "peft-fused-rows-of-another-projection",
-    "interop/peft.py",
-    "pairs = [(part(a, 0, i), part(b, 1, i)) for i in range(count)]",
-    "pairs = [(part(a, 0, i), part(b, 1, count - 1 - i)) for i in range(count)]",
+    "interop/peft/lora_matrices.py",
+    "parts_b = [parameter_view(b, patterns_b, shapes_b, i) for i in range(count)]",
+    "parts_b = [parameter_view(b, patterns_b, shapes_b, count - 1 - i) for i in range(count)]",
     (PEFT + "test_logits_equal_peft[gpt_neox]",),
     "an adapter of a fused query-key-value matrix is added to another of its parts",
   ),
   Mutant(
     "peft-alpha-pattern-ignored",
-    "interop/peft.py",
-    'alpha = next(own, config["lora_alpha"])',
+    "interop/peft/lora_matrices.py",
+    'alpha = next(matching, config["lora_alpha"])',
     'alpha = config["lora_alpha"]',
     (PEFT + "test_logits_equal_peft[gpt2]",),
   ),
   Mutant(
     "huggingface-query-heads-transposed",
-    "interop/family.py",
+    "interop/families/tensor_names.py",
     'QUERY, KEY, OUT = "(H A) D -> D H A"',
     'QUERY, KEY, OUT = "(A H) D -> D H A"',
-    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[llama]",),
+    (FAMILIES + "test_forward_of_each_family_equals_transformers[llama]",),
     "the rows of q_proj go to other heads: imported models write nonsense",
   ),
   Mutant(
@@ -605,7 +605,7 @@ MODELS = (
     "interop/tensors.py",
     "tensor = tensor[(slice(None),) * axis + (slice(dimension.skip, None),)]",
     "tensor = tensor[(slice(None),) * axis + (slice(None, -dimension.skip),)]",
-    (HUGGINGFACE + "test_forward_of_each_family_equals_transformers[opt]",),
+    (FAMILIES + "test_forward_of_each_family_equals_transformers[opt]",),
     "positions of OPT begin two rows early",
   ),
 )
@@ -907,13 +907,12 @@ RESUME = (
   Mutant(
     "checkpoint-leaves-matched-by-shape",
     "checkpoints/manager.py",
-    '    return self._load(step, state=args)["state"]\n\n  def restore_parts',
-    '    leaves, tree = jax.tree.flatten(self._load(step, state=args)["state"])\n'
-    "    by_shape: dict[Any, list[Any]] = {}\n"
+    "    return self._restore_state(step, abstract_state)\n",
+    "    leaves, tree = jax.tree.flatten(self._restore_state(step, abstract_state))\n"
+    "    by_shape: dict[tuple[int, ...], list[jax.Array]] = {}\n"
     "    for leaf in leaves:\n"
     "      by_shape.setdefault(leaf.shape, []).append(leaf)\n"
-    "    return jax.tree.unflatten(tree, [by_shape[leaf.shape].pop() for leaf in leaves])\n\n"
-    "  def restore_parts",
+    "    return jax.tree.unflatten(tree, [by_shape[leaf.shape].pop() for leaf in leaves])\n",
     (INVARIANTS + "test_checkpoint_restores_every_leaf_of_equal_shape_by_name",),
     "kernels of equal shape are swapped: a resumed or loaded model writes nonsense",
   ),

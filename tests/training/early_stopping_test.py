@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmjax.checkpoints.sources import locate_checkpoint, open_checkpoint
+from llmjax.checkpoints.sources.run import locate_checkpoint, open_checkpoint
 from llmjax.config import ConfigError, load_config
 from llmjax.evaluation import evaluators
 from llmjax.training import loop, step_metrics

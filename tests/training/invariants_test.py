@@ -216,7 +216,7 @@ def test_interrupted_run_has_the_loss_curve_of_a_whole_run(home):
   states = []
   for name in ("interrupted", "whole"):
     checkpoints = Checkpoints(home / name)
-    states.append((checkpoints.manager.restore(5)["state"], checkpoints.read(5, "data")))
+    states.append((checkpoints.manager.restore(5)["state"], checkpoints.read_cursor(5)))
     checkpoints.close()
   assert states[0][1] == states[1][1]
   assert_trees_identical(states[0][0], states[1][0])

@@ -18,7 +18,7 @@ from llmjax.checkpoints.manager import Checkpoints
 from llmjax.cli.main import main
 from llmjax.config import ConfigError
 from llmjax.config import files as cfglib
-from llmjax.evaluation import evaluators
+from llmjax.evaluation.checkpoint import evaluate_checkpoint
 from llmjax.training import loop, session, step_metrics
 
 TEXT = "".join(f"{i}: the quick brown fox jumps over {i * 37 % 101} lazy dogs.\n" for i in range(400))
@@ -65,7 +65,7 @@ def saved(folder, name):
   checkpoints = Checkpoints(folder / name)
   step = checkpoints.steps()[-1]
   tree = checkpoints.manager.restore(step)["state"]
-  cursor = checkpoints.read(step, "data")["cursor"]
+  cursor = checkpoints.read_cursor(step)
   checkpoints.close()
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves}, step, cursor
@@ -200,7 +200,7 @@ def test_checkpoints_retain_best_latest_and_periodic(folder):
 def test_checkpoint_metrics_are_those_measured_at_its_step(folder):
   run(folder, "x", "--config.total_steps=4", "--config.checkpoint.every=1", "--config.evals.heldout.every=2")
   checkpoints = Checkpoints(folder / "x")
-  measured = {step: bool(checkpoints.read(step, "manifest")["metrics"]) for step in checkpoints.steps()}
+  measured = {step: bool(checkpoints.read_manifest(step)["metrics"]) for step in checkpoints.steps()}
   checkpoints.close()
   assert measured == {3: False, 4: True}
 
@@ -291,13 +291,13 @@ def test_evaluate_runs_no_code_of_unused_parts_of_the_config(folder_with_run):
     content["config"]["evals"] = {"x": {"name": "os:abort", "every": None, "at": []}}
 
   edit_manifest(folder_with_run / "x", edit)
-  assert evaluators.evaluate_checkpoint("x", data="t.txt")["data/loss"] > 0
+  assert evaluate_checkpoint("x", data="t.txt")["data/loss"] > 0
 
 
 def test_evaluate_of_an_untrusted_objective_is_refused(folder_with_run):
   edit_manifest(folder_with_run / "x", lambda content: content["config"]["objective"].update(name="os:abort"))
   with pytest.raises(ConfigError, match="--trust"):
-    evaluators.evaluate_checkpoint("x", data="t.txt")
+    evaluate_checkpoint("x", data="t.txt")
 
 
 def test_init_from_runs_no_code_named_by_the_tokenizer(folder_with_run):
@@ -313,7 +313,7 @@ def test_checkpoint_records_the_commit_and_another_resumes(folder, monkeypatch):
   monkeypatch.setattr(manifest, "source_commit", lambda: "b")
   run(folder, "x", "--config.total_steps=2")
   checkpoints = Checkpoints(folder / "x")
-  assert [checkpoints.read(step, "manifest")["versions"]["commit"] for step in (1, 2)] == ["a", "b"]
+  assert [checkpoints.read_manifest(step)["versions"]["commit"] for step in (1, 2)] == ["a", "b"]
   checkpoints.close()
 
 
