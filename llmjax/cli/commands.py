@@ -52,25 +52,27 @@ def verify_command(arguments: argparse.Namespace, rest: list[str]) -> int:
   jax.config.update("jax_num_cpu_devices", arguments.devices)
   jax.config.update("jax_default_matmul_precision", "highest")
   start_jax()
-  from llmjax.diagnostics import verify as verification
+  from llmjax.diagnostics.local_processes import write_measurement
+  from llmjax.diagnostics.verify import verify
 
   if arguments.worker:
     processes.join_processes()
-    verification.work(config, arguments.meshes, arguments.worker)
+    write_measurement(config, arguments.meshes, arguments.worker)
     return 0
   meshes = arguments.meshes.split(";") if arguments.meshes else None
-  return 0 if verification.verify(config, meshes, counts, rest) else 1
+  return 0 if verify(config, meshes, counts, rest) else 1
 
 
 def sweep_command(arguments: argparse.Namespace, rest: list[str]) -> int:
-  from llmjax.sweeps import command
+  from llmjax.sweeps.command import run_sweep
+  from llmjax.sweeps.preflight import check_request
 
   if arguments.admit:
     start_jax()
-    command.answer(arguments.admit, arguments.workdir)
+    check_request(arguments.admit, arguments.workdir)
     return 0
   names = ("launcher", "launcher_flags", "max_parallel", "trials_in", "retry", "dry_run")
-  return 0 if command.sweep(rest, arguments.workdir, **{name: getattr(arguments, name) for name in names}) else 1
+  return 0 if run_sweep(rest, arguments.workdir, **{name: getattr(arguments, name) for name in names}) else 1
 
 
 def list_configs(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -87,7 +89,7 @@ def evaluate_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   else:
     raise ConfigError("evaluate takes --config=... --workdir=DIR, or --model=PATH --data=FILE")
   start_jax(arguments, config)
-  from llmjax.evaluation.evaluators import evaluate_checkpoint
+  from llmjax.evaluation.checkpoint import evaluate_checkpoint
 
   for name, value in evaluate_checkpoint(path, config=config, data=arguments.data, trust=arguments.trust).items():
     print(f"{name:<36} {value:.6g}" if isinstance(value, float) else f"{name}:\n{terminal_text(value)}")
@@ -95,15 +97,16 @@ def evaluate_command(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def terminal_text(text: str) -> str:
   """Return a model's text for standard output; a terminal would obey its control characters, so they are replaced."""
-  from llmjax.telemetry.progress import printable
+  from llmjax.telemetry.progress import replace_control_characters
 
-  return printable(text) if sys.stdout.isatty() else text
+  return replace_control_characters(text) if sys.stdout.isatty() else text
 
 
 def embed_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax(arguments)
   from llmjax.distributed.sharding import parse_mesh
-  from llmjax.inference.embeddings import BATCH_TOKENS, embed_file
+  from llmjax.inference.batches import BATCH_TOKENS
+  from llmjax.inference.embed_file import embed_file
 
   ids, (count, width) = embed_file(
     arguments.model,
@@ -122,8 +125,8 @@ def embed_command(arguments: argparse.Namespace, rest: list[str]) -> None:
 def predict_command(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax(arguments)
   from llmjax.distributed.sharding import parse_mesh
-  from llmjax.inference.embeddings import BATCH_TOKENS
-  from llmjax.inference.predict import predict_file
+  from llmjax.inference.batches import BATCH_TOKENS
+  from llmjax.inference.predict_file import predict_file
 
   names = ("max_new_tokens", "num_beams", "length_penalty")
   num_written, num_lines, errors = predict_file(
@@ -195,7 +198,7 @@ def report_command(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def inspect_checkpoint(arguments: argparse.Namespace, rest: list[str]) -> None:
   start_jax()
-  from llmjax.checkpoints.sources import open_checkpoint
+  from llmjax.checkpoints.sources.run import open_checkpoint
 
   checkpoints, step, manifest = open_checkpoint(arguments.path)
   print(f"{checkpoints.folder}/{step}  (there are {checkpoints.steps()})")
@@ -207,6 +210,6 @@ def inspect_checkpoint(arguments: argparse.Namespace, rest: list[str]) -> None:
   print(f"metrics       {json.dumps(manifest['metrics'])}")
   print(f"versions      {json.dumps(manifest['versions'])}")
   if arguments.arrays:
-    for name, shape in checkpoints.shapes(step).items():
+    for name, shape in checkpoints.parameter_shapes(step).items():
       print(f"  {name:<64} {list(shape)}")
   checkpoints.close()

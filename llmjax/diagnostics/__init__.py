@@ -1,1 +1,1 @@
-"""Checks of a config: invariance of results, a dry run, and the coordinate check of muP."""
+"""Diagnostics of a config: `verify` on many meshes, a dry run, and the coordinate check of muP."""

@@ -1,1 +1,1 @@
-"""Evaluators of a model during and after training."""
+"""Evaluators, which measure a model during and after training, and their baselines."""

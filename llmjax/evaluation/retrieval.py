@@ -1,82 +1,86 @@
-"""Evaluators of embeddings: whether what belongs together is found, and whether what is alike lies near."""
+"""Retrieval of pairs by the cosine of their embeddings."""
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
-from llmjax.config import ConfigError, suggest_name
+from llmjax.config import ConfigError
 from llmjax.data.sources.base import Source
-from llmjax.data.sources.registry import files_source
-from llmjax.data.sources.tables import record_fields
-from llmjax.inference.embeddings import contrastive_part, embed_tokens, tokenize
+from llmjax.evaluation.bm25 import bm25_scores, import_bm25s
+from llmjax.inference.batches import BatchSettings
+from llmjax.inference.embeddings import contrastive_objective, embed_tokens
 from llmjax.objectives.contrastive import Contrastive
 from llmjax.training.components import open_source
+from llmjax.training.evals import Evaluator
 from llmjax.training.program import Program
+from llmjax.trees import Params
 
-BLOCK = 1024  # rows of a matrix of scores that are in memory at a time
-TIE = 1e-6  # scores that differ by less are equal: rounding depends on batch and mesh
-
-Evaluator = Callable[[Any], dict[str, float]]
+BLOCK_ROWS = 1024  # rows of the matrix of scores that are in memory at a time
+TIE = 1e-6  # scores that differ by less are equal, because rounding depends on batch and mesh
 
 
 class Pairs(NamedTuple):
-  """Entry i of each belongs together."""
+  """n pairs of texts; entries i of all lists belong together."""
 
-  anchors: list[np.ndarray]  # framed tokens
+  anchors: list[np.ndarray]  # token ids, with bos and eos
   positives: list[np.ndarray]
-  queries: list[str]  # the same as text, uncut
+  queries: list[str]  # texts of the anchors, not truncated
   documents: list[str]
 
 
-def retrieval(
+def pair_retrieval(
   program: Program, batch_tokens: int, split: str | None = None, limit: int | None = None, bm25: bool = False
 ) -> Evaluator:
-  """Each anchor of a split looks for its own positive among those of the whole split, whatever the batch size.
+  """Rank the positives of a whole split for each anchor, whatever the batch size.
 
-  Gives what `ranking`, `alignment` and `uniformity` say, and with `bm25` the ranking by words alone as baselines.
+  Metrics are those of `ranking_metrics`, `alignment` and `uniformity`. With `bm25` the ranking by BM25 is a baseline.
 
   Args:
-    batch_tokens: see `embeddings.embed`.
-    split: of config.data.corpus; None is config.data.eval.
-    limit: the first so many pairs only.
+    program: a program with a contrastive objective, or with one as a component.
+    batch_tokens: maximum of rows times length of a batch.
+    split: split of config.data.corpus. None: config.data.eval.
+    limit: use only the first pairs. None: all.
+    bm25: also evaluate BM25.
   """
-  objective = contrastive_part(program.objective)
+  objective = contrastive_objective(program.objective)
   if objective is None or objective.positive is None:
     raise ConfigError(
-      "evals.*.name='retrieval' needs pairs, which only a contrastive objective has whose objective.positive names a "
-      "field; set that, or take this entry away (--config.evals.retrieval=none)"
+      "evals.*.name='retrieval' needs pairs: a contrastive objective whose objective.positive names a field; set that, "
+      "or remove this entry (--config.evals.retrieval=none)"
     )
   if bm25:
-    _import_bm25s()
+    import_bm25s()
   source = open_source(program.config, split or program.config["data"]["eval"])
-  found: list[Pairs] = []  # made once, at the first use
+  pairs_read: list[Pairs] = []  # filled at the first evaluation
   baselines: dict[str, float] = {}
 
-  def evaluate(params: Any) -> dict[str, float]:
-    if not found:
-      found.append(read_pairs(program, objective, source, limit))
-      if bm25:
-        by_words = ranking(ranks(bm25_scores(found[0].queries, found[0].documents)))
-        baselines.update({f"baseline/bm25_{name}": value for name, value in by_words.items()})
-    rows = found[0].anchors + found[0].positives
-    vectors = _embed(program, params, rows, objective.pooling, batch_tokens)
+  def evaluate(params: Params) -> dict[str, float]:
+    if not pairs_read:
+      pairs_read.append(read_pairs(program, objective, source, limit))
+    [pairs] = pairs_read
+    if bm25 and not baselines:
+      bm25_metrics = ranking_metrics(rank_own_documents(bm25_scores(pairs.queries, pairs.documents)))
+      baselines.update({f"baseline/bm25_{name}": value for name, value in bm25_metrics.items()})
+    vectors = embed_on_mesh(program, params, pairs.anchors + pairs.positives, objective.pooling, batch_tokens)
     queries, documents = np.split(vectors, 2)
-    spread = (uniformity(queries) + uniformity(documents)) / 2
-    near = {"alignment": alignment(queries, documents), "uniformity": spread}
-    return ranking(ranks(cosines(queries, documents))) | near | baselines
+    return {
+      **ranking_metrics(rank_own_documents(iterate_cosines(queries, documents))),
+      "alignment": alignment(queries, documents),
+      "uniformity": (uniformity(queries) + uniformity(documents)) / 2,
+      **baselines,
+    }
 
   return evaluate
 
 
 def read_pairs(program: Program, objective: Contrastive, source: Source, limit: int | None) -> Pairs:
-  """The pairs that the objective learns from."""
-  rng = np.random.default_rng(0)  # this objective draws nothing
+  """Return the pairs that the objective is trained on, at most `limit`. Raises ConfigError if there are less than 2."""
+  rng = np.random.default_rng(0)  # the objective does not use it
   pairs = Pairs([], [], [], [])
   for record in source:
     if limit is not None and len(pairs.anchors) == limit:
@@ -88,126 +92,58 @@ def read_pairs(program: Program, objective: Contrastive, source: Source, limit: 
       pairs.queries.append(record[objective.anchor])
       pairs.documents.append(record[str(objective.positive)])
   if len(pairs.anchors) < 2:
-    raise ConfigError(f"evals.*: {len(pairs.anchors)} pairs are too few to look for one among others; give at least 2")
+    raise ConfigError(
+      f"evals.*: retrieval needs at least 2 pairs, got {len(pairs.anchors)}; set another split or limit"
+    )
   return pairs
 
 
-def cosines(queries: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray]:
-  """Rows of queries [n D] times documents [n D], a block at a time."""
-  for start in range(0, len(queries), BLOCK):
-    yield from queries[start : start + BLOCK] @ documents.T
+def embed_on_mesh(
+  program: Program, params: Params, rows: Sequence[np.ndarray], pooling: str, batch_tokens: int
+) -> Float[np.ndarray, "n D"]:
+  """Return the embeddings of n texts (token ids), computed on the program's mesh."""
+  return embed_tokens(program.model, params, rows, pooling, BatchSettings(batch_tokens, program.mesh, program.rules))
 
 
-def ranks(scores: Iterator[np.ndarray]) -> np.ndarray:
-  """Int[n]: the place of document i for query i, by rows of scores [n]; 1 is the best.
+def iterate_cosines(
+  queries: Float[np.ndarray, "n D"], documents: Float[np.ndarray, "n D"]
+) -> Iterator[Float[np.ndarray, " n"]]:
+  """Yield the products of each query with all documents; computed in blocks of rows."""
+  for start in range(0, len(queries), BLOCK_ROWS):
+    yield from queries[start : start + BLOCK_ROWS] @ documents.T
 
-  A tie counts against the query: where all documents score the same, its own is the last of them.
+
+def rank_own_documents(scores: Iterable[Float[np.ndarray, " n"]]) -> Int[np.ndarray, " n"]:
+  """Return the rank of document i for query i, from 1.
+
+  A tie counts against the query: if all documents have the same score, the rank is n.
+
+  Args:
+    scores: for each query the scores of all documents.
   """
   return np.array([np.count_nonzero(row >= row[i] - TIE) for i, row in enumerate(scores)])
 
 
-def ranking(places: np.ndarray) -> dict[str, float]:
-  """The share of queries whose document is the first, or among ten; the mean of 1 / place (MRR)."""
+def ranking_metrics(ranks: Int[np.ndarray, " n"]) -> dict[str, float]:
+  """Return the shares of queries with rank 1 and with rank at most 10, and the mean reciprocal rank (MRR)."""
   return {
-    "recall_at_1": float(np.mean(places <= 1)),
-    "recall_at_10": float(np.mean(places <= 10)),
-    "mrr": float(np.mean(1 / places)),
+    "recall_at_1": float(np.mean(ranks <= 1)),
+    "recall_at_10": float(np.mean(ranks <= 10)),
+    "mrr": float(np.mean(1 / ranks)),
   }
 
 
-def alignment(queries: np.ndarray, documents: np.ndarray) -> float:
-  """The mean squared distance of a pair, 0 is the best (Wang and Isola 2020, https://arxiv.org/abs/2005.10242)."""
+def alignment(queries: Float[np.ndarray, "n D"], documents: Float[np.ndarray, "n D"]) -> float:
+  """Return the mean squared distance of a pair; 0 is best (Wang and Isola 2020, https://arxiv.org/abs/2005.10242)."""
   return float(np.mean(np.sum(np.square(queries - documents), axis=1)))
 
 
-def uniformity(vectors: np.ndarray) -> float:
-  """log of the mean over pairs of exp(-2 squared distance), less is better, -4 about the best (Wang and Isola 2020)."""
+def uniformity(vectors: Float[np.ndarray, "n D"]) -> float:
+  """Return the log of the mean over pairs of exp(-2 squared distance), of unit vectors (Wang and Isola 2020).
+
+  Lower is better, and about -4 is best.
+  """
   count = len(vectors)
-  total = math.fsum(float(np.sum(np.exp(4 * row - 4), dtype=np.float64)) for row in cosines(vectors, vectors))
+  total = math.fsum(float(np.sum(np.exp(4 * row - 4), dtype=np.float64)) for row in iterate_cosines(vectors, vectors))
   own = float(np.sum(np.exp(4 * np.sum(np.square(vectors), axis=1, dtype=np.float64) - 4)))
   return math.log((total - own) / (count * (count - 1)))
-
-
-# BM25
-
-
-def words(text: str) -> list[str]:
-  """Words in lower case, identifiers taken apart: `readHTTPLines` and `read_http_lines` are read, http, lines."""
-  text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
-  return re.findall(r"[^\W_]+", text.lower())
-
-
-def bm25_scores(queries: Sequence[str], documents: Sequence[str]) -> Iterator[np.ndarray]:
-  """Rows [n] of what `bm25s` gives, each query's for all documents (Lucene's BM25; k1 = 1.5, b = 0.75)."""
-  index = _import_bm25s().BM25(method="lucene", k1=1.5, b=0.75)
-  index.index([words(text) or [""] for text in documents], show_progress=False)
-  for query in queries:
-    known = index.get_tokens_ids(words(query))
-    yield index.get_scores_from_ids(known) if known else np.zeros(len(documents), np.float32)
-
-
-def _import_bm25s() -> Any:
-  try:
-    import bm25s
-  except ImportError as error:
-    raise ConfigError(
-      "evals.*.bm25=True needs the package bm25s: pip install 'llmjax[eval]', or set it False"
-    ) from error
-  logging.getLogger("bm25s").setLevel(logging.WARNING)  # it narrates
-  return bm25s
-
-
-# similarity
-
-
-def similarity(
-  program: Program, files: str, batch_tokens: int, text_a: str = "text_a", text_b: str = "text_b", score: str = "score"
-) -> Evaluator:
-  """Spearman's correlation of cosines with scores that people gave, on a file of pairs.
-
-  Vectors are made as the objective makes them; the mean over tokens where it makes none.
-
-  Args:
-    files: JSONL, CSV, TSV or Parquet.
-    batch_tokens: see `embeddings.embed`.
-    text_a, text_b, score: the fields of a record.
-  """
-  from scipy import stats
-
-  objective = contrastive_part(program.objective)
-  pooling = "mean" if objective is None else objective.pooling
-  texts, scores = read_scored(files, text_a, text_b, score)
-  rows = tokenize(program.tokenizer, texts, program.config["seq_len"])
-
-  def evaluate(params: Any) -> dict[str, float]:
-    a, b = np.split(_embed(program, params, rows, pooling, batch_tokens), 2)
-    return {"spearman": float(stats.spearmanr(np.sum(a * b, axis=1), scores).statistic)}
-
-  return evaluate
-
-
-def read_scored(files: str, text_a: str, text_b: str, score: str) -> tuple[list[str], np.ndarray]:
-  """The n first and then the n second texts of a file's pairs, and their scores Float64[n]."""
-  known = record_fields(files)
-  for key, field in (("text_a", text_a), ("text_b", text_b), ("score", score)):
-    if field not in known:
-      raise ConfigError(f"{files} has no field {field!r} (evals.*.{key}); {suggest_name(field, known)}")
-  first, second, scores = [], [], []
-  column = "text" if text_b == "text" else text_a  # what a source calls "text" hides a field of this name
-  for number, record in enumerate(files_source("all", files, column, (text_a, text_b, score)), 1):
-    try:
-      first.append(str(record[text_a]))
-      second.append(str(record[text_b]))
-      scores.append(float(record[score]))
-    except (KeyError, TypeError, ValueError) as error:
-      raise ConfigError(f"{files}: record {number} is no pair of texts with a number as its {score!r}") from error
-  if not np.all(np.isfinite(scores)) or len(set(scores)) < 2:
-    raise ConfigError(f"{files}: the field {score!r} must hold numbers that differ, for cosines to agree with them")
-  return first + second, np.array(scores)
-
-
-def _embed(program: Program, params: Any, rows: Sequence[np.ndarray], pooling: str, batch_tokens: int) -> np.ndarray:
-  """Vectors of framed texts, on the program's mesh."""
-  return embed_tokens(
-    program.model, params, rows, pooling=pooling, batch_tokens=batch_tokens, mesh=program.mesh, rules=program.rules
-  )

@@ -1,1 +1,1 @@
-"""Generation, embeddings, and predictions."""
+"""Inference: generation of text, embeddings, and predictions of fine-tuned models."""

@@ -1,290 +1,186 @@
-"""Answers of a fine-tuned model to records: in memory for evaluation, and from JSONL to JSONL for `llmjax predict`.
+"""Answers of a fine-tuned model to records, in memory.
 
-Records are read in windows where their task says so, and those batched by length; answers come back in the order of
-the records, whatever the batches and the mesh.
+Records that are too long are read in windows if their task supports it. Windows are batched by length. Answers are in
+the order of the records, and do not depend on the batches or the mesh.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import Int
 
-from llmjax.checkpoints.sources import Pretrained, open_path
 from llmjax.config import ConfigError
 from llmjax.data import packing
-from llmjax.data.sources.paths import json_error
-from llmjax.data.sources.registry import source_kind
-from llmjax.distributed import processes, sharding
-from llmjax.inference.embeddings import BATCH_TOKENS, batches, check_output, in_batches, put_on_mesh, replacing
+from llmjax.distributed import sharding
+from llmjax.inference.batches import BatchSettings, PlannedBatch, map_batches, plan_batches
 from llmjax.inference.generation import generate
 from llmjax.objectives.task import Record, Result, Task
-from llmjax.types import Array, Batch, Features, Objective
+from llmjax.trees import Params
+from llmjax.types import Array, Batch, Features, Model, Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictionSettings:
-  """How answers are made.
+class PredictionSettings(BatchSettings):
+  """Settings of predictions.
 
   Attributes:
-    batch_tokens: rows times length of a batch, padding included.
-    mesh, rules: devices to share rows; None is wherever the parameters are.
-    generation: keywords of `llmjax.generate`, where the task writes texts.
+    generation: keywords of `llmjax.generate`, for tasks whose answers are texts.
   """
 
-  batch_tokens: int = BATCH_TOKENS
-  mesh: Mesh | None = None
-  rules: sharding.Rules = dataclasses.field(default_factory=lambda: sharding.RULES)
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self) -> None:
-    if self.batch_tokens < 1:
-      raise ConfigError(f"batch_tokens={self.batch_tokens} must be at least 1")
 
 
 def check_task(objective: Objective) -> Task:
-  """The objective, if it has answers to give."""
+  """Return the objective if it is a task, which has answers. Raises ConfigError if it is not."""
   if not isinstance(objective, Task):
     raise ConfigError(
-      f"the model was trained on {type(objective).__name__}, which has no answers to give; `llmjax generate` writes "
-      "text, `llmjax embed` vectors"
+      f"the model was trained on {type(objective).__name__}, which has no answers; use `llmjax generate` for text, "
+      "`llmjax embed` for embeddings"
     )
   return objective
 
 
 def check_generation(task: Task, generation: Mapping[str, Any]) -> None:
-  """Raises ConfigError where a task that writes nothing is told how to."""
+  """Raise ConfigError if there are settings of generation for a task that generates no text."""
   if generation and not task.generates:
     name = next(iter(generation))
-    raise ConfigError(f"{name}={generation[name]!r} is for tasks that write texts, not {type(task).__name__}; unset it")
+    raise ConfigError(
+      f"{name}={generation[name]!r} is for tasks that generate text, not {type(task).__name__}; unset it"
+    )
 
 
 def predict(
-  model: Any, params: Any, task: Task, records: Sequence[Record], settings: PredictionSettings | None = None
+  model: Model, params: Params, task: Task, records: Sequence[Record], settings: PredictionSettings | None = None
 ) -> list[Result]:
-  """A result for each record, see `Task.result`; in their order.
+  """Return the result of each record, see `Task.result`, in the order of the records.
+
+  Args:
+    model: a model that was trained on the task.
+    params: its parameters.
+    task: the objective of the training.
+    records: records with the inputs of the task.
+    settings: size of the batches, devices, and generation. None: the defaults.
 
   Raises:
-    ConfigError: a record that the task cannot read, with its number.
+    ConfigError: the task cannot read a record, whose number is in the message.
   """
   settings = PredictionSettings() if settings is None else settings
   check_generation(task, settings.generation)
-  windows = [_windows(task, record, number) for number, record in enumerate(records)]
-  flat = [features for each in windows for features in each]
-  make = _write if task.generates else _decode
-  found = iter(make(model, params, task, flat, settings))
-  return [task.result(record, each, [next(found) for _ in each]) for record, each in zip(records, windows, strict=True)]
+  windows = [_encode_record(task, record, number) for number, record in enumerate(records)]
+  all_windows = [features for each in windows for features in each]
+  compute = _generate_texts if task.generates else _decode_windows
+  decoded = iter(compute(model, params, task, all_windows, settings))
+  return [
+    task.result(record, each, [next(decoded) for _ in each]) for record, each in zip(records, windows, strict=True)
+  ]
 
 
-def _windows(task: Task, record: Record, number: int) -> list[Features]:
+def _encode_record(task: Task, record: Record, number: int) -> list[Features]:
+  """Return the windows of a record; its number is for messages."""
   try:
     task.check(record, labelled=False)
     features = task.encode(record, labelled=False)
   except ConfigError as error:
     raise ConfigError(f"record {number} (from 0): {error}") from error
   if not features:
-    raise ConfigError(f"record {number} (from 0) has no tokens to read; take it out")
+    raise ConfigError(f"record {number} (from 0) has no tokens to read; remove it")
   return features
 
 
-def _decode(
-  model: Any, params: Any, task: Task, windows: Sequence[Features], settings: PredictionSettings
+def _decode_windows(
+  model: Model, params: Params, task: Task, windows: Sequence[Features], settings: PredictionSettings
 ) -> list[dict[str, np.ndarray]]:
-  """What `Task.decode` gives for each window."""
+  """Return the arrays of `Task.decode` for each window."""
   pieces = [packing.flatten_features(features) for features in windows]
-  found: list[dict[str, np.ndarray]] = [{} for _ in pieces]
+  decoded: list[dict[str, np.ndarray]] = [{} for _ in pieces]
 
-  def make(which: np.ndarray, size: int, length: int) -> Batch:
-    sizes = {"inputs": length}
-    rows = [packing.pack_row([pieces[i]], pieces[i], sizes) for i in which]
-    rows += [packing.pack_row([], pieces[which[0]], sizes)] * (size - len(rows))
-    return packing.stack_rows(rows, range(size))
+  def make_batch(planned: PlannedBatch) -> Batch:
+    sizes = {"inputs": planned.length}
+    template = pieces[planned.indices[0]]
+    rows = [packing.pack_row([pieces[i]], pieces[i], sizes) for i in planned.indices]
+    rows += [packing.pack_row([], template, sizes)] * (planned.num_rows - len(rows))
+    return packing.stack_rows(rows, range(planned.num_rows))
 
-  def answer(batch: Batch) -> dict[str, Array]:
-    return _answer(model, params, task, batch)
+  def decode(batch: Batch) -> dict[str, Array]:
+    arrays: dict[str, Array] = _decode_batch(model, params, task, batch)
+    return arrays
 
   lengths = np.array([len(piece["inputs/ids"]) for piece in pieces], int)
-  context, mesh = model.cfg.max_len, settings.mesh
-  for which, out in in_batches(answer, make, lengths, context, settings.batch_tokens, mesh, settings.rules):
-    for row, i in enumerate(which):
-      found[i] = {name: x[row] for name, x in out.items()}
-  return found
+  for indices, arrays in map_batches(decode, make_batch, lengths, model.cfg.max_len, settings):
+    for row, i in enumerate(indices):
+      decoded[i] = {name: x[row] for name, x in arrays.items()}
+  return decoded
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task"))
-def _answer(model: Any, params: Any, task: Task, batch: Batch) -> dict[str, Array]:
+def _decode_batch(model: Model, params: Params, task: Task, batch: Batch) -> dict[str, Array]:
+  """Return the arrays of `Task.decode` for a batch, replicated on every device."""
   out = task.decode(model.apply({"params": params}, batch), batch)
-  return jax.tree.map(lambda x: sharding.constrain(x, *(None,) * x.ndim), out)
+  return {name: sharding.constrain(x, *(None,) * x.ndim) for name, x in out.items()}
 
 
-def _write(
-  model: Any, params: Any, task: Task, windows: Sequence[Features], settings: PredictionSettings
+def _generate_texts(
+  model: Model, params: Params, task: Task, windows: Sequence[Features], settings: PredictionSettings
 ) -> list[dict[str, np.ndarray]]:
-  """The tokens that follow each prompt, up to the one that ends a text."""
+  """Return {"tokens": the tokens generated after each prompt, without the end token}."""
   prompts = [packing.flatten_features(features)["inputs/ids"] for features in windows]
-  separate = model.cfg.stacks == "both"
-  tokenizer = task.tokenizer
-  said = dict(settings.generation)
-  wanted = said.pop("max_new_tokens", task.max_new_tokens)
+  is_separate = model.cfg.stacks == "both"
+  context, pad_id = model.cfg.max_len, task.tokenizer.pad_id
+  generation = dict(settings.generation)
+  max_new_tokens = generation.pop("max_new_tokens", task.max_new_tokens)
   ends = tuple(task.ends)
-  found: list[dict[str, np.ndarray]] = [{} for _ in prompts]
-  with _using(settings):
-    for which, size, length in _batches(model, [len(ids) for ids in prompts], settings):
-      room = model.cfg.max_len - (1 if separate else max(len(prompts[i]) for i in which))
+  decoded: list[dict[str, np.ndarray]] = [{} for _ in prompts]
+  lengths = np.array([len(ids) for ids in prompts], int)
+  with settings.use_mesh():
+    for indices, num_rows, length in plan_batches(lengths, context, settings.batch_tokens, settings.num_shards):
+      longest = int(lengths[indices].max())
+      room = context - (1 if is_separate else longest)
       if room < 1:
         raise ConfigError(
-          f"a prompt of {model.cfg.max_len - room} tokens leaves nothing to write in a context of {model.cfg.max_len}; "
-          "shorten it"
+          f"a prompt of {context - room} tokens leaves no room for new tokens in a context of {context}; shorten it"
         )
-      if not separate:
-        length = min(length, model.cfg.max_len - min(wanted, room))
-      length = max(length, max(len(prompts[i]) for i in which))
-      ids, mask = np.full((size, length), tokenizer.pad_id, np.int32), np.zeros((size, length), np.int32)
-      for row, i in enumerate([*which, *[which[-1]] * (size - len(which))]):  # no row may be empty
-        ids[row, length - len(prompts[i]) :], mask[row, length - len(prompts[i]) :] = prompts[i], 1
+      count = min(max_new_tokens, room)
+      if not is_separate:
+        length = min(length, context - count)
+      ids, mask = _pad_left([prompts[i] for i in indices], num_rows, max(length, longest), pad_id)
       tokens = generate(
         model,
         params,
-        *_put((ids, mask), settings),
-        max_new_tokens=min(wanted, room),
+        ids,
+        mask,
+        max_new_tokens=count,
         eos_id=ends or None,
-        pad_id=tokenizer.pad_id,
-        start_id=tokenizer.pad_id,
-        **said,
+        pad_id=pad_id,
+        start_id=pad_id,
+        **generation,
       )
-      new = _fetch(tokens)[:, -min(wanted, room) :]
-      for row, i in enumerate(which):
+      new = _gather_array(tokens)[:, -count:]
+      for row, i in enumerate(indices):
         stop = np.flatnonzero(np.isin(new[row], ends))
-        found[i] = {"tokens": new[row, : stop[0]] if len(stop) else new[row]}
-  return found
+        decoded[i] = {"tokens": new[row, : stop[0]] if len(stop) else new[row]}
+  return decoded
 
 
-def _fetch(x: Array) -> np.ndarray:
-  """All of an array that several processes may hold."""
+def _pad_left(
+  prompts: Sequence[Int[np.ndarray, " length"]], num_rows: int, length: int, pad_id: int
+) -> tuple[Int[np.ndarray, "num_rows length"], Int[np.ndarray, "num_rows length"]]:
+  """Return ids and mask of prompts that are padded on the left. The last one is repeated, since no row may be empty."""
+  ids, mask = np.full((num_rows, length), pad_id, np.int32), np.zeros((num_rows, length), np.int32)
+  for row, prompt in enumerate([*prompts, *[prompts[-1]] * (num_rows - len(prompts))]):
+    ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, 1
+  return ids, mask
+
+
+def _gather_array(x: Array) -> np.ndarray:
+  """Return a whole array, of which this process may hold only a part."""
   if x.is_fully_addressable:
     return np.asarray(x)
   from jax.experimental import multihost_utils
 
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def _using(settings: PredictionSettings) -> Any:
-  return contextlib.nullcontext() if settings.mesh is None else sharding.use_mesh(settings.mesh, settings.rules)
-
-
-def _batches(model: Any, lengths: Sequence[int], settings: PredictionSettings) -> Iterator[tuple[np.ndarray, int, int]]:
-  parts = 1 if settings.mesh is None else sharding.num_batch_shards(settings.mesh, settings.rules)
-  return batches(np.array(lengths, int), model.cfg.max_len, settings.batch_tokens, parts)
-
-
-def _put(batch: Any, settings: PredictionSettings) -> Any:
-  if settings.mesh is None:
-    return jax.tree.map(jnp.asarray, batch)
-  return put_on_mesh(batch, sharding.named_sharding(settings.mesh, "act_batch", rules=settings.rules))
-
-
-# files
-
-
-def predict_file(
-  path: str,
-  input: str,
-  output: str,
-  *,
-  min_confidence: float | None = None,
-  batch_tokens: int = BATCH_TOKENS,
-  mesh: Mapping[str, int] | None = None,
-  generation: Mapping[str, Any] | None = None,
-  trust: bool = False,
-) -> tuple[int, int, list[str]]:
-  """Writes a line of JSON for every line of a JSONL file, in their order.
-
-  Args:
-    path: see `pretrained.open_path`.
-    input: JSONL with the fields that the model's task reads; a field "id" is kept.
-    output: a line is what `Task.result` gives; of a line that cannot be read {"line": its number, "error": why}.
-    min_confidence: only lines that are answered with at least this confidence, with all fields of the input: labelled
-      data to train on.
-    mesh: sizes of `sharding.make_mesh`.
-    generation: keywords of `llmjax.generate`.
-  Returns:
-    how many lines were written with an answer, how many there are, and what is wrong with the bad ones.
-  """
-  source_file = Path(input)
-  if not source_file.is_file():
-    raise ConfigError(f"--input={input}: there is no such file")
-  if source_kind(source_file) not in ("jsonl", "text"):
-    raise ConfigError(f"--input={input}: predict reads JSONL, an object a line, and this is none by its ending")
-  if not Path(output).parent.is_dir():
-    raise ConfigError(f"--output={output}: there is no folder {Path(output).parent}")
-  target = check_output(output, input)
-  if min_confidence is not None and not 0 <= min_confidence <= 1:
-    raise ConfigError(f"--min_confidence={min_confidence} must be from 0 to 1")
-  with open_path(path) as source:
-    task = check_task(source.objective(trust))
-    check_generation(task, generation or {})
-    if min_confidence is not None and not task.confident:
-      raise ConfigError(f"--min_confidence={min_confidence}: the model's answers have no confidence; leave it out")
-    lines = list(_read_lines(source_file, task))
-    if not lines:
-      raise ConfigError(f"--input={input}: the file is empty")
-    processes.preflight(
-      lambda: {"model": processes.short_digest(source.manifest), "input": processes.short_digest(lines)}
-    )
-    rules = {**sharding.RULES, **source.config["rules"]}
-    devices = sharding.make_mesh(mesh or {"data": -1})
-    loaded: Pretrained = source.load(trust, devices, rules)
-  good = [record for _, record, _ in lines if record is not None]
-  bad = [f"{source_file}:{number}: {error}" for number, record, error in lines if record is None]
-  settings = PredictionSettings(batch_tokens, devices, rules, generation or {})
-  answers = iter(predict(loaded.model, loaded.params, task, good, settings))
-  out: list[dict[str, Any]] = []
-  for number, record, error in lines:
-    if record is None:
-      out += [{"line": number, "error": error}] if min_confidence is None else []
-    elif min_confidence is None:
-      out.append(({"id": record["id"]} if "id" in record else {}) | next(answers))
-    else:
-      answer = next(answers)
-      sure = answer["confidence"] >= min_confidence
-      out += [{**record, **{k: v for k, v in answer.items() if k != "scores"}}] if sure else []
-  if jax.process_index() == 0:
-    with replacing(target) as partial:
-      partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in out), encoding="utf-8")
-  return len(out) - (len(bad) if min_confidence is None else 0), len(lines), bad
-
-
-def _read_lines(path: Path, task: Task) -> Iterable[tuple[int, dict[str, Any] | None, str]]:
-  """(line number from 1, record or None, what is wrong with it) of every line; blank ones at the end are none."""
-  with path.open("rb") as file:
-    blank = 0
-    for number, line in enumerate(file, 1):
-      if not line.strip():
-        blank += 1
-        continue
-      yield from ((number - before, None, "the line is blank") for before in range(blank, 0, -1))
-      blank = 0
-      try:
-        record = json.loads(line.decode("utf-8"))
-        if not isinstance(record, dict):
-          raise ConfigError(f"not an object but a {type(record).__name__}")
-        task.check(record, labelled=False)
-        if not task.encode(record, labelled=False):
-          raise ConfigError("there are no tokens to read")
-      except UnicodeDecodeError as error:
-        yield number, None, f"byte {error.start} is not UTF-8"
-      except json.JSONDecodeError as error:
-        yield number, None, f"not a JSON object: {json_error(error)}"
-      except ConfigError as error:
-        yield number, None, str(error)
-      else:
-        yield number, record, ""

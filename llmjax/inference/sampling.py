@@ -1,9 +1,9 @@
-"""How the next token is drawn from logits."""
+"""Sampling of the next token from logits."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,21 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llmjax.config import ConfigError
+from llmjax.types import Leaf
 
 
 @struct.dataclass
 class Sampling:
-  """How the next token is drawn from logits. Numbers are traced, so that changing them compiles nothing."""
+  """Settings of sampling. Numbers are traced, so that a change does not recompile."""
 
-  temperature: Any  # Float[], > 0
-  top_p: Any  # Float[], 1 = off
-  min_p: Any  # Float[], 0 = off
-  repetition_penalty: Any  # Float[], 1 = off
-  greedy: bool = struct.field(pytree_node=False)
-  top_k: int | None = struct.field(pytree_node=False)
-  nucleus: bool = struct.field(pytree_node=False)
-  penalise: bool = struct.field(pytree_node=False)
+  temperature: Leaf  # Float[], > 0
+  top_p: Leaf  # Float[], 1: off
+  min_p: Leaf  # Float[], 0: off
+  repetition_penalty: Leaf  # Float[], 1: off
+  is_greedy: bool = dataclasses.field(metadata={"pytree_node": False})
+  top_k: int | None = dataclasses.field(metadata={"pytree_node": False})
+  has_top_p: bool = dataclasses.field(metadata={"pytree_node": False})
+  has_penalty: bool = dataclasses.field(metadata={"pytree_node": False})
 
 
 def make_sampling(
@@ -35,10 +36,17 @@ def make_sampling(
   repetition_penalty: float = 1.0,
   min_p: float = 0.0,
 ) -> Sampling:
-  """Checked sampling settings; temperature 0 is greedy.
+  """Check settings of sampling and return them.
+
+  Args:
+    temperature: divides the logits; 0 is greedy decoding.
+    top_k: sample from the k most probable tokens, None: all.
+    top_p: sample from the smallest set of tokens with at least this probability, None: all.
+    repetition_penalty: factor for the logits of tokens seen, 1: off.
+    min_p: sample from tokens with at least this fraction of the highest probability, 0: all.
 
   Raises:
-    ConfigError: a value out of range.
+    ConfigError: a value is out of range.
   """
   if not 0 <= temperature < math.inf:
     raise ConfigError(f"temperature={temperature} must be a number that is not negative; 0 is greedy")
@@ -47,52 +55,62 @@ def make_sampling(
   if top_p is not None and not 0 < top_p <= 1:
     raise ConfigError(f"top_p={top_p} must be in (0, 1]")
   if not 0 <= min_p <= 1:
-    raise ConfigError(f"min_p={min_p} must be in [0, 1]; 0 is none")
+    raise ConfigError(f"min_p={min_p} must be in [0, 1]; 0 turns it off")
   if not 0 < repetition_penalty < math.inf:
-    raise ConfigError(f"repetition_penalty={repetition_penalty} must be positive; 1 is none")
+    raise ConfigError(f"repetition_penalty={repetition_penalty} must be positive; 1 turns it off")
   return Sampling(
     temperature=np.float32(temperature or 1.0),
     top_p=np.float32(1.0 if top_p is None else top_p),
     min_p=np.float32(min_p),
     repetition_penalty=np.float32(repetition_penalty),
-    greedy=temperature == 0,
+    is_greedy=temperature == 0,
     top_k=top_k,
-    nucleus=top_p is not None and top_p < 1,
-    penalise=repetition_penalty != 1.0,
+    has_top_p=top_p is not None and top_p < 1,
+    has_penalty=repetition_penalty != 1.0,
   )
 
 
-def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None) -> Array:
-  """Logits after repetition penalty, temperature, top-k, top-p and min-p, in this order; what is ruled out is -inf.
+def filter_logits(
+  logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None
+) -> Float[Array, "B V"]:
+  """Apply repetition penalty, temperature, top-k, top-p and min-p, in this order.
 
-  The penalty divides positive logits of seen tokens and multiplies negative ones (Keskar et al. 2019); top-p keeps
-  the smallest set of tokens whose probability reaches p (Holtzman et al. 2020), min-p those with at least the fraction
-  p of the likeliest one's probability (Nguyen et al. 2024).
+  The penalty divides positive logits of seen tokens and multiplies negative ones (Keskar et al. 2019). Top-p keeps the
+  smallest set of tokens whose probability reaches p (Holtzman et al. 2020). Min-p keeps the tokens with at least the
+  fraction p of the highest probability (Nguyen et al. 2024).
+
+  Args:
+    logits: of the next token.
+    sampling: settings.
+    seen: tokens that the penalty applies to, None: no penalty.
+
+  Returns:
+    The logits, -inf for tokens that are excluded.
   """
   if seen is not None:
-    penalised = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-    logits = jnp.where(seen, penalised, logits)
-  if sampling.greedy:
+    penalized = jnp.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    logits = jnp.where(seen, penalized, logits)
+  if sampling.is_greedy:
     return logits
   logits = logits / sampling.temperature
   if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-    least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  if sampling.nucleus:
+    threshold = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+    logits = jnp.where(logits < threshold, -jnp.inf, logits)
+  if sampling.has_top_p:
     order = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(order, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the mass of all likelier tokens
-    least = jnp.min(jnp.where(before < sampling.top_p, order, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
-  return jnp.where(logits < least, -jnp.inf, logits)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # probability of all likelier tokens
+    threshold = jnp.min(jnp.where(before < sampling.top_p, order, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits < threshold, -jnp.inf, logits)
+  threshold = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+  return jnp.where(logits < threshold, -jnp.inf, logits)
 
 
 def sample_token(
   logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], seen: Bool[Array, "B V"] | None
 ) -> Int[Array, " B"]:
-  """The next token of every row, each with a key of its own."""
+  """Return the next token of every row, sampled with the row's own key; arguments as in `filter_logits`."""
   logits = filter_logits(logits, sampling, seen)
-  if sampling.greedy:
+  if sampling.is_greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

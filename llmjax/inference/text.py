@@ -1,4 +1,4 @@
-"""Continuation of a prompt as text: settings, chat template, context length, and a stream of pieces of text."""
+"""Continuation of a prompt as text: settings, chat template, context length, and text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from llmjax.checkpoints.sources import Pretrained, open_path
+from llmjax.checkpoints.paths import open_path
+from llmjax.checkpoints.sources.base import Pretrained
 from llmjax.config import ConfigError, ConfigTree, Json
 from llmjax.config.mesh import RULES, Rules
 from llmjax.data.tokenizers import chat
 from llmjax.distributed import processes
-from llmjax.inference.beam_search import make_settings
-from llmjax.inference.generation import encode_prompt, generate, stream, until
+from llmjax.inference.beam_search import make_beam_settings
+from llmjax.inference.generation import encode_prompt, end_token_ids, generate, stop_before, stream_tokens
 from llmjax.inference.sampling import make_sampling
-from llmjax.interop.generation_config import read_settings
+from llmjax.interop.generation_config import read_generation_settings
 from llmjax.objectives.sft import end_tokens
 
-USUAL_NEW_TOKENS = 200
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-BEAM_SEARCH = ("num_beams", "length_penalty", "early_stopping")
+DEFAULT_NEW_TOKENS = 200  # if neither the command line nor the checkpoint sets a number
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+BEAM_SETTINGS = ("num_beams", "length_penalty", "early_stopping")
 
 
 def open_continuation(
@@ -57,7 +58,7 @@ def generation_settings(manifest: Mapping[str, Json], overrides: Mapping[str, An
   model = manifest["model"]
   is_encoder_decoder = bool(model.get("encoder_layers") and model.get("decoder_layers"))
   try:
-    settings = read_settings(own, {"is_encoder_decoder": is_encoder_decoder}) if own else {}
+    settings = read_generation_settings(own, {"is_encoder_decoder": is_encoder_decoder}) if own else {}
   except (TypeError, LookupError) as error:
     raise ConfigError(f"{path}: a field of its generation_config.json has the wrong type: {error}") from error
   if "do_sample" not in own and settings.get("num_beams", 1) == 1:
@@ -68,8 +69,9 @@ def generation_settings(manifest: Mapping[str, Json], overrides: Mapping[str, An
   elif "temperature" in given:
     given = {"num_beams": 1} | given
   settings |= given
-  make_sampling(**{key: settings[key] for key in SAMPLING if key in settings})  # these two only check
-  make_settings(**{"num_beams": 1} | {key: settings[key] for key in BEAM_SEARCH if key in settings})
+  # These two calls only check the settings.
+  make_sampling(**{key: settings[key] for key in SAMPLING_SETTINGS if key in settings})
+  make_beam_settings(**{"num_beams": 1} | {key: settings[key] for key in BEAM_SETTINGS if key in settings})
   return settings
 
 
@@ -109,36 +111,36 @@ class Continuation:
     system = objective.get("system") if system is None else system
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
-    # A model that was not trained on a template of ours does not know the default one.
+    # Only a model that was trained here may know the default template.
     choose = chat.template_or_default if objective.get("name") == "sft" else chat.choose_template
     template = choose(tokenizer.chat_templates, objective.get("template"))
-    ends = (*as_tuple(self.settings.get("eos_id")), *end_tokens(tokenizer, template))
+    ends = (*end_token_ids(self.settings.get("eos_id")), *end_tokens(tokenizer, template))
     self.settings["eos_id"] = tuple(dict.fromkeys(ends))
     ids: np.ndarray = tokenizer.chat(messages, add_generation_prompt=True, template=template)
     return ids
 
   def fit_prompt(self, ids: np.ndarray, max_new_tokens: int | None) -> tuple[np.ndarray, int]:
     """Return the prompt and the number of new tokens that fit into the context, see `fit_prompt`."""
-    usual = self.settings.pop("max_new_tokens", USUAL_NEW_TOKENS)
+    usual = self.settings.pop("max_new_tokens", DEFAULT_NEW_TOKENS)
     return fit_prompt(ids, self.pretrained.model.cfg.max_len, max_new_tokens, self.is_separate, usual)
 
   def stream(self, ids: np.ndarray, count: int, stops: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the text of up to `count` new tokens while they are generated, until one of `stops`."""
-    return until(self._pieces(ids, count), stops)
+    return stop_before(self._pieces(ids, count), stops)
 
   def _pieces(self, ids: np.ndarray, count: int) -> Iterator[str]:
     """Yield the text of each new token; with beam search, of all of them at the end."""
     model, params, tokenizer = self.pretrained
     settings = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id, "start_id": tokenizer.pad_id} | self.settings
-    ends = as_tuple(settings.pop("eos_id"))
-    text = tokenizer.stream(special=self.is_separate)  # sentinels of T5 say which span is written
+    ends = end_token_ids(settings.pop("eos_id"))
+    text = tokenizer.stream(special=self.is_separate)  # T5's sentinel tokens name the span that follows
     if settings.get("num_beams", 1) > 1:
       generated = generate(model, params, ids[None], max_new_tokens=count, eos_id=ends, **settings)
       tokens = iter(generated[:, -count:].T)
     else:
-      for key in (*BEAM_SEARCH, "pad_id"):
+      for key in (*BEAM_SETTINGS, "pad_id"):
         settings.pop(key, None)
-      tokens = stream(model, params, ids[None], max_new_tokens=count, **settings)
+      tokens = stream_tokens(model, params, ids[None], max_new_tokens=count, **settings)
     for token in tokens:
       if int(token[0]) in ends:
         break
@@ -146,17 +148,12 @@ class Continuation:
     yield text.finish()
 
 
-def as_tuple(ends: Any) -> tuple[int, ...]:
-  """Return the end tokens of None, an id, or several ids."""
-  return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
-
-
 def fit_prompt(
   ids: np.ndarray,
   context: int,
   max_new_tokens: int | None,
   is_separate: bool = False,
-  usual: int = USUAL_NEW_TOKENS,
+  usual: int = DEFAULT_NEW_TOKENS,
 ) -> tuple[np.ndarray, int]:
   """Return the prompt and the number of new tokens that fit into a context; warns if the prompt is truncated.
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from llmjax.config import ConfigError, suggest_name
-from llmjax.metrics import tasks
+from llmjax.metrics.labels import classification_metrics, multi_label_metrics, regression_metrics
 from llmjax.objectives.losses import correct, cross_entropy
 from llmjax.objectives.task import (
   NOTHING,
@@ -184,10 +184,10 @@ class Classification(Task):
     truths = [record[self.label] for record in records]
     guesses = [result[self.label] for result in results]
     if self.kind == "single":
-      return tasks.classification(list(map(label_text, truths)), guesses, self.labels)
+      return classification_metrics(list(map(label_text, truths)), guesses, self.labels)
     if self.kind == "multi":
-      return tasks.multi_label([label_list(t, self.label) for t in truths], guesses, self.labels)
-    return tasks.regression(list(map(float, truths)), guesses)
+      return multi_label_metrics([label_list(t, self.label) for t in truths], guesses, self.labels)
+    return regression_metrics(list(map(float, truths)), guesses)
 
 
 def label_list(value: Any, field: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from llmjax.config import ConfigError, suggest_name
-from llmjax.metrics import tasks
+from llmjax.metrics.texts import summary_metrics, translation_metrics
 from llmjax.objectives.losses import TokenLoss
 from llmjax.objectives.task import Record, Result, Task, text_field
 from llmjax.types import Batch, Features, Forward, Metrics, Sums
@@ -188,7 +188,7 @@ class Seq2Seq(Task):
     if self.metric == "none":
       return {}
     truths, texts = [record[self.target] for record in records], [result[self.target] for result in results]
-    return tasks.summaries(truths, texts) if self.metric == "rouge" else tasks.translations(truths, texts)
+    return summary_metrics(truths, texts) if self.metric == "rouge" else translation_metrics(truths, texts)
 
 
 def next_tokens(ids: np.ndarray, learned: np.ndarray) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from llmjax.config import ConfigError, suggest_name
 from llmjax.data.tokenizers import chat
-from llmjax.metrics import tasks
+from llmjax.metrics.texts import summary_metrics
 from llmjax.objectives.losses import TokenLoss
 from llmjax.objectives.seq2seq import next_tokens, written
 from llmjax.objectives.task import Record, Result, Task, text_field
@@ -193,7 +193,7 @@ class InstructionTuning(Task):
         truths.append(truth.strip())
         answers.append(result[self.response or "response"].strip())
     exact = sum(map(str.__eq__, truths, answers)) / max(len(truths), 1)
-    return {**tasks.summaries(truths, answers), "exact_match": exact}
+    return {**summary_metrics(truths, answers), "exact_match": exact}
 
   def _truth(self, record: Record) -> str | None:
     if self.response is not None:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llmjax.config import ConfigError
-from llmjax.metrics import tasks
+from llmjax.metrics.texts import answer_metrics
 from llmjax.objectives.losses import correct, cross_entropy
 from llmjax.objectives.task import Record, Result, Task, text_field
 from llmjax.types import Batch, Features, Forward, Metrics, Outputs, Sums
@@ -215,7 +215,7 @@ class SpanQA(Task):
 
   def measure(self, records: Sequence[Record], results: Sequence[Result]) -> dict[str, float]:
     truths = [[text for text, _ in accepted_answers(record[self.answer], self.answer)] for record in records]
-    return tasks.answers(truths, [result["answer"] for result in results])
+    return answer_metrics(truths, [result["answer"] for result in results])
 
 
 def token_scores(out: Outputs, batch: Batch) -> Float[Array, "B 2 L"]:

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array
 
 from llmjax.config import ConfigError, suggest_name
-from llmjax.metrics import tasks
+from llmjax.metrics.labels import classification_metrics
+from llmjax.metrics.spans import span_metrics
 from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.losses import correct, cross_entropy
 from llmjax.objectives.task import NOTHING, Record, Records, Result, Task, keep_labels, sort_labels, text_field
@@ -230,9 +231,9 @@ class Tagging(Task):
     """Of spans; of other tags, by words."""
     truths, guesses = ([list(each[self.tags]) for each in rows] for rows in (records, results))
     if self.scheme != "none":
-      return tasks.spans(truths, guesses, {"bioes": "iobes"}.get(self.scheme, self.scheme))
+      return span_metrics(truths, guesses, {"bioes": "iobes"}.get(self.scheme, self.scheme))
     words, guessed = ([tag for tags in rows for tag in tags] for rows in (truths, guesses))
-    found = tasks.classification(words, guessed, self.labels)
+    found = classification_metrics(words, guessed, self.labels)
     return {"f1": found["f1_macro"], **found} if len(self.labels) > 2 else found
 
 

@@ -16,12 +16,12 @@ Evaluator: TypeAlias = Callable[[Params], Mapping[str, float | str]]  # all para
 EVALUATORS = {
   "loss": "llmjax.evaluation.evaluators:heldout_loss",
   "answers": "llmjax.evaluation.evaluators:task_answers",
-  "lead": "llmjax.evaluation.evaluators:lead_baseline",
+  "lead": "llmjax.evaluation.baselines:lead_baseline",
   "sample": "llmjax.evaluation.evaluators:sample_text",
-  "baselines": "llmjax.evaluation.evaluators:baselines",
-  "unigram": "llmjax.evaluation.evaluators:unigram_baseline",
-  "retrieval": "llmjax.evaluation.retrieval:retrieval",
-  "similarity": "llmjax.evaluation.retrieval:similarity",
+  "baselines": "llmjax.evaluation.baselines:compressor_evaluator",
+  "unigram": "llmjax.evaluation.baselines:unigram_baseline",
+  "retrieval": "llmjax.evaluation.retrieval:pair_retrieval",
+  "similarity": "llmjax.evaluation.similarity:similarity_correlation",
 }
 
 # Keys of an entry of config.evals that say when it is due; the others are the evaluator's.

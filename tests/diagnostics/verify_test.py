@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 from pathlib import Path
 
@@ -14,6 +13,9 @@ import pytest
 from llmjax.cli.main import main
 from llmjax.config import load_config, to_dict
 from llmjax.diagnostics import verify
+from llmjax.diagnostics.comparison import compare_measurements
+from llmjax.diagnostics.measurement import PARTS, measure_run
+from llmjax.diagnostics.shrink import shrink_config
 from llmjax.distributed import sharding
 from llmjax.models.attention import blockwise
 from llmjax.models.transformer import Transformer
@@ -44,17 +46,17 @@ TIERS = {("decoder", TENSOR): (), ("experts", EXPERT): pytest.mark.slow}
 
 @functools.cache
 def shrunk_config(kind):
-  return verify.shrink(load_config(KINDS[kind]), 8)
+  return shrink_config(load_config(KINDS[kind]), 8)
 
 
 @functools.cache
 def measure_one_device(kind):
-  return verify.measure_run(shrunk_config(kind), {}, jax.devices()[:1])
+  return measure_run(shrunk_config(kind), {}, jax.devices()[:1])
 
 
 @functools.cache
 def measure_mesh(kind, mesh):
-  return verify.measure_run(shrunk_config(kind), sharding.parse_mesh(mesh), jax.devices())
+  return measure_run(shrunk_config(kind), sharding.parse_mesh(mesh), jax.devices())
 
 
 EACH_MESH = pytest.mark.parametrize(
@@ -87,17 +89,14 @@ def test_verify_command_on_two_processes_equals_one_device(capsys):
   assert "the same on 2 meshes" in output and output.count("process 1 of 2") == 2
 
 
-# Differences.
-
-
 def replace_measurements(monkeypatch, on_mesh):
-  """Make `verify` use the decoder's measurements of one device, and `on_mesh` of them for a mesh."""
+  """Let `verify` use the decoder's measurement on one device, and for a mesh the result of `on_mesh` for it."""
   one_device = measure_one_device("decoder")
   measured = {1: one_device, 8: on_mesh(one_device)}
   monkeypatch.setattr(verify, "measure_run", lambda config, sizes, devices: measured[len(devices)])
 
 
-@pytest.mark.parametrize("part", verify.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_verify_reports_each_part_that_differs(part, monkeypatch, capsys):
   def perturb(measured):
     name = max(measured.parts[part], key=lambda name: np.abs(measured.parts[part][name]).max())
@@ -123,11 +122,11 @@ def test_verify_reports_rows_that_no_process_has(monkeypatch, capsys):
   rows = {row: content for row, content in whole.rows.items() if row != "0/3"}
   monkeypatch.setattr(verify, "measure_processes", lambda *_: [dataclasses.replace(whole, rows=rows)] * 2)
   assert not verify.verify(load_config(KINDS["decoder"]), ["data=8"], [2])
-  assert "row 0/3 is no process's" in capsys.readouterr().out
+  assert "no process has row 0/3" in capsys.readouterr().out
 
 
 def config_with(**changes):
-  """`gpt:debug` with a loss or an optimizer of `tests.support.local_reductions`."""
+  """Return gpt:debug with a loss or an optimizer of `tests.support.local_reductions`."""
   config = to_dict(load_config(["--config=gpt:debug"]))
   if "norm" in changes:
     optimizer = {"name": "tests.support.local_reductions:clip_each_parameter", **changes}
@@ -154,7 +153,7 @@ def test_verify_detects_wrong_reductions_of_user_code(wrong, right):
 @pytest.mark.full("meshes")
 @pytest.mark.parametrize("kind", ["decoder", "adapters"])
 def test_measure_detects_a_wrong_attention_gradient(kind, monkeypatch):
-  """Also with adapters, whose gradients would be zero at their initial values."""
+  """Noise makes this work with adapters, whose gradients are zero at their initial values."""
   right = blockwise._local_backward
 
   def wrong(*arguments):
@@ -162,9 +161,9 @@ def test_measure_detects_a_wrong_attention_gradient(kind, monkeypatch):
     return 1.5 * query, *others
 
   monkeypatch.setattr(blockwise, "_local_backward", wrong)
-  got = verify.measure_run(shrunk_config(kind), {"context": 8}, jax.devices())
+  got = measure_run(shrunk_config(kind), {"context": 8}, jax.devices())
   parts = {
-    difference.part for difference in verify.compare_runs(measure_one_device(kind), got) if difference.excess > 1
+    difference.part for difference in compare_measurements(measure_one_device(kind), got) if difference.excess > 1
   }
   assert "gradient" in parts and "held out" not in parts
 
@@ -174,32 +173,6 @@ def test_measure_detects_a_wrong_attention_gradient(kind, monkeypatch):
 def test_verify_with_expert_capacity_differs_only_if_tokens_are_dropped(capacity, same):
   config = load_config([*KINDS["experts"], f"--config.model.expert_capacity={capacity}"])
   assert verify.verify(config, ["expert=4"]) is same
-
-
-# The shrunk config, its batches and meshes.
-
-
-def test_shrink_selects_values_that_fit_short_sequences():
-  flags = ["--config=gpt:debug", "--config.seq_len=192", "--config.logit_tiles=3", "--config.model.attention=splash"]
-  config = verify.shrink(load_config(flags), 8)
-  assert (config["seq_len"], config["logit_tiles"], config["model"]["attention"]) == (128, 1, "auto")
-
-
-def test_shrink_does_not_change_a_model_of_the_user():
-  config = verify.shrink({**to_dict(load_config(["--config=gpt:debug"])), "model": {"name": "my:make"}}, 8)
-  assert config["model"] == {"name": "my:make"}
-
-
-def test_uneven_weights_vary_for_losses_with_one_weight_per_row():
-  labels = {"class": np.zeros(8, np.int32)}
-  batch = Batch(inputs=None, labels=labels, weights={"class": np.ones(8, np.float32)}, rows=np.arange(8))
-  assert len(set(verify.with_uneven_weights(batch).weights["class"])) > 1
-
-
-@pytest.mark.parametrize("devices", [2, 4, 6, 8])
-def test_meshes_of_a_number_of_devices_use_all_of_them(devices):
-  for mesh in verify.meshes_of(devices):
-    assert math.prod(sharding.resolve_mesh_sizes(sharding.parse_mesh(mesh), devices).values()) == devices
 
 
 def mixtral_logits(batch):
@@ -215,7 +188,6 @@ def mixtral_logits(batch):
   ],
 )
 def test_experts_on_mesh_accept_batches_that_it_does_not_divide(mesh):
-  """Three rows of ten tokens, as in a prompt."""
   batch = Batch.from_tokens(np.random.default_rng(0).integers(0, MIXTRAL.vocab_size, (3, 10)))
   want = mixtral_logits(batch)
   with sharding.use_mesh(sharding.make_mesh(sharding.parse_mesh(mesh))):

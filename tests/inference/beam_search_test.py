@@ -1,4 +1,4 @@
-"""Beam search finds what Transformers finds, what a reference finds without a cache, and all there is to find."""
+"""Beam search against Transformers, against a reference without a cache, and against all possible texts."""
 
 import functools
 import itertools
@@ -12,14 +12,11 @@ import pytest
 from flax import linen as nn
 
 from llmjax.config import ConfigError
-from llmjax.config.model import TransformerConfig
-from llmjax.inference import generation
+from llmjax.inference.decoding import decode_beams
 from llmjax.inference.generation import beam_search, generate
-from llmjax.models.transformer import Transformer
 from llmjax.types import Batch, Outputs
-from tests.inference.generation_test import prompts
 from tests.support import make_beam_search
-from tests.support.cases import parameters
+from tests.support.decoding_models import model_and_params, padded_prompts
 from tests.support.make_beam_search import log_softmax, logits_of, reference
 
 STORED = np.load(make_beam_search.PATH)
@@ -71,18 +68,6 @@ def test_beam_search_equals_transformers(case):
   np.testing.assert_array_equal(got[:, :, prompts.shape[1] :], new)
 
 
-V = 31
-PLAIN = {"qkv_bias": False, "mlp_bias": False, "norm": "rmsnorm", "norm_bias": False, "init_stddev": 0.3}
-CONFIGS = {
-  "unrolled": TransformerConfig(V, 32, 2, 4, 64, init_stddev=0.3, scan=False),
-  "scanned": TransformerConfig(V, 32, 2, 4, 64, **PLAIN, positions="rotary", num_kv_heads=2),
-  "periods": TransformerConfig(
-    V, 32, 5, 4, 64, **PLAIN, positions="rotary", attention_pattern=("local", "global"), window=4
-  ),
-  "encoder–decoder": TransformerConfig(
-    V, 32, 2, 4, 64, 2, **PLAIN, positions="relative", relative_buckets=8, relative_max_distance=16
-  ),
-}
 ENDS = (3, 7, 11, 15)
 HOW = [
   {"num_beams": 4, "eos_id": ENDS},
@@ -91,13 +76,8 @@ HOW = [
 
 
 @functools.cache
-def model_and_params(name):
-  return Transformer(CONFIGS[name]), parameters(CONFIGS[name])[0]
-
-
-@functools.cache
 def uncached(name):
-  """tokens -> Float[V], by a forward pass over a row of 32; of an encoder–decoder also given its input."""
+  """Return a function: tokens (and an encoder-decoder's input) -> Float[V], by a forward pass over 32 tokens."""
   model, params = model_and_params(name)
 
   @jax.jit
@@ -129,7 +109,7 @@ def uncached(name):
 )
 def test_beam_search_over_a_cache_equals_the_uncached_reference(name, how):
   model, params = model_and_params(name)
-  ids, mask = prompts()
+  ids, mask = padded_prompts()
   start, separate = 5, name == "encoder–decoder"
   how = {**how, "max_new_tokens": 8}
   beams = how["num_beams"]
@@ -151,28 +131,28 @@ def test_beam_search_with_all_beams_finds_the_global_optimum(length_penalty):
   vocabulary, limit, ends = 5, 4, (2, 4)
   model = Table(vocabulary)
   table = np.random.default_rng(1).normal(size=(vocabulary,) * 3).astype(np.float32)
-  everything = []
+  texts = []
   for tokens in itertools.product(range(vocabulary), repeat=limit):
     end = next((i + 1 for i, token in enumerate(tokens) if token in ends), limit)
     path = [0, 1, *tokens[:end]]
     total = sum(log_softmax(table[a, b])[c] for a, b, c in zip(path, path[1:], path[2:]))
-    everything.append((total / end**length_penalty, [*tokens[:end], *[0] * (limit - end)]))
-  everything = sorted({tuple(tokens): score for score, tokens in everything}.items(), key=lambda item: -item[1])
+    texts.append((total / end**length_penalty, [*tokens[:end], *[0] * (limit - end)]))
+  texts = sorted({tuple(tokens): score for score, tokens in texts}.items(), key=lambda item: -item[1])
   got, scores = beam_search(
     *(model, {"table": jnp.asarray(table)}, np.array([[0, 1]])),
     num_beams=vocabulary**limit,
-    num_return_sequences=len(everything) + 1,
+    num_return_sequences=len(texts) + 1,
     max_new_tokens=limit,
     length_penalty=length_penalty,
     early_stopping="never",
     eos_id=ends,
   )
-  np.testing.assert_allclose(scores[0, :-1], [score for _, score in everything], rtol=1e-5)
-  np.testing.assert_array_equal(got[0, 0, 2:], everything[0][0])
-  assert scores[0, -1] == -np.inf  # there are no more
+  np.testing.assert_allclose(scores[0, :-1], [score for _, score in texts], rtol=1e-5)
+  np.testing.assert_array_equal(got[0, 0, 2:], texts[0][0])
+  assert scores[0, -1] == -np.inf  # more hypotheses than texts
 
 
-def test_beam_search_finished_row_stays_while_others_continue():
+def test_beam_search_row_does_not_depend_on_other_rows():
   ids = np.random.default_rng(2).integers(0, make_beam_search.PAD, (16, 2))
   params = {"table": jnp.asarray(logits_of(STORED["tables"][0], 1.0, (2, 5)))}
   how = {"num_beams": 3, "max_new_tokens": 12, "eos_id": (2, 5), "early_stopping": True, "length_penalty": 2.0}
@@ -188,7 +168,7 @@ def test_beam_search_with_other_penalties_does_not_recompile():
   for length_penalty, repetition_penalty in [(1.0, 1.1), (0.5, 1.2)]:
     how = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty, "early_stopping": "never"}
     beam_search(model, params, ids, num_beams=2, max_new_tokens=3, **how)
-    sizes.append(generation._search._cache_size())
+    sizes.append(decode_beams._cache_size())
   assert sizes[0] == sizes[1]
 
 
@@ -202,11 +182,11 @@ def test_beam_search_with_other_penalties_does_not_recompile():
     ({"max_new_tokens": 100}, "context of 64"),
   ],
 )
-def test_bad_beam_search_settings_are_one_line(how, words):
+def test_beam_search_with_bad_settings_raises(how, words):
   with pytest.raises(ConfigError, match=words):
     generate(Table(), {}, np.ones((1, 4), np.int32), **{"num_beams": 2, **how})
 
 
-def test_beam_search_returning_more_than_beams_is_refused():
+def test_beam_search_returning_more_than_beams_raises():
   with pytest.raises(ConfigError, match=r"num_return_sequences=3.*num_beams=2"):
     beam_search(Table(), {}, np.ones((1, 4), np.int32), num_beams=2, num_return_sequences=3)

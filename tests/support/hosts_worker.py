@@ -18,7 +18,7 @@ import jax
 
 from llmjax.cli.main import main
 from llmjax.data.pipeline import TrainStream
-from llmjax.diagnostics.verify import row_hashes
+from llmjax.diagnostics.measurement import row_hashes
 from llmjax.distributed import processes
 from llmjax.training import program
 
