@@ -267,7 +267,7 @@ def two_classes(folder):
 def test_init_map_of_the_error_message_replaces_a_head_of_another_size(folder, two_classes):
   objective = {"name": "classification", "labels": ("maybe", "no", "yes")}
   changes = {"init_from": str(folder / "two"), "optim.lr": 0.0, "total_steps": 1}
-  with pytest.raises(ConfigError, match=r"head/\w+ is of size .* --config\.init_map='(.*)'") as error:
+  with pytest.raises(ConfigError, match=r"head/\w+ has shape .* --config\.init_map='(.*)'") as error:
     run(folder, "three", changes, objective)
   assert "\n" not in str(error.value)
   flag = re.search(r"--config\.init_map='.*'", str(error.value))[0].replace("'(", "(", 1)[:-1]
