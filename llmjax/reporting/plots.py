@@ -153,19 +153,13 @@ def annotate_line_ends(axes: Axes, labels: Sequence[EndLabel], font_size: float)
   to_axes = axes.transData + axes.transAxes.inverted()
   left = axes.get_xlim()[0]
   heights = [min(max(to_axes.transform((left, label.value))[1], 0.0), 1.0) for label in labels]
+  offset = (font_size * 0.85, 0.0)
   gap = font_size * 1.4 * figure.dpi / 72 / axes.get_window_extent().height
   for label, height in zip(labels, spread_heights(heights, gap)):
-    axes.annotate(
-      label.text,
-      (1, height),
-      xycoords="axes fraction",
-      xytext=(font_size * 0.85, 0),
-      textcoords="offset points",
-      va="center",
-      color=label.color,
-      fontweight=label.weight,
-      fontsize=font_size,
+    annotation = axes.annotate(
+      label.text, (1, height), xycoords="axes fraction", xytext=offset, textcoords="offset points", va="center"
     )
+    annotation.set(color=label.color, fontweight=label.weight, fontsize=font_size)
 
 
 def _set_scales(axes: Axes, panel: Panel) -> None:

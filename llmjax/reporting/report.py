@@ -12,19 +12,10 @@ import textwrap
 from pathlib import Path
 
 from llmjax.config import ConfigError
+from llmjax.reporting import runs
 from llmjax.reporting.pages import render_page, themed_image
 from llmjax.reporting.plots import Panel, draw_poster, panel_svg
-from llmjax.reporting.runs import (
-  LABELS,
-  Run,
-  describe_run,
-  final_table,
-  load_run,
-  metric_panels,
-  milestone_samples,
-  rankings,
-  sample_prompt,
-)
+from llmjax.reporting.runs import LABELS, Run, describe_run, load_run, sample_prompt
 from llmjax.telemetry.curves import METRICS_FILE, SAMPLES_FILE, Sample
 from llmjax.telemetry.progress import replace_control_characters
 
@@ -39,7 +30,7 @@ def write_report(workdir: str | Path) -> tuple[Path, Path]:
     ConfigError: the folder does not exist, or nothing has been logged there.
   """
   run = load_run(workdir)
-  panels = metric_panels(run)
+  panels = runs.metric_panels(run)
   png, page = run.workdir / "report.png", run.workdir / "report.html"
   if not panels:
     raise ConfigError(f"{run.workdir / METRICS_FILE} has no finite number to draw; every value is NaN or infinite")
@@ -52,7 +43,7 @@ def _render_run(run: Run, panels: list[Panel]) -> bytes:
   images = [
     themed_image(panel.title, functools.partial(panel_svg, panel, is_wide=panel is panels[0])) for panel in panels
   ]
-  sources, rows = final_table(run)
+  sources, rows = runs.final_table(run)
   return render_page(
     "reporting/run.html",
     title=run.workdir.resolve().name,
@@ -60,8 +51,8 @@ def _render_run(run: Run, panels: list[Panel]) -> bytes:
     images=images,
     final_head=["", *(LABELS.get(source, source) for source in sources)],
     final_rows=rows,
-    rankings=rankings(run),
-    milestones=[_sample_fields(run, sample, stage) for stage, sample in milestone_samples(run)],
+    rankings=runs.rankings(run),
+    milestones=[_sample_fields(run, sample, stage) for stage, sample in runs.milestone_samples(run)],
     all_samples=[_sample_fields(run, sample) for sample in run.samples],
     config=[(key, json.dumps(value)) for key, value in run.config.items()],
   )
@@ -84,14 +75,14 @@ def summary(workdir: str | Path) -> str:
   """
   run = load_run(workdir)
   blocks = [f"{workdir}: {describe_run(run)}"]
-  for title, ranked in rankings(run).items():
+  for title, ranked in runs.rankings(run).items():
     bars = (
       f"  {entry.value:6.3f}  {'█' * max(round(24 * entry.fraction), 1):<24}  {'→ ' * entry.is_run}{entry.label}"
       for entry in ranked
     )
     blocks.append("\n".join([title, *bars]))
   blocks.append("\n".join(["final numbers", *_final_lines(run)]))
-  for stage, sample in milestone_samples(run):
+  for stage, sample in runs.milestone_samples(run):
     blocks.append(f"{sample['name']} at step {sample['step']:,} ({stage})\n{_excerpt(sample['text'])}")
   files = [name for name in OUTPUT_NAMES if (run.workdir / name).exists()]
   blocks.append("\n".join(["in this folder: " + ", ".join(files), *_next_command(run)]))
@@ -99,7 +90,7 @@ def summary(workdir: str | Path) -> str:
 
 
 def _final_lines(run: Run) -> list[str]:
-  sources, rows = final_table(run)
+  sources, rows = runs.final_table(run)
   rows = [["", *(LABELS.get(source, source) for source in sources)], *rows]
   widths = [max(map(len, column)) for column in zip(*rows)]
   return ["  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -8,28 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmjax.reporting.plots import (
-  DASHED,
-  THEMES,
-  EndLabel,
-  annotate_line_ends,
-  figure_bytes,
-  format_metric,
-  hide_frame,
-  matplotlib_style,
-)
-from llmjax.sweeps.results import (
-  Group,
-  Point,
-  Row,
-  X,
-  format_value,
-  line_label,
-  line_points,
-  pareto_front,
-  sorted_x_values,
-  to_minimize,
-)
+from llmjax.reporting import plots
+from llmjax.reporting.plots import THEMES, format_metric
+from llmjax.sweeps import results
+from llmjax.sweeps.results import Group, Point, Row, X, format_value, to_minimize
 from llmjax.sweeps.trials import COST_COLUMNS, Sweep
 from llmjax.telemetry.curves import Curve
 
@@ -61,14 +43,14 @@ def draw_metric_figure(plan: Sweep, groups: Sequence[Group], title: str, form: s
   """
   from matplotlib.figure import Figure
 
-  lines = line_points(plan, groups)
+  lines = results.line_points(plan, groups)
   failed = [group for group in groups if group.has_failed and group.x is not None]
   used = {*(point.x for line in lines.values() for point in line), *(group.x for group in failed)}
-  xs = [x for x in sorted_x_values(groups) if x in used]
+  xs = [x for x in results.sorted_x_values(groups) if x in used]
   has_names = any(isinstance(x, str) for x in xs)
   positions: dict[X | None, float] = {x: float(i if has_names else x) for i, x in enumerate(xs)}
   styles, colors = line_styles(groups, theme), THEMES[theme]
-  with matplotlib_style(theme):
+  with plots.matplotlib_style(theme):
     figure = Figure(figsize=(10, 5.2), dpi=160)
     longest = max(len(f"{shorten(name)}  {format_metric(line[-1].mean)}") for name, line in lines.items())
     axes = figure.add_axes((0.08, 0.17, min(0.8, 0.89 - 0.0085 * longest), 0.7))  # labels need the rest of the width
@@ -78,22 +60,22 @@ def draw_metric_figure(plan: Sweep, groups: Sequence[Group], title: str, form: s
     axes.plot(list(positions.values()), [edge] * len(positions), linestyle="none")  # widens the axis for the crosses
     _draw_crosses(axes, failed, positions, edge, styles)
     without_points = dict.fromkeys(group.line for group in failed if group.line not in lines)
-    labels += [EndLabel(edge, f"{shorten(name)}  failed", styles[name].color) for name in without_points]
+    labels += [plots.EndLabel(edge, f"{shorten(name)}  failed", styles[name].color) for name in without_points]
     if plan.x in COST_COLUMNS:
-      front_x, front_y = zip(*pareto_front(plan, lines))
-      axes.step(front_x, front_y, where="post", color=colors.muted, linestyle=DASHED, linewidth=1, zorder=2)
+      front_x, front_y = zip(*results.pareto_front(plan, lines))
+      axes.step(front_x, front_y, where="post", color=colors.muted, linestyle=plots.DASHED, linewidth=1, zorder=2)
     _set_x_ticks(axes, positions, has_names)
     axes.set_xlabel(plan.x.removeprefix(":"), color=colors.muted)
     axes.set_title(f"{title}: {plan.metric}", loc="left", color=colors.ink, fontsize=13, fontweight="bold", pad=14)
     figure.text(0.08, 0.02, figure_caption(plan, groups), color=colors.muted, fontsize=8)
-    hide_frame(axes, theme)
-    annotate_line_ends(axes, labels, LABEL_SIZE)
-    return figure_bytes(figure, form)
+    plots.hide_frame(axes, theme)
+    plots.annotate_line_ends(axes, labels, LABEL_SIZE)
+    return plots.figure_bytes(figure, form)
 
 
 def _draw_line(
   axes: Axes, plan: Sweep, name: str, line: Sequence[Point], positions: Mapping[X | None, float], style: LineStyle
-) -> EndLabel:
+) -> plots.EndLabel:
   """Draw a line with its band and best point; return its label, which is at the last point and has the best value."""
   xs, means = [positions[point.x] for point in line], [point.mean for point in line]
   axes.plot(xs, means, marker="o", markersize=4, linewidth=1.8, zorder=3, color=style.color, linestyle=style.dashes)
@@ -101,7 +83,7 @@ def _draw_line(
   axes.fill_between(xs, low, high, color=style.color, alpha=0.15, lw=0)
   best = min(line, key=lambda point: to_minimize(plan, point.mean))
   axes.plot([positions[best.x]], [best.mean], color=style.color, marker="o", markersize=9, zorder=4)
-  return EndLabel(line[-1].mean, f"{shorten(name)}  {format_metric(best.mean)}".strip(), style.color)
+  return plots.EndLabel(line[-1].mean, f"{shorten(name)}  {format_metric(best.mean)}".strip(), style.color)
 
 
 def _draw_crosses(
@@ -115,17 +97,9 @@ def _draw_crosses(
   for x in {group.x for group in failed}:
     names = list(dict.fromkeys(group.line for group in failed if group.x == x))
     for i, name in enumerate(names):
-      shift = CROSS_DISTANCE * (i - (len(names) - 1) / 2)
-      axes.annotate(
-        "×",
-        (positions[x], edge),
-        xytext=(shift, 0),
-        textcoords="offset points",
-        color=styles[name].color,
-        ha="center",
-        va="center",
-        fontsize=13,
-      )
+      offset = (CROSS_DISTANCE * (i - (len(names) - 1) / 2), 0.0)
+      cross = axes.annotate("×", (positions[x], edge), xytext=offset, textcoords="offset points")
+      cross.set(color=styles[name].color, fontsize=13, ha="center", va="center")
 
 
 def _set_x_ticks(axes: Axes, positions: Mapping[X | None, float], has_names: bool) -> None:
@@ -154,7 +128,7 @@ def shorten(text: str, max_length: int = MAX_LABEL_LENGTH) -> str:
 
 def figure_caption(plan: Sweep, groups: Sequence[Group]) -> str:
   """Return an explanation of the marks in the figure, and the number of trials that it does not show."""
-  lines = line_points(plan, groups).values()
+  lines = results.line_points(plan, groups).values()
   num_groups = {point.num_groups for line in lines for point in line}
   counts = {len(group.values) for group in groups}
   seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
@@ -198,20 +172,20 @@ def draw_trial_curves(
 
   styles = line_styles(groups, theme)
   finite = sorted(v for _, values in curves.values() for v in values if math.isfinite(v))
-  with matplotlib_style(theme):
+  with plots.matplotlib_style(theme):
     figure = Figure(figsize=(10, 3.7))
     axes = figure.add_axes((0.06, 0.1, 0.68, 0.84))
     for row in rows:
       if row["trial"] in curves:
-        (steps, values), style = curves[row["trial"]], styles[line_label(plan, row)]
+        (steps, values), style = curves[row["trial"]], styles[results.line_label(plan, row)]
         marker = "o" if len(steps) == 1 else ""
         lines = axes.plot(steps, values, linewidth=1, alpha=0.8, marker=marker, markersize=4)
         lines[0].set(color=style.color, linestyle=style.dashes)
     if finite:  # without diverged trials, which would flatten the others
       high = finite[-1] if metric == plan.metric and plan.mode == "max" else finite[int(0.98 * (len(finite) - 1))]
       axes.set_ylim(finite[0], high + 0.02 * abs(high) or 1)
-    hide_frame(axes, theme)
+    plots.hide_frame(axes, theme)
     for i, (line, style) in enumerate(styles.items()):
       height = 0.95 - 0.07 * i
       axes.annotate(shorten(line), (1.02, height), xycoords="axes fraction", color=style.color, fontsize=LABEL_SIZE)
-    return figure_bytes(figure, "svg")
+    return plots.figure_bytes(figure, "svg")

@@ -125,7 +125,7 @@ class Job:
     return [*prefix, "--", *self.arguments] if prefix else [sys.executable, "-m", "llmjax", *self.arguments]
 
   def last_log_line(self) -> str:
-    """Return the last line of the log that is neither empty nor of the launcher, "" if there is none."""
+    """Return the last line of the log, without empty lines and lines of the launcher; "" if there is none."""
     lines = self.read_log().split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("-- job ")), "")
 
@@ -147,7 +147,7 @@ class DetachedProcess:
 
 
 def was_killed(code: int) -> bool:
-  """Whether an exit code is that of a process which was told to end, rather than one which failed."""
+  """Whether an exit code means that a process was told to end, rather than that it failed."""
   return code < 0 or code in KILLED_CODES
 
 

@@ -104,7 +104,7 @@ class LiveTable:
       self.live.update(self._make_table(jobs), refresh=True)
 
   def latest_values(self, job: Job) -> LatestValues:
-    """Return the latest metrics of a trial; those of an ended trial in a bucket are fetched once."""
+    """Return the latest metrics of a trial. For an ended trial in a bucket they are fetched once."""
     if not in_bucket(job.workdir):
       return self.tails[job.name].read_new_lines(Path(job.workdir) / METRICS_FILE)
     if job.name in self.fetched:

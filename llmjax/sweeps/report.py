@@ -13,20 +13,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from llmjax.config import Json
 from llmjax.reporting.pages import render_page, themed_image
 from llmjax.reporting.plots import format_metric
+from llmjax.sweeps import results
 from llmjax.sweeps.figure import draw_metric_figure, draw_trial_curves
 from llmjax.sweeps.job import FAILED, FINISHED, RUNNING, WAITING, Job
-from llmjax.sweeps.results import (
-  Group,
-  Row,
-  final_metric,
-  format_value,
-  group_seeds,
-  line_points,
-  make_result_row,
-  rank_groups,
-  read_trial_curves,
-  to_minimize,
-)
+from llmjax.sweeps.results import Group, Row, final_metric, format_value, line_points, rank_groups, to_minimize
 from llmjax.sweeps.trials import Sweep, short_keys
 from llmjax.telemetry.curves import Curve
 from llmjax.telemetry.progress import format_duration, format_number
@@ -40,10 +30,10 @@ MAX_LISTED = 5
 
 def write_results(plan: Sweep, jobs: Sequence[Job], workdir: Path) -> str:
   """Write results.csv, results.parquet, sweep.png and sweep.html; return the best trials as text."""
-  curves = {job.name: read_trial_curves(job) for job in jobs}
-  rows = [make_result_row(job, curves[job.name]) for job in jobs]
+  curves = {job.name: results.read_trial_curves(job) for job in jobs}
+  rows = [results.make_result_row(job, curves[job.name]) for job in jobs]
   write_tables(rows, workdir)
-  groups = group_seeds(plan, jobs, rows)
+  groups = results.group_seeds(plan, jobs, rows)
   best = rank_groups(plan, groups)
   unread = [job.name for job in jobs if job.state == FINISHED and not curves[job.name]]
   lines = [f"finished, but its curves cannot be read: {name}" for name in unread]

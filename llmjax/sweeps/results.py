@@ -86,7 +86,7 @@ def x_value(plan: Sweep, row: Row) -> X | None:
 def group_seeds(plan: Sweep, jobs: Sequence[Job], rows: Sequence[Row]) -> list[Group]:
   """Return the groups of trials that differ in their seeds only, unless seeds are an axis of the figure.
 
-  The x of a group is a mean, as the costs of its trials may differ, most of all if one has failed.
+  The x of a group is a mean: the costs of its trials may differ, in particular if one has failed.
   """
   members: dict[str, list[Row]] = {}
   for job, row in zip(jobs, rows):
@@ -127,7 +127,7 @@ def line_points(plan: Sweep, groups: Sequence[Group]) -> dict[str, list[Point]]:
   """Return {label of a line: points in the order of x}.
 
   If several groups of a line share an x, such as learning rates at the same number of parameters, the best one is the
-  point: nobody trained with their mean.
+  point. Their mean would be the result of no training.
   """
   at: dict[str, dict[X, list[Group]]] = {}  # {line: {x: groups}}
   for group in groups:

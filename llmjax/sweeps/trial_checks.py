@@ -27,7 +27,7 @@ MAX_ERROR_LENGTH = 300
 
 
 def check_trials(trials: Mapping[str, Sequence[str]], to_compile: Sequence[str]) -> dict[str, TrialFacts]:
-  """Return {name: facts} of the trials; those of a trial that cannot run have an `error`.
+  """Return {name: facts} of the trials; the facts of a trial that cannot run have an `error`.
 
   Args:
     trials: {name: flags of `llmjax train`}.

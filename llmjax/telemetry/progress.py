@@ -61,7 +61,7 @@ def format_number(value: float) -> str:
 
 
 class Progress:
-  """Progress of a run on its way to `total_steps`.
+  """Display of the progress of a run.
 
   Args:
     total_steps: number of steps of the whole run.
@@ -77,7 +77,8 @@ class Progress:
     self._tokens_per_step = tokens_per_step
     self._losses: list[float] = []
     self._console = Console(file=sys.stderr if stream is None else stream, highlight=False, emoji=False)
-    self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+    # Not `console.is_terminal`, which is true for files if FORCE_COLOR is set.
+    self._is_live = self._console.file.isatty() and not self._console.is_dumb_terminal
     columns = [progress.TextColumn(column, style="bold") for column in COLUMNS]
     self._display = progress.Progress(*columns, console=self._console, auto_refresh=False)
     self._task = self._display.add_task("", total=total_steps, completed=first_step, visible=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, TextIO
 
 from llmjax.config import ConfigError, ConfigTree, Json
 from llmjax.storage.buckets import BucketMirror, as_path, in_bucket
@@ -19,13 +20,20 @@ from llmjax.telemetry.curves import METRICS_FILE, SAMPLES_FILE, Sample, read_jso
 WANDB_ID_FILE = "wandb_run.txt"  # in a workdir: the id of its run
 
 
-class Output(Protocol):
+class Output(abc.ABC):
   """A destination of metrics and samples."""
 
+  @abc.abstractmethod
   def write_metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+  @abc.abstractmethod
   def write_sample(self, sample: Sample) -> None: ...
-  def flush(self) -> None: ...
+
+  @abc.abstractmethod
   def close(self) -> None: ...
+
+  def flush(self) -> None:  # noqa: B027
+    """Write what is buffered to disk."""
 
 
 class MetricWriter:
@@ -99,7 +107,7 @@ class MetricWriter:
       self._mirror.refresh()
 
 
-class JsonLinesOutput:
+class JsonLinesOutput(Output):
   """METRICS_FILE and SAMPLES_FILE in a folder, continued at `start_step`."""
 
   def __init__(self, folder: Path, start_step: int) -> None:
@@ -118,15 +126,12 @@ class JsonLinesOutput:
     file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
     file.flush()
 
-  def flush(self) -> None:
-    """Do nothing: every line has been flushed."""
-
   def close(self) -> None:
     self._metrics.close()
     self._samples.close()
 
 
-class TensorBoardOutput:
+class TensorBoardOutput(Output):
   """Event files in `folder`/tensorboard; events of an earlier run after `start_step` are hidden."""
 
   def __init__(self, folder: Path, start_step: int) -> None:
@@ -150,7 +155,7 @@ class TensorBoardOutput:
     self._writer.close()
 
 
-class WandbOutput:
+class WandbOutput(Output):
   """A run of Weights & Biases; a resumed run continues the one whose id is in WANDB_ID_FILE.
 
   Raises:
@@ -187,9 +192,6 @@ class WandbOutput:
 
   def write_sample(self, sample: Sample) -> None:
     self._run.log({"step": sample["step"], f"sample/{sample['name']}": sample["text"]})
-
-  def flush(self) -> None:
-    """Do nothing: wandb uploads by itself."""
 
   def close(self) -> None:
     self._run.finish()

@@ -1,4 +1,4 @@
-"""Trials of a sweep in a queue: each is submitted once and recorded, whatever happens between two queries.
+"""Trials of a sweep in a queue: each is submitted once and recorded, also if it ends between two queries or calls.
 
 A script stands for launch/slurm.py: a queued trial runs at the second query.
 """

@@ -47,7 +47,8 @@ def show_progress(stream):
   return stream.getvalue()
 
 
-def test_progress_writes_one_plain_line_per_update_to_a_file():
+def test_progress_writes_one_plain_line_per_update_to_a_file(monkeypatch):
+  monkeypatch.setenv("FORCE_COLOR", "1")
   first, *_, last, sample = show_progress(io.StringIO()).splitlines()
   assert first == "step 0/123,456  loss 9.0000  ▁  0%"
   assert last == "step 990/123,456  loss 4.0500  █████▇▇▇▇▆▆▆▅▅▄▄▃▂▂▁  1%  52.3k tok/s  2:39:51 left"
