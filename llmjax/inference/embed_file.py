@@ -68,7 +68,6 @@ def embed_file(
       pooling = "mean" if trained is None else trained.pooling
     source.tokenizer(trust)  # raises if there is none, before the parameters are read
     pretrained = source.load(trust, devices, rules)
-  assert pretrained.tokenizer is not None
   embeddings = embed(
     pretrained.model,
     pretrained.params,
