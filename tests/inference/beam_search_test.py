@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,11 +16,17 @@ from llmjax.config import ConfigError
 from llmjax.inference.decoding import decode_beams
 from llmjax.inference.generation import beam_search, generate
 from llmjax.types import Batch, Outputs
-from tests.support import make_beam_search
+from tests.support.beam_search_reference import (
+  PAD_ID,
+  VOCAB_SIZE,
+  biased_logits,
+  log_softmax,
+  reference_beam_search,
+)
 from tests.support.decoding_models import model_and_params, padded_prompts
-from tests.support.make_beam_search import log_softmax, logits_of, reference
 
-STORED = np.load(make_beam_search.PATH)
+STORED = np.load(Path(__file__).parents[1] / "testdata" / "beam_search" / "transformers.npz")
+NUM_STORED = sum(key.endswith("/settings") for key in STORED.files)
 
 
 class TableConfig(NamedTuple):
@@ -31,7 +38,7 @@ class TableConfig(NamedTuple):
 class Table(nn.Module):
   """A model whose logits are read from a table by the last two tokens; its cache holds the last one."""
 
-  vocabulary: int = make_beam_search.V
+  vocabulary: int = VOCAB_SIZE
   cfg: TableConfig = TableConfig()
 
   def setup(self):
@@ -49,18 +56,18 @@ class Table(nn.Module):
     return self.table[hidden[..., 0], hidden[..., 1]]
 
 
-@pytest.mark.parametrize("case", range(make_beam_search.STORED))
+@pytest.mark.parametrize("case", range(NUM_STORED))
 def test_beam_search_equals_transformers(case):
   names = ("prompts", "mask", "new", "scores")
   prompts, mask, new, scores = (STORED[f"{case}/{name}"] for name in names)
   settings = json.loads(str(STORED[f"{case}/settings"]))
-  table = logits_of(STORED["tables"][settings.pop("table")], settings.pop("bias"), settings["eos_id"])
+  table = biased_logits(STORED["tables"][settings.pop("table")], settings.pop("bias"), settings["eos_id"])
   got, got_scores = beam_search(
     Table(),
     {"table": jnp.asarray(table)},
     *(prompts, mask),
     **settings,
-    pad_id=make_beam_search.PAD,
+    pad_id=PAD_ID,
     num_return_sequences=settings["num_beams"],
   )
   np.testing.assert_allclose(got_scores, scores, rtol=2e-5)
@@ -118,7 +125,7 @@ def test_beam_search_over_a_cache_equals_the_uncached_reference(name, how):
   for row in range(3):
     source = (ids[row : row + 1], mask[row : row + 1]) if separate else ()
     prompt = [start] if separate else ids[row][mask[row] == 1].tolist()
-    want = reference(lambda tokens, source=source: uncached(name)(tokens, *source), prompt, **how)
+    want = reference_beam_search(lambda tokens, source=source: uncached(name)(tokens, *source), prompt, **how)
     np.testing.assert_allclose(scores[row], [score for score, _ in want], rtol=1e-4)
     for beam, (_, tokens) in enumerate(want):
       assert got[row, beam, -8:].tolist() == tokens + [1] * (8 - len(tokens))
@@ -153,8 +160,8 @@ def test_beam_search_with_all_beams_finds_the_global_optimum(length_penalty):
 
 
 def test_beam_search_row_does_not_depend_on_other_rows():
-  ids = np.random.default_rng(2).integers(0, make_beam_search.PAD, (16, 2))
-  params = {"table": jnp.asarray(logits_of(STORED["tables"][0], 1.0, (2, 5)))}
+  ids = np.random.default_rng(2).integers(0, PAD_ID, (16, 2))
+  params = {"table": jnp.asarray(biased_logits(STORED["tables"][0], 1.0, (2, 5)))}
   how = {"num_beams": 3, "max_new_tokens": 12, "eos_id": (2, 5), "early_stopping": True, "length_penalty": 2.0}
   together = generate(Table(), params, ids, **how)
   alone = [generate(Table(), params, ids[row : row + 1], **how) for row in range(len(ids))]

@@ -1,11 +1,11 @@
-"""Adapters that PEFT wrote, and what their models compute with them: tests/testdata/peft/NAME.
+"""Adapters that PEFT wrote, and the outputs of their models: tests/testdata/peft/NAME.
 
   pip install torch==2.13.0 transformers peft
-  python tests/support/make_peft.py [NAME ...]      # all of them, without names
+  python tests/support/make_peft.py [NAME ...]      # without names: all
 
-The tests read the files and need none of the packages. A folder holds what `save_pretrained` writes of an adapter on a
-model of tests/testdata/huggingface, which its base_model_name_or_path names as seen from the folder, with A and B drawn
-at random, and logits.npy, of that model's input_ids, attention_mask and so on in expected.npz.
+The tests read the files and need none of the packages. A folder has the files of `save_pretrained` for an adapter with
+random A and B, and logits.npy. Its base_model_name_or_path is the relative path of a model in
+tests/testdata/huggingface, whose expected.npz has the inputs of the logits.
 """
 
 import dataclasses
@@ -26,7 +26,14 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """`model` is a class of transformers, `base` the folder that it is read from."""
+  """An adapter.
+
+  Attributes:
+    model: class of transformers.
+    base: folder of the base model.
+    config: arguments of LoraConfig.
+    settings: arguments of `from_pretrained`.
+  """
 
   model: str
   base: str
@@ -40,14 +47,14 @@ CASES = {
     "llama",
     {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]},
   ),
-  # One layer alone, and a head of the adapter's own.
+  # One layer only, and a head of its own.
   "bert": Case(
     "BertForSequenceClassification",
     "bert",
     {"task_type": "SEQ_CLS", "r": 3, "lora_alpha": 4, "target_modules": ["query", "key"], "layers_to_transform": [1]},
     {"num_labels": 3},
   ),
-  # Fused matrices, of several ranks and scales.
+  # Fused matrices with several ranks and scales.
   "gpt2": Case(
     "GPT2LMHeadModel",
     "gpt2",
@@ -75,31 +82,31 @@ CASES = {
 }
 
 
-def load(kind, base, settings):
-  known = {"attn_implementation": "eager", "dtype": torch.float32}
-  return getattr(transformers, kind).from_pretrained(base, **known, **settings).eval()
+def load_base(kind, base, settings):
+  arguments = {"attn_implementation": "eager", "dtype": torch.float32}
+  return getattr(transformers, kind).from_pretrained(base, **arguments, **settings).eval()
 
 
-def logits(model, base):
+def compute_logits(model, base):
   expected = np.load(base / "expected.npz")
   inputs = {name: torch.from_numpy(expected[name]).long() for name in INPUTS if name in expected}
   with torch.no_grad():
     return model(**inputs).logits.numpy()
 
 
-def make(name):
+def make_adapter(name):
   case, folder = CASES[name], DATA / "peft" / name
   base = DATA / "huggingface" / case.base
   torch.manual_seed(zlib.crc32(name.encode()))
-  plain = load(case.model, base, case.settings)
+  plain = load_base(case.model, base, case.settings)
   model = peft.get_peft_model(plain, peft.LoraConfig(**case.config)).eval()
   for key, weight in model.named_parameters():
     if "lora_" in key or "modules_to_save" in key:
       torch.nn.init.normal_(weight, std=0.4)
-  found = logits(model, base)
+  logits = compute_logits(model, base)
   with model.disable_adapter():
-    without = logits(model, base)
-  assert np.abs(found - without).max() > 0.1
+    base_logits = compute_logits(model, base)
+  assert np.abs(logits - base_logits).max() > 0.1
   shutil.rmtree(folder, ignore_errors=True)
   model.save_pretrained(folder)
   (folder / "README.md").unlink(missing_ok=True)
@@ -108,7 +115,7 @@ def make(name):
   config["base_model_name_or_path"] = f"../../huggingface/{case.base}"
   config["target_modules"] = sorted(config["target_modules"])
   (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-  np.save(folder / "logits.npy", found)
+  np.save(folder / "logits.npy", logits)
   print(name, sum(file.stat().st_size for file in folder.iterdir()))
 
 
@@ -117,7 +124,7 @@ def main(names):
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
   for name in names or CASES:
-    make(name)
+    make_adapter(name)
 
 
 if __name__ == "__main__":
