@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from llmjax.config import Json
+from llmjax.config.model import ModelConfig
+from llmjax.examples import Example, Record, RecordSource, RowLengths, TextTokenizer, Window
+
+T = TypeVar("T")
 Array = jax.Array
 Leaf: TypeAlias = Any  # an array; inside tree transformations also a shape, a sharding or a slice of it
 Sums = dict[str, Array]  # {term: scalar sum}
@@ -152,59 +157,82 @@ class Model(Protocol):
 
 
 class Forward(abc.ABC):
-  """A model with its parameters: what an objective receives instead of a model.
+  """A model bound to its parameters. Objectives are given one instead of a model.
 
   Attributes:
-    auxiliary: frozen models beside it, by the names of config.auxiliary.
+    auxiliary: frozen models by their names in config.auxiliary, for example the reference of a preference objective.
   """
 
   auxiliary: Mapping[str, Forward] = {}
 
   @abc.abstractmethod
-  def __call__(self, batch: Batch, rngs: Mapping[str, Array], **kwargs: Any) -> Outputs:
-    """The model's outputs; dropout runs iff `rngs` has a key for it."""
+  def __call__(self, batch: Batch, rngs: Mapping[str, Array], *, logits: bool = True) -> Outputs:
+    """Run the model.
+
+    Args:
+      batch: the rows to run it on.
+      rngs: {"dropout": key}; without the key there is no dropout.
+      logits: whether to compute logits. False saves the largest array, for objectives that need hidden states only.
+    """
 
   @abc.abstractmethod
   def unembed(self, hidden: Array) -> Array:
-    """Float[B L V], the logits of hidden states [B L D]."""
+    """Return the logits Float[B L V] of hidden states Float[B L D]."""
 
   @abc.abstractmethod
   def sentence_logits(self, hidden: Array) -> Array:
-    """Float[B L C], what the sentence head says of hidden states [B L D]."""
+    """Return the logits Float[B L C] of the sentence head for hidden states Float[B L D]."""
 
-  def per_token(self, function: Callable[..., Any], out: Outputs, *aligned: Array) -> Any:
-    """`function` of logits and of what is aligned with them [B L], a tree of [B L]; where config.logit_tiles says so of
-    a part of the logits at a time, which are made again for the gradient."""
+  def per_token(self, function: Callable[..., T], out: Outputs, *aligned: Array) -> T:
+    """Apply a function per token.
+
+    With config.logit_tiles > 1, process one slice of the sequence at a time and rematerialise its logits in the
+    backward pass, so that Float[B L V] never exists as a whole.
+
+    Args:
+      function: maps logits Float[B l V] and slices of `aligned` to a tree of arrays [B l].
+      out: outputs for the batch.
+      aligned: arrays [B L] with an entry for each token of `out`.
+
+    Returns:
+      The function's tree, with arrays [B L].
+    """
     return function(out.logits, *aligned)
 
   @abc.abstractmethod
-  def map_microbatches(self, function: Callable[[Batch], Any], batch: Batch) -> Any:
-    """`function` of strided chunks of a batch, one after the other, whose activations are not kept but made again for
-    the gradient. Leaves are [chunks ...]; `merge_chunks` puts rows back in their order."""
+  def map_microbatches(self, function: Callable[[Batch], T], batch: Batch) -> T:
+    """Apply a function to one microbatch at a time, and rematerialise its activations in the backward pass.
+
+    Microbatch i of n holds rows i, i + n, i + 2 n, ...: a batch that is sharded over devices is then not moved.
+
+    Args:
+      function: maps a batch to a tree of arrays.
+      batch: rows [B ...].
+
+    Returns:
+      The function's tree, with a leading axis of microbatches; `merge_microbatches` restores the order of rows.
+    """
 
 
 def merge_microbatches(x: Array) -> Array:
-  """[chunks B/chunks ...] -> [B ...], the inverse of strided chunks."""
+  """Reshape [microbatches rows ...] to [B ...], the inverse of the strided split of `Forward.map_microbatches`."""
   return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-Features = Mapping[str, Any]
-
-
 class Objective(abc.ABC):
-  """What is learned. Host and device halves stand side by side in one file and must agree.
+  """A training objective: it makes examples from records (host) and computes the loss of batches (device).
+
+  Both halves stand in one file, because they share the names of label terms. The host half is `split_record`,
+  `split_ids` and `make_example`; it uses NumPy and runs in threads of the data pipeline. The device half is `weights`
+  and `loss`; JAX traces it, so it must be pure.
 
   Attributes:
-    packing: "split", features may be cut anywhere and share rows with others; "whole", they share rows uncut; "never",
-      each has a row of its own.
-    whole_batch: the loss must see the whole global batch at once (contrastive): `accum` becomes chunks inside it.
-    stacks: which models can learn it: an "encoder", a "decoder", or "both" behind each other.
-    required_model_config: {model key: value} that it needs besides.
-    head: {model key: value} of what stands behind the last layer for it; no config says these.
-    resolved_config: {key of its config: value} of what it found out where the config says None.
-    auxiliary: names of the frozen models that it needs in config.auxiliary.
-    fields: of a record that it reads.
-    skip_reason: why a record may give no features, for messages.
+    packing: how examples share rows. "split": they may be cut anywhere; "whole": several examples, uncut; "never": one
+      example per row.
+    whole_batch: whether the loss needs the whole global batch at once, as a contrastive loss does. config.accum then
+      splits the batch inside the loss, see `Forward.map_microbatches`.
+    stacks: the kinds of models that can be trained: "encoder", "decoder", or "both" for an encoder-decoder.
+    auxiliary: names of frozen models that config.auxiliary must have.
   """
 
   packing: str = "whole"
@@ -214,72 +242,88 @@ class Objective(abc.ABC):
 
   @property
   def fields(self) -> tuple[str, ...]:
+    """Fields of a record that the objective reads."""
     return ("text",)
 
   @property
   def skip_reason(self) -> str:
+    """Why a record may give no examples, for messages."""
     return "the texts are empty or too short for the objective"
 
   @property
-  def head(self) -> Mapping[str, Any]:
+  def head(self) -> Mapping[str, Json]:
+    """Fields of the model's config that describe its head. The objective sets them, users do not."""
     return {"head": "lm", "num_classes": 0, "crf": False}
 
   @property
-  def resolved_config(self) -> Mapping[str, Any]:
+  def required_model_config(self) -> Mapping[str, Json]:
+    """Fields of the model's config that must have these values."""
     return {}
 
   @property
-  def required_model_config(self) -> Mapping[str, Any]:
+  def resolved_config(self) -> Mapping[str, Json]:
+    """Values inferred for keys of the objective's config that are None."""
     return {}
-
-  def check_model(self, cfg: Any) -> None:
-    """Raises ConfigError where a model's config does not fit for another reason than `stacks` and `needs`."""
-    return None
 
   @property
   @abc.abstractmethod
   def coefficients(self) -> Mapping[str, float]:
-    """The objective is the sum over terms of coefficient * sum / weight."""
+    """{term: coefficient}. The loss is the sum over terms of coefficient * sum / weight."""
 
-  def row_lengths(self, seq_len: int) -> dict[str, int]:
-    """{stream: its length in a row} where rows have `seq_len` input tokens (host)."""
-    return {"inputs": seq_len}
+  def check_model(self, cfg: ModelConfig) -> None:
+    """Check what `stacks` and `required_model_config` cannot express.
 
-  def examples(self, record: Mapping[str, Any], tokenizer: Any, length: int, whole: bool) -> Iterator[dict[str, Any]]:
-    """What of a record `features` is given: the record with "ids" Int[n], for each piece that `window` gives (host).
+    Raises:
+      ConfigError: the model cannot be trained on the objective.
+    """
+    return None
+
+  # Host.
+
+  def row_lengths(self, seq_len: int) -> RowLengths:
+    """Return the row length of each stream if rows have `seq_len` input tokens."""
+    return RowLengths(seq_len)
+
+  def split_record(self, record: Record, tokenizer: TextTokenizer, seq_len: int, whole: bool) -> Iterator[Window]:
+    """Tokenize a record and yield the windows that `make_example` is given.
 
     Args:
-      length: input tokens of a row.
-      whole: leave the text in one piece.
+      record: fields by name.
+      tokenizer: the tokenizer of the run.
+      seq_len: input tokens of a row.
+      whole: yield the text as one window, whatever its length. The pipeline asks for it if packing is "split".
     """
     ids = tokenizer.document(record["text"])
-    for window in [ids] if whole else self.window(ids, length):
-      if len(window):
-        yield {**record, "ids": window}
+    for part in [ids] if whole else self.split_ids(ids, seq_len):
+      if len(part):
+        yield Window(record, part)
 
-  def window(self, ids: np.ndarray, length: int) -> list[np.ndarray]:
-    """Cuts a document's ids into pieces whose features fit in rows of `length` input tokens (host)."""
+  def split_ids(self, ids: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Split the ids Int[n] of a document into parts whose examples fit into rows of `seq_len` input tokens."""
     return [ids]
 
   @abc.abstractmethod
-  def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features | None:
-    """One example to features, None to leave it out (host).
+  def make_example(self, window: Window, rng: np.random.Generator, corpus: RecordSource) -> Example | None:
+    """Make an example of a window, or return None to skip it.
 
     Args:
-      example: one that `examples` gave.
-      rng: the example's own generator.
-      corpus: the source that the record is from.
-    Returns:
-      {"inputs": Int[n], "labels": {term: Int[n]}, "weights": {term: Float[n]}}, with "targets": Int[m] where there are
-      any (labels and weights are then [m]). A stream may be a dict {"ids": Int[n], "token_types": Int[n], "prefix":
-      Int[n]}. Further views of the example are {"extras": {name: features}}. What labels the example as a whole is
-      {"row": {"labels": {term: any shape}, "weights": {term: that shape}}}, with packing "never" alone.
+      window: a window of `split_record`.
+      rng: a generator that depends on the seed, the epoch and the record only.
+      corpus: the records that the window's record is from.
     """
 
+  # Device.
+
   def weights(self, batch: Batch) -> Sums:
-    """The denominators, taken once on the whole global batch (device)."""
+    """Return the denominator of each term. Computed once, on the whole global batch."""
     return {term: jnp.sum(batch.weights[term]) for term in self.coefficients}
 
   @abc.abstractmethod
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
-    """Named sums over a microbatch, and metrics as (sum, weight) (device, pure)."""
+    """Return the sum of each term over a microbatch, and metrics as (sum, weight).
+
+    Args:
+      forward: the model with its parameters.
+      batch: a microbatch; with `whole_batch` the global batch.
+      rngs: see `Forward.__call__`; empty in evaluation.
+    """

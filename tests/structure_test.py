@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # From the lowest to the highest layer. A module may import from packages in lower layers, and from its own package.
 LAYERS = (
   "config",
+  "examples",
   "types trees storage metrics",
   "distributed datasets telemetry",
   "models data reporting",

@@ -10,7 +10,7 @@ from llmjax.checkpoints.paths import open_path
 from llmjax.checkpoints.sources.init_map import InitMap, check_init_map, source_name
 from llmjax.config import ConfigError, Json, resolve_callable
 from llmjax.models.transformer import MODELS
-from llmjax.objectives.task import NOTHING
+from llmjax.objectives.task import NO_HEAD
 from llmjax.trees import Params, flatten_tree
 from llmjax.types import Model
 
@@ -55,11 +55,11 @@ def labels_of_init(config: Mapping[str, Json]) -> Mapping[str, Json]:
   path, objective = config["init_from"], config["objective"]
   has_open_labels = objective.get("labels", ()) is None
   if path is None or not has_open_labels or source_name(config["init_map"], "head/kernel") is None:
-    return NOTHING
+    return NO_HEAD
   with open_path(path) as source:
     initial = source.config["objective"] or {}
   has_same_head = initial.get("labels") and initial["name"] == objective["name"]
-  return {**initial, "path": path} if has_same_head else NOTHING
+  return {**initial, "path": path} if has_same_head else NO_HEAD
 
 
 def pretrained_model_config(config: Mapping[str, Json]) -> tuple[dict[str, Json], str | None]:

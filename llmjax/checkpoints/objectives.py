@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from llmjax.config import Json, build, resolve_callable
 from llmjax.data.tokenizers.base import Tokenizer
 from llmjax.objectives import OBJECTIVES, tag_scheme
-from llmjax.objectives.task import NOTHING
+from llmjax.objectives.task import NO_HEAD
 from llmjax.types import Objective
 
 MAX_STRIDE, MAX_QUESTION = 128, 64  # of extractive question answering, in tokens
@@ -19,7 +19,7 @@ def make_objective(
   seq_len: int,
   model: Mapping[str, Json],
   records: Callable[[], Iterable[Mapping[str, Json]]] | None = None,
-  learned: Mapping[str, Json] = NOTHING,
+  pretrained_head: Mapping[str, Json] = NO_HEAD,
 ) -> Objective:
   """Build the objective of a config.
 
@@ -29,7 +29,7 @@ def make_objective(
     seq_len: tokens of a row.
     model: config.model; only its kinds of layers matter.
     records: opens the training split, to infer keys that the config does not set.
-    learned: labels of the model that the run starts from, see `labels_of_init`.
+    pretrained_head: labels of the model that the run starts from, see `labels_of_init`.
   """
   encoder, decoder = model.get("encoder_layers"), model.get("decoder_layers")
   stacks = "both" if encoder and decoder else "encoder" if encoder else "decoder"
@@ -41,7 +41,7 @@ def make_objective(
     seq_len=seq_len,
     stacks=stacks,
     records=records,
-    learned=learned,
+    pretrained_head=pretrained_head,
   )
   return objective
 
@@ -71,7 +71,7 @@ def infer_head_objective(head: str, labels: Sequence[str], problem_type: str | N
     quarter = seq_len // 4
     return {"name": "span_qa", "stride": min(MAX_STRIDE, quarter), "max_question": min(MAX_QUESTION, quarter)}
   if head == "token":
-    return {"name": "tagging", "labels": tuple(labels), "scheme": tag_scheme.guess(labels)}
+    return {"name": "tagging", "labels": tuple(labels), "scheme": tag_scheme.infer_tag_scheme(labels)}
   if problem_type == "regression" or len(labels) == 1:
     return {"name": "classification", "kind": "regression", "labels": ()}
   kind = "multi" if problem_type == "multi_label_classification" else "single"

@@ -1,169 +1,202 @@
-"""Features of examples to rows of fixed length: pure functions on NumPy arrays.
+"""Packing: examples of any length to rows of fixed length. Pure functions on NumPy arrays.
 
-A *piece* is an example as a flat dict of arrays, {"inputs/ids": [n], "labels/nll": [n], ...}. Those of one *stream*
-(`inputs`, `targets`, and those of each of its `extras`) have one length; labels and weights belong to what is
-predicted, `targets` where there are any, else `inputs`. A *row* is the same with [L] for the stream's row length L, and
-each stream's positions and segments. Every piece is a segment of its own, with the same number in all streams:
-positions begin at 0 in it, and no other piece of the row sees it. Segment 0 is padding, with weight 0. Arrays below
-"row" are of no stream: they label the only piece of a row as a whole, in whatever shape.
+Each example becomes a segment of a row, with the same number in all streams: `inputs`, `targets`, and the streams of
+each of its `extras`. Positions restart at 0 in each segment, and attention does not cross segments. Segment 0 is
+padding, with weight 0.
+
+A packed row is a `Batch` without the batch axis: leaves are [L], and row labels have any shape.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from llmjax.types import Batch, Features, Tokens
+from llmjax.examples import Example, RowLengths, TokenSequence
+from llmjax.types import Batch, Tokens
 
-Piece = dict[str, np.ndarray]
-Sizes = Mapping[str, int]  # {stream: its length in a row}
-
-STREAMS = ("inputs", "targets")
-MAX_OPEN_BINS = 64  # rows that are looked at for room: the search stays linear
-PARTS = ("ids", "token_types", "prefix")  # of a stream; positions and segments are the packer's
+MAX_OPEN_BINS = 64  # rows that best-fit considers: the search stays linear in the number of examples
 
 
-def flatten_features(features: Features, prefix: str = "") -> Piece:
-  """What `Objective.features` gives -> a piece.
+def stream_lengths(example: Example, row_lengths: RowLengths) -> tuple[int, ...]:
+  """Return the number of tokens of an example in each stream, in the order of `RowLengths.streams`.
 
-  Raises ValueError for an unknown entry or arrays of different length: the objective is wrong.
+  Raises:
+    ValueError: the example does not have the streams that the row has.
   """
-  piece: Piece = {}
-  for group, value in features.items():
-    if group == "extras":
-      for name, inner in value.items():
-        piece |= flatten_features(inner, f"{prefix}extras/{name}/")
-    elif group in STREAMS:
-      parts = value if isinstance(value, Mapping) else {"ids": value}
-      if "ids" not in parts or not set(parts) <= set(PARTS):
-        raise ValueError(f"the objective's features have {group} {sorted(parts)}; packing knows {', '.join(PARTS)}")
-      piece |= {f"{prefix}{group}/{name}": np.asarray(x, np.int32) for name, x in parts.items()}
-    elif group in ("labels", "weights"):
-      dtype = np.float32 if group == "weights" else np.int32
-      piece |= {f"{prefix}{group}/{term}": np.asarray(x, dtype) for term, x in value.items()}
-    elif group == "row":
-      for kind, terms in value.items():
-        for term, x in terms.items():
-          floating = np.issubdtype(np.asarray(x).dtype, np.floating)
-          piece[f"{prefix}row/{kind}/{term}"] = np.asarray(x, np.float32 if floating else np.int32)
-    else:
-      known = ", ".join((*STREAMS, "labels", "weights", "extras", "row"))
-      raise ValueError(f"the objective's features have an entry {group!r}; packing knows {known}")
-  lengths(piece)
-  return piece
+  lengths: tuple[int, ...] = ()
+  for name, stream, length in (
+    ("inputs", example.inputs, row_lengths.inputs),
+    ("targets", example.targets, row_lengths.targets),
+  ):
+    if (stream is None) != (length is None):
+      has, lacks = ("row_lengths", "example") if stream is None else ("example", "row_lengths")
+      raise ValueError(f"{name}: the objective's {has} has this stream, and its {lacks} does not")
+    if stream is not None:
+      lengths += (len(stream),)
+  if example.extras.keys() != row_lengths.extras.keys():
+    raise ValueError(
+      f"extras: must be those of the objective's row_lengths {sorted(row_lengths.extras)}, got {sorted(example.extras)}"
+    )
+  for view, inner in row_lengths.extras.items():
+    lengths += stream_lengths(example.extras[view], inner)
+  return lengths
 
 
-def stream_of(name: str, names: Iterable[str]) -> str | None:
-  """The stream that an array of a piece with these `names` belongs to; None where it labels the whole row."""
-  prefix = re.match(r"(extras/[^/]+/)*", name)
-  assert prefix is not None
-  group = name[prefix.end() :].split("/")[0]
-  if group == "row":
-    return None
-  if group not in STREAMS:
-    group = "targets" if f"{prefix[0]}targets/ids" in names else "inputs"
-  return prefix[0] + group
+def cut_example(example: Example, offset: int, room: int) -> tuple[Example, int]:
+  """Cut the next part out of an example that has one stream.
 
+  Args:
+    example: an example that has `inputs` only.
+    offset: first token of the part.
+    room: most tokens of the part.
 
-def lengths(piece: Piece) -> dict[str, int]:
-  """{stream: tokens}; ValueError where the arrays of a stream do not have one length."""
-  found: dict[str, int] = {}
-  for name, values in piece.items():
-    stream = stream_of(name, piece)
-    if stream is None:
-      continue
-    if values.ndim != 1 or found.setdefault(stream, len(values)) != len(values):
-      shapes = {n: v.shape for n, v in piece.items() if stream_of(n, piece) == stream}
-      raise ValueError(f"the objective's features must be aligned one-dimensional arrays, not {shapes}")
-  return found
-
-
-def split_pieces(piece: Piece, offset: int, room: int) -> tuple[Piece, int]:
-  """What of a piece of one stream fits in `room` from `offset` on, and the offset after it."""
-  [length] = lengths(piece).values()
-  stop = min(offset + room, length)
-  return {name: values[offset:stop] for name, values in piece.items()}, stop
-
-
-def best_fit(pieces: Iterable[Piece], sizes: Sizes) -> list[list[Piece]]:
-  """Whole pieces, in order, into rows: one goes into the fullest row that has room for it in every stream, else into a
-  new one.
-
-  Raises ValueError for a piece that no row can hold: the objective is wrong.
+  Returns:
+    The part, and the offset after it.
   """
-  rows: list[list[Piece]] = []
-  rooms: list[dict[str, int]] = []  # what is left of each row
-  for piece in pieces:
-    needed = lengths(piece)
-    for stream, length in needed.items():
-      if length > sizes[stream]:
-        raise ValueError(f"the objective gave {length} tokens of {stream} for rows of {sizes[stream]}")
-    recent = range(max(0, len(rooms) - MAX_OPEN_BINS), len(rooms))
-    fitting = [i for i in recent if all(rooms[i][s] >= n for s, n in needed.items())]
-    best = min(fitting, key=lambda i: sum(rooms[i].values()), default=len(rows))
+  assert example.inputs is not None
+  stop = min(offset + room, len(example.inputs))
+  labels = {term: values[offset:stop] for term, values in example.labels.items()}
+  weights = {term: values[offset:stop] for term, values in example.weights.items()}
+  return Example(example.inputs[offset:stop], labels=labels, weights=weights), stop
+
+
+def best_fit(examples: Iterable[Example], row_lengths: RowLengths) -> list[list[Example]]:
+  """Distribute whole examples over rows.
+
+  Each example goes into the fullest row that has room for it in every stream, else into a new row (best-fit packing).
+
+  Raises:
+    ValueError: an example is longer than a row.
+  """
+  streams = row_lengths.streams()
+  rows: list[list[Example]] = []
+  rooms: list[tuple[int, ...]] = []  # free tokens of each row, by stream
+  for example in examples:
+    lengths = stream_lengths(example, row_lengths)
+    for length, (stream, row_length) in zip(lengths, streams, strict=True):
+      if length > row_length:
+        raise ValueError(f"the objective gave {length} tokens of {stream} for rows of {row_length}")
+    best, least = len(rows), None
+    for i in range(max(0, len(rows) - MAX_OPEN_BINS), len(rows)):
+      if all(room >= length for room, length in zip(rooms[i], lengths)) and (least is None or sum(rooms[i]) < least):
+        best, least = i, sum(rooms[i])
     if best == len(rows):
       rows.append([])
-      rooms.append(dict(sizes))
-    rows[best].append(piece)
-    rooms[best] = {s: room - needed[s] for s, room in rooms[best].items()}
+      rooms.append(tuple(length for _, length in streams))
+    rows[best].append(example)
+    rooms[best] = tuple(room - length for room, length in zip(rooms[best], lengths, strict=True))
   return rows
 
 
-def fill_of(pieces: Iterable[Piece], sizes: Sizes) -> float:
-  """How many rows the pieces fill at least, in their most crowded stream."""
-  total = dict.fromkeys(sizes, 0)
-  for piece in pieces:
-    for stream, length in lengths(piece).items():
-      total[stream] += length
-  return max(total[stream] / size for stream, size in sizes.items())
+def min_rows(examples: Iterable[Example], row_lengths: RowLengths) -> float:
+  """Return a lower bound, not rounded, of the number of rows that examples fill: that of their fullest stream."""
+  row = [length for _, length in row_lengths.streams()]
+  totals = [0] * len(row)
+  for example in examples:
+    totals = [total + length for total, length in zip(totals, stream_lengths(example, row_lengths), strict=True)]
+  return max(total / length for total, length in zip(totals, row, strict=True))
 
 
-def pack_row(pieces: Sequence[Piece], example: Piece, sizes: Sizes) -> Piece:
-  """Pieces one after the other, padded; `example` is any piece, and tells a row without any what it lacks."""
-  row: Piece = {}
-  for name in sorted(example):
-    stream = stream_of(name, example)
-    if stream is None:
-      row[name] = pieces[0][name] if pieces else np.zeros_like(example[name])
-      continue
-    dtype = np.float32 if "weights" in name.split("/") else np.int32
-    parts = [np.asarray(piece[name], dtype) for piece in pieces]
-    size = sizes[stream]
-    row[name] = np.concatenate([*parts, np.zeros(size - sum(map(len, parts)), dtype)])
-  each = [lengths(piece) for piece in pieces]
-  for stream, size in sizes.items():
-    counts = [length[stream] for length in each]
-    rest = size - sum(counts)
-    row[f"{stream}/positions"] = np.concatenate([*map(np.arange, counts), np.zeros(rest)]).astype(np.int32)
-    row[f"{stream}/segments"] = np.repeat([*range(1, len(counts) + 1), 0], [*counts, rest]).astype(np.int32)
-  return row
+def pack_row(examples: Sequence[Example], template: Example, row_lengths: RowLengths) -> Batch:
+  """Concatenate examples and pad them to a row.
 
+  Args:
+    examples: examples that fit into a row; with row labels at most one.
+    template: any example of the objective; its terms, streams and shapes are those of a row without examples.
+    row_lengths: the length of each stream.
 
-def stack_rows(rows: Sequence[Piece], numbers: Sequence[int]) -> Batch:
-  """Rows [L] to a batch [B L]; `numbers` are their places in the global batch."""
-  stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-  return _nest(stacked, np.array(numbers, np.int32))
-
-
-def _nest(arrays: Mapping[str, np.ndarray], numbers: np.ndarray) -> Batch:
-  groups: dict[str, dict[str, np.ndarray]] = {}
-  for name, values in arrays.items():
-    group, _, rest = name.partition("/")
-    groups.setdefault(group, {})[rest] = values
-  for name, values in groups.get("row", {}).items():
-    kind, _, term = name.partition("/")
-    groups.setdefault(kind, {})[term] = values
-  extras: dict[str, dict[str, np.ndarray]] = {}
-  for name, values in groups.get("extras", {}).items():
-    view, _, rest = name.partition("/")
-    extras.setdefault(view, {})[rest] = values
+  Returns:
+    A row with leaves [L].
+  """
+  length = row_lengths.inputs if row_lengths.targets is None else row_lengths.targets
+  length = 0 if length is None else length
+  labels = {term: _pad([each.labels[term] for each in examples], length, np.int32) for term in template.labels}
+  weights = {term: _pad([each.weights[term] for each in examples], length, np.float32) for term in template.weights}
+  for term, values in template.row_labels.items():
+    labels[term] = examples[0].row_labels[term] if examples else np.zeros_like(values)
+  for term, values in template.row_weights.items():
+    weights[term] = examples[0].row_weights[term] if examples else np.zeros_like(values)
   return Batch(
-    inputs=Tokens(**groups["inputs"]) if "inputs" in groups else None,
-    targets=Tokens(**groups["targets"]) if "targets" in groups else None,
-    labels=groups.get("labels", {}),
-    weights=groups.get("weights", {}),
-    rows=numbers,
-    extras={view: _nest(inner, numbers) for view, inner in extras.items()},
+    inputs=_pack_tokens([each.inputs for each in examples], template.inputs, row_lengths.inputs),
+    targets=_pack_tokens([each.targets for each in examples], template.targets, row_lengths.targets),
+    labels=labels,
+    weights=weights,
+    extras={
+      view: pack_row([each.extras[view] for each in examples], template.extras[view], inner)
+      for view, inner in row_lengths.extras.items()
+    },
   )
+
+
+def _pack_tokens(
+  sequences: Sequence[TokenSequence | None], template: TokenSequence | None, length: int | None
+) -> Tokens | None:
+  """Concatenate and pad one stream; None if examples do not have it."""
+  if template is None or length is None:
+    return None
+  parts = [sequence for sequence in sequences if sequence is not None]
+  positions, segments = np.zeros(length, np.int32), np.zeros(length, np.int32)
+  start = 0
+  for number, part in enumerate(parts, 1):
+    stop = start + len(part)
+    positions[start:stop] = np.arange(len(part))
+    segments[start:stop] = number
+    start = stop
+
+  def pad_field(name: str) -> np.ndarray | None:
+    if getattr(template, name) is None:
+      return None
+    return _pad([getattr(part, name) for part in parts], length, np.int32)
+
+  return Tokens(
+    ids=pad_field("ids"),
+    positions=positions,
+    segments=segments,
+    prefix=pad_field("prefix"),
+    token_types=pad_field("token_types"),
+  )
+
+
+def _pad(arrays: Sequence[np.ndarray], length: int, dtype: type[np.generic]) -> np.ndarray:
+  """Concatenate arrays and pad them with zeros to [length]."""
+  padded = np.zeros(length, dtype)
+  start = 0
+  for values in arrays:
+    padded[start : start + len(values)] = values
+    start += len(values)
+  return padded
+
+
+def stack_rows(rows: Sequence[Batch], numbers: Sequence[int]) -> Batch:
+  """Stack packed rows to a batch.
+
+  Args:
+    rows: rows of `pack_row`, with leaves [L].
+    numbers: the number of each row in the global batch.
+
+  Returns:
+    A batch with leaves [B L].
+  """
+  first = rows[0]
+  return Batch(
+    inputs=_stack_tokens([row.inputs for row in rows]),
+    targets=_stack_tokens([row.targets for row in rows]),
+    labels={term: np.stack([row.labels[term] for row in rows]) for term in first.labels},
+    weights={term: np.stack([row.weights[term] for row in rows]) for term in first.weights},
+    rows=np.array(numbers, np.int32),
+    extras={view: stack_rows([row.extras[view] for row in rows], numbers) for view in first.extras},
+  )
+
+
+def _stack_tokens(streams: Sequence[Tokens | None]) -> Tokens | None:
+  present = [stream for stream in streams if stream is not None]
+  if not present:
+    return None
+
+  def stack_field(name: str) -> np.ndarray | None:
+    return None if getattr(present[0], name) is None else np.stack([getattr(stream, name) for stream in present])
+
+  names = ("ids", "positions", "segments", "prefix", "token_types")
+  return Tokens(**{name: stack_field(name) for name in names})

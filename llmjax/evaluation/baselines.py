@@ -110,6 +110,6 @@ def lead_baseline(program: Program, split: str | None = None, limit: int | None 
   def measure() -> dict[str, float]:
     records = read_records()
     summaries = [{task.target: SENTENCE_END.split(record[task.source].strip())[0]} for record in records]
-    return {f"baseline/lead_{name}": value for name, value in task.measure(records, summaries).items()}
+    return {f"baseline/lead_{name}": value for name, value in task.compute_metrics(records, summaries).items()}
 
   return constant_evaluator(measure)

@@ -114,7 +114,7 @@ def data_evals(
   if contrastive is not None:
     known = record_fields(data)
     text = column if column in known else "text"
-    fields = [text if field == "text" else field for field in (contrastive.anchor, *contrastive.views.values())]
+    fields = [text if field == "text" else field for field in (contrastive.anchor, *contrastive.view_fields.values())]
     corpus |= {"column": text if text in fields else contrastive.anchor, "columns": tuple(fields)}
     if not set(fields) <= set(known):
       del evals["data"]

@@ -115,7 +115,7 @@ def task_answers(
   num_beams: int | None = None,
   length_penalty: float | None = None,
 ) -> Evaluator:
-  """Evaluate the answers of a task to the records of a split, see `Task.measure`.
+  """Evaluate the answers of a task to the records of a split, see `Task.compute_metrics`.
 
   All records are checked before anything is compiled.
 
@@ -129,7 +129,7 @@ def task_answers(
     length_penalty: as `max_new_tokens`.
   """
   task = check_task(program.objective)
-  require_libraries(task.libraries)
+  require_libraries(task.metric_packages)
   given = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "length_penalty": length_penalty}
   generation = {name: value for name, value in given.items() if value is not None}
   read_records = labelled_records(program, task, split, limit)
@@ -137,6 +137,6 @@ def task_answers(
 
   def evaluate(params: Params) -> dict[str, float]:
     records = read_records()
-    return task.measure(records, predict(program.model, params, task, records, settings))
+    return task.compute_metrics(records, predict(program.model, params, task, records, settings))
 
   return evaluate

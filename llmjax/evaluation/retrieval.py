@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from llmjax.config import ConfigError
 from llmjax.data.sources.base import Source
 from llmjax.evaluation.bm25 import bm25_scores, import_bm25s
+from llmjax.examples import Window
 from llmjax.inference.batches import BatchSettings
 from llmjax.inference.embeddings import contrastive_objective, embed_tokens
 from llmjax.objectives.contrastive import Contrastive
@@ -85,10 +86,12 @@ def read_pairs(program: Program, objective: Contrastive, source: Source, limit: 
   for record in source:
     if limit is not None and len(pairs.anchors) == limit:
       break
-    features = objective.features({**record, "ids": program.tokenizer.document(record["text"])}, rng, source)
-    if features is not None:
-      pairs.anchors.append(features["inputs"])
-      pairs.positives.append(features["extras"]["positive"]["inputs"])
+    example = objective.make_example(Window(record, program.tokenizer.document(record["text"])), rng, source)
+    if example is not None:
+      anchor, positive = example.inputs, example.extras["positive"].inputs
+      assert anchor is not None and positive is not None
+      pairs.anchors.append(anchor.ids)
+      pairs.positives.append(positive.ids)
       pairs.queries.append(record[objective.anchor])
       pairs.documents.append(record[str(objective.positive)])
   if len(pairs.anchors) < 2:

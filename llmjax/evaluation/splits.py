@@ -80,14 +80,14 @@ def labelled_records(program: Program, task: Task, split: str | None, limit: int
   indices = np.linspace(0, len(source) - 1, count).astype(np.int64)
   for index, record in enumerate(source):
     try:
-      task.check(record, labelled=True)
+      task.check_record(record, labelled=True)
     except ConfigError as error:
       raise ConfigError(f"{source.location(index)}, of split {split!r}: {error}") from error
 
   @functools.cache
   def read_records() -> list[Record]:
     records: list[Record] = [
-      record for record in (source[int(i)] for i in indices) if task.encode(record, labelled=True)
+      record for record in (source[int(i)] for i in indices) if task.encode_record(record, labelled=True)
     ]
     if not records:
       raise ConfigError(f"split {split!r}: no record has both something to read and an answer; set another data.eval")

@@ -18,7 +18,7 @@ from llmjax.config.model import ModelConfig, TransformerConfig
 from llmjax.data.tokenizers.base import Tokenizer
 from llmjax.distributed import sharding
 from llmjax.inference.batches import BATCH_TOKENS, BatchSettings, PlannedBatch, map_batches
-from llmjax.objectives.contrastive import POOLINGS, Contrastive, pool
+from llmjax.objectives.contrastive import POOLINGS, Contrastive, pool_embeddings
 from llmjax.objectives.weighted_sum import WeightedSum
 from llmjax.trees import Params
 from llmjax.types import Array, Batch, Model, Objective, Outputs, Tokens
@@ -43,7 +43,7 @@ def embed(
     params: its parameters.
     tokenizer: its tokenizer.
     texts: n texts.
-    pooling: how hidden states become one vector, see `llmjax.objectives.contrastive.pool`.
+    pooling: how hidden states become one vector, see `llmjax.objectives.contrastive.pool_embeddings`.
     max_len: maximum number of tokens of a text, including bos and eos; longer texts are truncated at the end. None: the
       model's maximum.
     batch_tokens: maximum of rows times length of a batch, padding included.
@@ -128,7 +128,8 @@ def _encode(model: Model, params: Params, batch: Batch, *, pooling: str) -> Floa
   """Return the embeddings of a batch, replicated on every device."""
   out: Outputs = model.apply({"params": params}, batch, logits=False)
   hidden = out.hidden if out.encoder_hidden is None else out.encoder_hidden
-  return sharding.constrain(pool(dataclasses.replace(out, hidden=hidden), batch.inputs, pooling), None, None)
+  vectors = pool_embeddings(dataclasses.replace(out, hidden=hidden), batch.inputs, pooling)
+  return sharding.constrain(vectors, None, None)
 
 
 def make_embedding_batch(rows: Sequence[Int[np.ndarray, " length"]], num_rows: int, length: int) -> Batch:

@@ -18,11 +18,12 @@ from jaxtyping import Int
 from llmjax.config import ConfigError
 from llmjax.data import packing
 from llmjax.distributed import sharding
+from llmjax.examples import Example, Record, RowLengths
 from llmjax.inference.batches import BatchSettings, PlannedBatch, map_batches, plan_batches
 from llmjax.inference.generation import generate
-from llmjax.objectives.task import Record, Result, Task
+from llmjax.objectives.task import Result, Task
 from llmjax.trees import Params
-from llmjax.types import Array, Batch, Features, Model, Objective
+from llmjax.types import Array, Batch, Model, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def check_generation(task: Task, generation: Mapping[str, Any]) -> None:
 def predict(
   model: Model, params: Params, task: Task, records: Sequence[Record], settings: PredictionSettings | None = None
 ) -> list[Result]:
-  """Return the result of each record, see `Task.result`, in the order of the records.
+  """Return the result of each record, see `Task.make_result`, in the order of the records.
 
   Args:
     model: a model that was trained on the task.
@@ -73,45 +74,50 @@ def predict(
   settings = PredictionSettings() if settings is None else settings
   check_generation(task, settings.generation)
   windows = [_encode_record(task, record, number) for number, record in enumerate(records)]
-  all_windows = [features for each in windows for features in each]
+  all_windows = [example for each in windows for example in each]
   compute = _generate_texts if task.generates else _decode_windows
   decoded = iter(compute(model, params, task, all_windows, settings))
   return [
-    task.result(record, each, [next(decoded) for _ in each]) for record, each in zip(records, windows, strict=True)
+    task.make_result(record, each, [next(decoded) for _ in each]) for record, each in zip(records, windows, strict=True)
   ]
 
 
-def _encode_record(task: Task, record: Record, number: int) -> list[Features]:
+def _encode_record(task: Task, record: Record, number: int) -> list[Example]:
   """Return the windows of a record; its number is for messages."""
   try:
-    task.check(record, labelled=False)
-    features = task.encode(record, labelled=False)
+    task.check_record(record, labelled=False)
+    examples = task.encode_record(record, labelled=False)
   except ConfigError as error:
     raise ConfigError(f"record {number} (from 0): {error}") from error
-  if not features:
+  if not examples:
     raise ConfigError(f"record {number} (from 0) has no tokens to read; remove it")
-  return features
+  return examples
+
+
+def input_ids(example: Example) -> np.ndarray:
+  """Return the input tokens Int32[n] of an example."""
+  assert example.inputs is not None
+  return example.inputs.ids
 
 
 def _decode_windows(
-  model: Model, params: Params, task: Task, windows: Sequence[Features], settings: PredictionSettings
+  model: Model, params: Params, task: Task, windows: Sequence[Example], settings: PredictionSettings
 ) -> list[dict[str, np.ndarray]]:
-  """Return the arrays of `Task.decode` for each window."""
-  pieces = [packing.flatten_features(features) for features in windows]
-  decoded: list[dict[str, np.ndarray]] = [{} for _ in pieces]
+  """Return the arrays of `Task.decode_outputs` for each window."""
+  decoded: list[dict[str, np.ndarray]] = [{} for _ in windows]
 
   def make_batch(planned: PlannedBatch) -> Batch:
-    sizes = {"inputs": planned.length}
-    template = pieces[planned.indices[0]]
-    rows = [packing.pack_row([pieces[i]], pieces[i], sizes) for i in planned.indices]
-    rows += [packing.pack_row([], template, sizes)] * (planned.num_rows - len(rows))
+    row_lengths = RowLengths(planned.length)
+    template = windows[planned.indices[0]]
+    rows = [packing.pack_row([windows[i]], windows[i], row_lengths) for i in planned.indices]
+    rows += [packing.pack_row([], template, row_lengths)] * (planned.num_rows - len(rows))
     return packing.stack_rows(rows, range(planned.num_rows))
 
   def decode(batch: Batch) -> dict[str, Array]:
     arrays: dict[str, Array] = _decode_batch(model, params, task, batch)
     return arrays
 
-  lengths = np.array([len(piece["inputs/ids"]) for piece in pieces], int)
+  lengths = np.array([len(input_ids(window)) for window in windows], int)
   for indices, arrays in map_batches(decode, make_batch, lengths, model.cfg.max_len, settings):
     for row, i in enumerate(indices):
       decoded[i] = {name: x[row] for name, x in arrays.items()}
@@ -120,21 +126,21 @@ def _decode_windows(
 
 @functools.partial(jax.jit, static_argnames=("model", "task"))
 def _decode_batch(model: Model, params: Params, task: Task, batch: Batch) -> dict[str, Array]:
-  """Return the arrays of `Task.decode` for a batch, replicated on every device."""
-  out = task.decode(model.apply({"params": params}, batch), batch)
+  """Return the arrays of `Task.decode_outputs` for a batch, replicated on every device."""
+  out = task.decode_outputs(model.apply({"params": params}, batch), batch)
   return {name: sharding.constrain(x, *(None,) * x.ndim) for name, x in out.items()}
 
 
 def _generate_texts(
-  model: Model, params: Params, task: Task, windows: Sequence[Features], settings: PredictionSettings
+  model: Model, params: Params, task: Task, windows: Sequence[Example], settings: PredictionSettings
 ) -> list[dict[str, np.ndarray]]:
   """Return {"tokens": the tokens generated after each prompt, without the end token}."""
-  prompts = [packing.flatten_features(features)["inputs/ids"] for features in windows]
+  prompts = [input_ids(window) for window in windows]
   is_separate = model.cfg.stacks == "both"
   context, pad_id = model.cfg.max_len, task.tokenizer.pad_id
   generation = dict(settings.generation)
   max_new_tokens = generation.pop("max_new_tokens", task.max_new_tokens)
-  ends = tuple(task.ends)
+  ends = tuple(task.end_ids)
   decoded: list[dict[str, np.ndarray]] = [{} for _ in prompts]
   lengths = np.array([len(ids) for ids in prompts], int)
   with settings.use_mesh():

@@ -53,7 +53,8 @@ def predict_file(
   Args:
     path: model, see `open_path`.
     input: JSONL with the fields that the model's task reads. A field "id" is copied to the output.
-    output: JSONL. A line is the result of `Task.result`, or {"line": number, "error": reason} for an unreadable line.
+    output: JSONL. A line is the result of `Task.make_result`, or {"line": number, "error": reason} for a line that
+      cannot be read.
     min_confidence: write only records with at least this confidence, with all fields of the input, so that the output
       is labelled data for training. None: write all lines.
     batch_tokens: maximum of rows times length of a batch, padding included.
@@ -74,7 +75,7 @@ def predict_file(
   with open_path(path) as source:
     task = check_task(source.objective(trust))
     check_generation(task, generation or {})
-    if min_confidence is not None and not task.confident:
+    if min_confidence is not None and not task.has_confidence:
       raise ConfigError(f"--min_confidence={min_confidence}: the model's answers have no confidence; omit it")
     lines = list(_read_lines(source_file, task))
     if not lines:
@@ -153,8 +154,8 @@ def _parse_line(number: int, line: bytes, task: Task) -> InputLine:
     record = json.loads(line.decode("utf-8"))
     if not isinstance(record, dict):
       raise ConfigError(f"must be a JSON object, got {type(record).__name__}")
-    task.check(record, labelled=False)
-    if not task.encode(record, labelled=False):
+    task.check_record(record, labelled=False)
+    if not task.encode_record(record, labelled=False):
       raise ConfigError("there are no tokens to read")
   except UnicodeDecodeError as error:
     return InputLine(number, None, f"byte {error.start} is not UTF-8")

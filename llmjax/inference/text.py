@@ -21,7 +21,7 @@ from llmjax.inference.beam_search import make_beam_settings
 from llmjax.inference.generation import encode_prompt, end_token_ids, generate, stop_before, stream_tokens
 from llmjax.inference.sampling import make_sampling
 from llmjax.interop.generation_config import read_generation_settings
-from llmjax.objectives.sft import end_tokens
+from llmjax.objectives.sft import answer_end_ids
 
 DEFAULT_NEW_TOKENS = 200  # if neither the command line nor the checkpoint sets a number
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -114,7 +114,7 @@ class Continuation:
     # Only a model that was trained here may know the default template.
     choose = chat.template_or_default if objective.get("name") == "sft" else chat.choose_template
     template = choose(tokenizer.chat_templates, objective.get("template"))
-    ends = (*end_token_ids(self.settings.get("eos_id")), *end_tokens(tokenizer, template))
+    ends = (*end_token_ids(self.settings.get("eos_id")), *answer_end_ids(tokenizer, template))
     self.settings["eos_id"] = tuple(dict.fromkeys(ends))
     ids: np.ndarray = tokenizer.chat(messages, add_generation_prompt=True, template=template)
     return ids

@@ -1,4 +1,4 @@
-"""What can be learned: one file an objective, its host and device halves side by side."""
+"""Training objectives, one per file, with their host and device halves side by side."""
 
 OBJECTIVES = {
   "causal_lm": "llmjax.objectives.causal_lm:CausalLM",

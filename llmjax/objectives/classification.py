@@ -1,50 +1,56 @@
-"""Classification and regression of a text, or of two that belong together (Devlin et al. 2019)."""
+"""Classification and regression of a text or a pair of texts (Devlin et al. 2019)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from llmjax.config import ConfigError, suggest_name
+from llmjax.config import ConfigError, Json, suggest_name
+from llmjax.examples import Example, Record, TextTokenizer, TokenSequence
 from llmjax.metrics.labels import classification_metrics, multi_label_metrics, regression_metrics
-from llmjax.objectives.losses import correct, cross_entropy
+from llmjax.objectives.losses import cross_entropy, is_correct
 from llmjax.objectives.task import (
-  NOTHING,
-  Record,
-  Records,
+  NO_HEAD,
+  OpenRecords,
+  PretrainedHead,
   Result,
   Task,
-  class_of,
-  keep_labels,
-  label_text,
-  sort_labels,
-  text_field,
+  class_index,
+  infer_field_labels,
+  label_name,
+  require_text,
+  reuse_labels,
 )
-from llmjax.types import Batch, Features, Forward, Metrics, Outputs, Sums
+from llmjax.types import Batch, Forward, Metrics, Outputs, Sums
 
-KINDS = ("single", "multi", "regression")
+MIN_LABELS = {"single": 2, "multi": 1, "regression": 0}  # by kind of task
+MAX_INFERRED_LABELS = 10_000  # more values of a field are hardly labels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classification(Task):
-  """One of C classes, any number of them, or a number.
+  """Classification into one or several of C classes, or regression.
 
   Attributes:
-    labels: the names of the classes, in the order of the logits; empty for regression.
-    kind: "single", softmax cross-entropy; "multi", a sigmoid cross-entropy for each class; "regression", squared error.
-    text, pair: the fields that are read; None is no second text.
-    label: the field that is learned: a label; for "multi" a list of them, or one text with commas; else a number.
-    label_smoothing: see `losses.cross_entropy`; of "single" alone.
+    tokenizer: tokenizer of the run.
+    seq_len: most tokens of an example.
+    labels: class names in the order of the logits; empty for regression.
+    kind: "single": one class, softmax cross-entropy; "multi": any number of classes, a sigmoid cross-entropy for each;
+      "regression": a number, squared error.
+    text: field of the text.
+    pair: field of a second text; None: there is none.
+    label: field of the answer: a label; for "multi" a list of labels or one text with commas; for "regression" a
+      number.
+    label_smoothing: see `losses.cross_entropy`; for "single" only.
   """
 
-  tokenizer: Any
+  tokenizer: TextTokenizer
   seq_len: int
   labels: tuple[str, ...]
   kind: str = "single"
@@ -57,29 +63,28 @@ class Classification(Task):
   stacks = ("encoder", "decoder")
 
   def __post_init__(self) -> None:
-    if self.kind not in KINDS:
-      raise ConfigError(f"objective.kind={self.kind!r}; {suggest_name(self.kind, KINDS)}")
-    if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.kind != "single"):
-      raise ConfigError(f"objective.label_smoothing={self.label_smoothing} must be in [0, 1), and 0 but for 'single'")
-    least = {"single": 2, "multi": 1, "regression": 0}[self.kind]
-    if len(self.labels) < least or (self.kind == "regression" and self.labels):
+    if self.kind not in MIN_LABELS:
       raise ConfigError(
-        f"objective.labels={self.labels!r}: objective.kind={self.kind!r} has {least or 'no'} labels"
-        f"{' or more' if least else ''}"
+        f"objective.kind: is not a known value, got {self.kind!r}; {suggest_name(self.kind, MIN_LABELS)}"
       )
-    self.tokenizer.assemble(*self._empty, self.seq_len)  # says when there is no room
+    if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and self.kind != "single"):
+      raise ConfigError(
+        "objective.label_smoothing: must be in [0, 1), and 0 unless objective.kind='single', got "
+        f"{self.label_smoothing}"
+      )
+    least = MIN_LABELS[self.kind]
+    if len(self.labels) < least or (self.kind == "regression" and self.labels):
+      expected = f"at least {least} labels" if least else "no labels"
+      raise ConfigError(f"objective.labels: must have {expected} for objective.kind={self.kind!r}, got {self.labels!r}")
+    empty = np.zeros(0, np.int32)
+    self.tokenizer.assemble(empty, None if self.pair is None else empty, self.seq_len)  # raises if there is no room
 
   @property
-  def _empty(self) -> tuple[np.ndarray, np.ndarray | None]:
-    nothing = np.zeros(0, np.int32)
-    return nothing, None if self.pair is None else nothing
-
-  @property
-  def head(self) -> dict[str, Any]:
+  def head(self) -> dict[str, Json]:
     return {"head": "sequence", "num_classes": max(len(self.labels), 1), "crf": False}
 
   @property
-  def resolved_config(self) -> dict[str, Any]:
+  def resolved_config(self) -> dict[str, Json]:
     return {"labels": self.labels}
 
   @property
@@ -87,166 +92,198 @@ class Classification(Task):
     return {"class": 1.0}
 
   @property
-  def inputs(self) -> tuple[str, ...]:
+  def input_fields(self) -> tuple[str, ...]:
     return (self.text,) if self.pair is None else (self.text, self.pair)
 
   @property
-  def answers(self) -> tuple[str, ...]:
+  def label_fields(self) -> tuple[str, ...]:
     return (self.label,)
 
   @property
-  def confident(self) -> bool:
+  def has_confidence(self) -> bool:
     return self.kind != "regression"
 
   @property
-  def libraries(self) -> tuple[str, ...]:
+  def metric_packages(self) -> tuple[str, ...]:
     return ("sklearn", "scipy")
 
-  # host
+  # Host.
 
-  def check(self, record: Record, *, labelled: bool) -> None:
-    super().check(record, labelled=labelled)
-    for field in self.inputs:
-      text_field(record, field)
+  def check_record(self, record: Record, *, labelled: bool) -> None:
+    super().check_record(record, labelled=labelled)
+    for field in self.input_fields:
+      require_text(record, field)
     if labelled and record[self.label] is not None:
-      self.target(record)
+      self.encode_label(record)
 
-  def target(self, record: Record) -> np.ndarray:
-    """Int[] of a class, Float[C] of any number of them, Float[1] of a number."""
+  def encode_label(self, record: Record) -> np.ndarray:
+    """Return the target: Int[] for "single", Float[C] with 0 and 1 for "multi", Float[1] for "regression".
+
+    Raises:
+      ConfigError: the value is not a label, or not a number.
+    """
     value = record[self.label]
     if self.kind == "single":
-      return np.array(class_of(record, self.label, self.labels), np.int32)
+      return np.array(class_index(record, self.label, self.labels), np.int32)
     if self.kind == "multi":
-      which = [class_of({self.label: name}, self.label, self.labels) for name in label_list(value, self.label)]
-      return np.isin(np.arange(len(self.labels)), which).astype(np.float32)
+      names = label_names(value, self.label)
+      indices = [class_index({self.label: name}, self.label, self.labels) for name in names]
+      return np.isin(np.arange(len(self.labels)), indices).astype(np.float32)
     try:
       number = float(value)
     except (TypeError, ValueError):
       number = math.nan
     if not math.isfinite(number):
-      raise ConfigError(f"{self.label!r} is {value!r}, which is no number; objective.kind='single' takes names")
+      raise ConfigError(f"{self.label!r}: must be a number, got {value!r}. For class names set objective.kind='single'")
     return np.array([number], np.float32)
 
-  def encode(self, record: Record, *, labelled: bool) -> list[Features]:
-    if labelled and record[self.label] is None:  # as in the test splits of GLUE
+  def encode_record(self, record: Record, *, labelled: bool) -> list[Example]:
+    if labelled and record[self.label] is None:  # as in GLUE's test splits
       return []
-    texts = [self.tokenizer.encode(record[field]) for field in self.inputs]
+    texts = [self.tokenizer.encode(record[field]) for field in self.input_fields]
     if not all(map(len, texts)):
       return []
     ids, token_types, _ = self.tokenizer.assemble(texts[0], texts[1] if self.pair else None, self.seq_len)
-    features: Features = {"inputs": {"ids": ids, "token_types": token_types}}
+    inputs = TokenSequence(ids, token_types)
     if not labelled:
-      return [features]
-    target = self.target(record)
-    row = {"labels": {"class": target}, "weights": {"class": np.ones(target.shape, np.float32)}}
-    return [{**features, "row": row}]
+      return [Example(inputs)]
+    target = self.encode_label(record)
+    weight = np.ones(target.shape, np.float32)
+    return [Example(inputs, row_labels={"class": target}, row_weights={"class": weight})]
 
-  # device
+  # Device.
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     logits = forward(batch, rngs=rngs).logits
     target, weight = batch.labels["class"], batch.weights["class"]
     count = jnp.sum(weight)
+    correct = None
     if self.kind == "single":
       smoothed, nll, _ = cross_entropy(logits[:, None], target[:, None], self.label_smoothing)
-      right = correct(logits[:, None], target[:, None])[:, 0]
-      each, plain = smoothed[:, 0], nll[:, 0]
+      correct = is_correct(logits[:, None], target[:, None])[:, 0]
+      trained, reported = smoothed[:, 0], nll[:, 0]
     elif self.kind == "multi":
-      each = plain = -target * jax.nn.log_sigmoid(logits) - (1 - target) * jax.nn.log_sigmoid(-logits)
-      right = (logits > 0) == (target > 0.5)
+      trained = reported = -target * jax.nn.log_sigmoid(logits) - (1 - target) * jax.nn.log_sigmoid(-logits)
+      correct = (logits > 0) == (target > 0.5)
     else:
-      each = plain = jnp.square(logits - target)
-      right = None
-    metrics = {"loss": (jnp.sum(plain * weight), count)}
-    if right is not None:
-      metrics["accuracy"] = (jnp.sum(right * weight), count)
-    return {"class": jnp.sum(each * weight)}, metrics
+      trained = reported = jnp.square(logits - target)
+    metrics = {"loss": (jnp.sum(reported * weight), count)}
+    if correct is not None:
+      metrics["accuracy"] = (jnp.sum(correct * weight), count)
+    return {"class": jnp.sum(trained * weight)}, metrics
 
-  def decode(self, out: Outputs, batch: Batch) -> dict[str, Array]:
-    """Probabilities [B C]; of regression the number [B 1]."""
-    activation = {"single": jax.nn.softmax, "multi": jax.nn.sigmoid, "regression": lambda x: x}[self.kind]
-    return {"scores": activation(out.logits)}
+  def decode_outputs(self, out: Outputs, batch: Batch) -> dict[str, Array]:
+    """Return {"scores": probabilities Float[B C]}; for regression the number Float[B 1]."""
+    activations: dict[str, Callable[[Array], Array]] = {"single": jax.nn.softmax, "multi": jax.nn.sigmoid}
+    activation = activations.get(self.kind)
+    return {"scores": out.logits if activation is None else activation(out.logits)}
 
-  # host
+  # Host.
 
-  def result(self, record: Record, features: Sequence[Features], decoded: Sequence[Mapping[str, np.ndarray]]) -> Result:
+  def make_result(
+    self, record: Record, examples: Sequence[Example], decoded: Sequence[Mapping[str, np.ndarray]]
+  ) -> Result:
+    """Return the answer in the field `label`; for classes with "confidence" and {"scores": {label: probability}}."""
     scores = decoded[0]["scores"].astype(float)
     if self.kind == "regression":
       return {self.label: round(float(scores[0]), 6)}
-    named = {name: round(float(score), 6) for name, score in zip(self.labels, scores, strict=True)}
+    by_label = {name: round(float(score), 6) for name, score in zip(self.labels, scores, strict=True)}
+    answer: str | list[str]
     if self.kind == "single":
       best = int(np.argmax(scores))
-      return {self.label: self.labels[best], "confidence": round(float(scores[best]), 6), "scores": named}
-    found = [name for name, score in zip(self.labels, scores, strict=True) if score > 0.5]
-    return {self.label: found, "confidence": round(float(np.min(np.maximum(scores, 1 - scores))), 6), "scores": named}
+      answer, confidence = self.labels[best], scores[best]
+    else:
+      answer = [name for name, score in zip(self.labels, scores, strict=True) if score > 0.5]
+      confidence = np.min(np.maximum(scores, 1 - scores))
+    return {self.label: answer, "confidence": round(float(confidence), 6), "scores": by_label}
 
-  def measure(self, records: Sequence[Record], results: Sequence[Result]) -> dict[str, float]:
+  def compute_metrics(self, records: Sequence[Record], results: Sequence[Result]) -> dict[str, float]:
     truths = [record[self.label] for record in records]
-    guesses = [result[self.label] for result in results]
+    predictions = [result[self.label] for result in results]
     if self.kind == "single":
-      return classification_metrics(list(map(label_text, truths)), guesses, self.labels)
+      return classification_metrics([label_name(truth, self.label) for truth in truths], predictions, self.labels)
     if self.kind == "multi":
-      return multi_label_metrics([label_list(t, self.label) for t in truths], guesses, self.labels)
-    return regression_metrics(list(map(float, truths)), guesses)
+      return multi_label_metrics([label_names(truth, self.label) for truth in truths], predictions, self.labels)
+    return regression_metrics(list(map(float, truths)), predictions)
 
 
-def label_list(value: Any, field: str) -> list[str]:
-  """The labels of a record that may have several: a list, or a text with commas."""
+def label_names(value: Json, field: str) -> list[str]:
+  """Return the labels of a record that may have several.
+
+  Args:
+    value: a list of labels, or a text with commas between them.
+    field: its field, for messages.
+
+  Raises:
+    ConfigError: the value has another form.
+  """
   if isinstance(value, str):
     value = [part for part in value.split(",") if part.strip()]
   if not isinstance(value, (list, tuple)):
-    raise ConfigError(f"{field!r} is {value!r}; it must be a list of labels, or a text with commas")
-  return list(map(label_text, value))
+    raise ConfigError(f"{field!r}: must be a list of labels, or a text with commas, got {value!r}")
+  return [label_name(each, field) for each in value]
 
 
 def classification(
   *,
-  tokenizer: Any,
+  tokenizer: TextTokenizer,
   seq_len: int,
-  labels: Sequence[str] | None = None,
+  labels: Sequence[Json] | None = None,
   kind: str = "single",
   text: str = "text",
   pair: str | None = None,
   label: str = "label",
   label_smoothing: float = 0.0,
-  records: Records | None = None,
-  learned: Mapping[str, Any] = NOTHING,
+  records: OpenRecords | None = None,
+  pretrained_head: PretrainedHead = NO_HEAD,
 ) -> Classification:
-  """From config: `labels` None are those of the training split, all of which is read for that; see `keep_labels`."""
+  """Build a classification task from a config.
+
+  Args:
+    tokenizer: tokenizer of the run.
+    seq_len: most tokens of an example.
+    labels: class names; None: infer them from the training split, see `infer_labels` and `task.reuse_labels`.
+    kind: see `Classification`, as all other keys of the config.
+    text: see `Classification`.
+    pair: see `Classification`.
+    label: see `Classification`.
+    label_smoothing: see `Classification`.
+    records: opens the training split.
+    pretrained_head: see `task.reuse_labels`.
+  """
   if labels is None:
-    many = kind == "multi"
-    labels = () if kind == "regression" else keep_labels(find_labels(records, label, many=many), learned)
-  names = tuple(map(label_text, labels))
+    labels = ()
+    if kind != "regression":
+      labels = reuse_labels(infer_labels(records, label, is_multi=kind == "multi"), pretrained_head)
+  names = tuple(label_name(name, "objective.labels") for name in labels)
   return Classification(tokenizer, seq_len, names, kind, text, pair, label, label_smoothing)
 
 
-def find_labels(records: Records | None, field: str, *, many: bool = False) -> tuple[str, ...]:
-  """The labels in a field of the training split: those that it declares, else all that occur.
+def infer_labels(records: OpenRecords | None, field: str, *, is_multi: bool = False) -> tuple[str, ...]:
+  """Return the labels of a field of the training split: those that the data declare, else all that occur.
+
+  Args:
+    records: opens the training split.
+    field: field of the label.
+    is_multi: whether a record may have several labels.
 
   Raises:
-    ConfigError: no such field, or a value that is no label, with its record.
+    ConfigError: a record lacks the field or has no valid label there; there are too many different values.
   """
-  if records is None:
-    raise ConfigError("objective.labels=None takes the labels of a training split, and there is none; name them")
-  source = records()
-  declared = getattr(source, "labels", {}).get(field)
-  if declared:
-    return tuple(declared)
-  found: set[str] = set()
-  for number, record in enumerate(source):
-    if field not in record:
-      raise ConfigError(f"{source.location(number)}: there is no field {field!r}; {suggest_name(field, record)}")
-    try:
-      if record[field] is not None:
-        found.update(label_list(record[field], field) if many else [label_text(record[field])])
-    except ConfigError as error:
-      raise ConfigError(f"{source.location(number)}: {field!r}: {error}") from error
-  if len(found) > MOST:
+  source = None if records is None else records()
+  if source is not None and source.labels.get(field):
+    return tuple(source.labels[field])
+
+  def read_labels(record: Record) -> list[str]:
+    value = record[field]
+    if value is None:
+      return []
+    return label_names(value, field) if is_multi else [label_name(value, field)]
+
+  labels = infer_field_labels(source, field, read_labels)
+  if len(labels) > MAX_INFERRED_LABELS:
     raise ConfigError(
-      f"{field!r} has {len(found)} different values, which can hardly be labels; for numbers set "
-      "objective.kind='regression', or name the labels: objective.labels=('a', 'b')"
+      f"{field!r}: must have at most {MAX_INFERRED_LABELS} labels, got {len(labels)} different values. For numbers set "
+      "objective.kind='regression'; otherwise set objective.labels=('a', 'b')"
     )
-  return sort_labels(found)
-
-
-MOST = 10_000  # labels that are found, not named
+  return labels

@@ -1,41 +1,43 @@
-"""Contrastive learning of text embeddings: what belongs together is near, all else in the batch far.
+"""Contrastive learning of text embeddings: the cosine of a pair is large, cosines with all other texts are small.
 
-Two views of a text by dropout alone, or pairs with hard negatives (Gao et al. 2021, SimCSE), in both directions where
-asked for (Radford et al. 2021). The loss sees the whole global batch on any mesh; `accum` computes it in chunks whose
-activations are not kept (Gao et al. 2021, GradCache).
+A pair is two views of one text that differ by dropout, or two texts with an optional hard negative (Gao et al. 2021a,
+SimCSE). Both directions can be trained (Radford et al. 2021, CLIP). The loss uses the whole global batch on any mesh;
+`accum` computes embeddings in microbatches and rematerialises their activations (Gao et al. 2021b, GradCache).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from llmjax.config import ConfigError, suggest_name
+from llmjax.config import ConfigError, Json, suggest_name
+from llmjax.config.model import ModelConfig, TransformerConfig
 from llmjax.distributed.sharding import constrain
-from llmjax.types import Batch, Features, Forward, Metrics, Objective, Outputs, Sums, Tokens, merge_microbatches
+from llmjax.examples import Example, RecordSource, RowLengths, TextTokenizer, TokenSequence, Window
+from llmjax.types import Batch, Forward, Metrics, Objective, Outputs, Sums, Tokens, merge_microbatches
 
 POOLINGS = ("cls", "mean", "last", "pooler")
 
 
-def pool(out: Outputs, tokens: Tokens, pooling: str) -> Float[Array, "B D"]:
-  """One L2-normalised vector a row, float32; a row without tokens gives zeros.
+def pool_embeddings(out: Outputs, tokens: Tokens, pooling: str) -> Float[Array, "B D"]:
+  """Return one L2-normalised float32 vector for each row; zeros for rows without tokens.
 
   Args:
-    pooling: the hidden state of the first token ("cls"), of the last ("last"), the mean over all ("mean"), or what the
-      model's pooler makes of the first ("pooler").
+    out: outputs of the model.
+    tokens: the tokens that the model has read.
+    pooling: hidden state of the first token ("cls") or the last ("last"), mean over tokens ("mean"), or the output of
+      the model's pooler ("pooler").
   """
-  if pooling == "pooler":
-    pooled = out.pooled
-  else:
-    pooled = tokens.select(out.hidden, "first" if pooling == "cls" else pooling)
+  pooled = out.pooled if pooling == "pooler" else tokens.select(out.hidden, "first" if pooling == "cls" else pooling)
   pooled = pooled.astype(jnp.float32) * jnp.any(tokens.segments > 0, axis=1, keepdims=True)
-  return pooled * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(pooled), axis=1, keepdims=True), 1e-24))
+  squared_norm = jnp.sum(jnp.square(pooled), axis=1, keepdims=True)
+  normalised: Array = pooled * jax.lax.rsqrt(jnp.maximum(squared_norm, 1e-24))
+  return normalised
 
 
 def info_nce(
@@ -44,33 +46,48 @@ def info_nce(
   real: Bool[Array, " M"],
   temperature: float,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-  """-log exp(z_i . c_i / t) / sum_k exp(z_i . c_k / t) over all real candidates (van den Oord et al. 2018), where
-  candidate i belongs to anchor i; and whether no other candidate is nearer."""
-  # Accelerators' default precision errs by 4e-3 in a cosine, which a small temperature makes large.
+  """InfoNCE loss of each anchor, -log exp(z_i . c_i / t) / sum_k exp(z_i . c_k / t) (van den Oord et al. 2018).
+
+  Args:
+    anchors: normalised vectors z.
+    candidates: normalised vectors c; candidate i is the positive of anchor i, all others are negatives.
+    real: candidates that are not padding. Only these are in the sum.
+    temperature: t.
+
+  Returns:
+    The losses in nats, and whether no other candidate is nearer to the anchor than its positive.
+  """
+  # Default precision of accelerators has errors of 4e-3 in a cosine, which a small temperature amplifies.
   cosines = jnp.matmul(anchors, candidates.T, precision="highest")
   scores = constrain(cosines / temperature, "act_batch", None)
-  # As a masked sum: taking a diagonal of what is cut over devices costs collectives, and they can lock up on CPU.
+  # A masked sum: the diagonal of a sharded matrix needs collectives, which can deadlock on CPU.
   rows, columns = scores.shape
   own = jnp.sum(jnp.where(jnp.eye(rows, columns, dtype=bool), scores, 0.0), axis=1)
-  scores = jnp.where(real[None], scores, jnp.finfo(jnp.float32).min)
+  scores = jnp.where(real[None], scores, float(np.finfo(np.float32).min))
   return jax.nn.logsumexp(scores, axis=1) - own, own >= jnp.max(scores, axis=1)
+
+
+def interleave_views(*views: Array) -> Array:
+  """Return [views * B ...] with the views of a row next to each other, so that no row leaves its device."""
+  return jnp.stack(views, axis=1).reshape(-1, *views[0].shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Contrastive(Objective):
-  """Cross-entropy of an anchor's own positive among those of the whole batch and all hard negatives.
+  """Cross-entropy of an anchor's positive among the positives and hard negatives of the whole batch.
 
   Attributes:
-    seq_len: a text's tokens at most, bos and eos included; longer ones lose their end.
-    anchor: the field of a record that is the anchor.
-    positive: the field that belongs to it; None is the anchor itself under other dropout.
-    negative: the field of a hard negative; None is none.
-    symmetric: the mean of both directions, each positive also among all anchors.
-    temperature: divides the cosines.
-    pooling: see `pool`.
+    tokenizer: tokenizer of the run.
+    seq_len: most tokens of a text, with bos and eos; longer texts are truncated at the end.
+    anchor: field of the anchor's text.
+    positive: field of the positive; None: the anchor again, with other dropout.
+    negative: field of a hard negative; None: none.
+    symmetric: use the mean of both directions; each positive is then also compared with all anchors.
+    temperature: divisor of the cosines.
+    pooling: see `pool_embeddings`.
   """
 
-  tokenizer: Any
+  tokenizer: TextTokenizer
   seq_len: int
   anchor: str = "text"
   positive: str | None = None
@@ -84,114 +101,117 @@ class Contrastive(Objective):
 
   @property
   def stacks(self) -> tuple[str, ...]:  # type: ignore[override]
-    """The first token of a decoder has seen nothing of the text."""
+    """In a decoder the first token attends to nothing else, so it cannot represent a text."""
     return ("encoder", "decoder") if self.pooling in ("mean", "last") else ("encoder",)
 
   def __post_init__(self) -> None:
-    if self.room < 1:
-      raise ConfigError(f"seq_len={self.seq_len} leaves no room for text between bos and eos; raise it")
+    if self.text_room < 1:
+      raise ConfigError(f"seq_len: leaves no room for text between bos and eos, got {self.seq_len}. Increase it")
     if not self.temperature > 0:
-      raise ConfigError(f"objective.temperature={self.temperature} must be positive")
+      raise ConfigError(f"objective.temperature: must be positive, got {self.temperature}")
     if self.pooling not in POOLINGS:
-      raise ConfigError(f"objective.pooling={self.pooling!r}; {suggest_name(self.pooling, POOLINGS)}")
+      raise ConfigError(
+        f"objective.pooling: is not a known value, got {self.pooling!r}; {suggest_name(self.pooling, POOLINGS)}"
+      )
 
   @property
-  def room(self) -> int:
-    """Tokens of text that fit between bos and eos."""
+  def text_room(self) -> int:
+    """Most tokens of text between bos and eos."""
     return self.seq_len - len(self.tokenizer.frame(np.zeros(0, np.int32)))
 
   @property
-  def required_model_config(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Json]:
     return {"pooler": True} if self.pooling == "pooler" else {}
 
-  def check_model(self, cfg: Any) -> None:
-    if self.positive is None and not max(cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout):
+  def check_model(self, cfg: ModelConfig) -> None:
+    if self.positive is not None or not isinstance(cfg, TransformerConfig):
+      return
+    if not max(cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout):
       raise ConfigError(
-        "objective.positive=None makes two views of a text by dropout, and the model has none; set model.dropout=0.1, "
-        "or the field of a second text"
+        "objective.positive: None makes two views of a text by dropout, which the model does not have. Set "
+        "model.dropout=0.1, or set objective.positive to the field of a second text"
       )
 
   @property
   def coefficients(self) -> dict[str, float]:
     return {"contrastive": 1.0}
 
-  # host
+  # Host.
 
   @property
-  def views(self) -> dict[str, str]:
-    """{view: its field} besides the anchor."""
-    named = {"positive": self.positive, "negative": self.negative}
-    return {view: field for view, field in named.items() if field is not None}
+  def view_fields(self) -> dict[str, str]:
+    """{view: field of its text} of the views besides the anchor."""
+    fields = {"positive": self.positive, "negative": self.negative}
+    return {view: field for view, field in fields.items() if field is not None}
 
-  def row_lengths(self, seq_len: int) -> dict[str, int]:
-    return {"inputs": seq_len} | {f"extras/{view}/inputs": seq_len for view in self.views}
+  def row_lengths(self, seq_len: int) -> RowLengths:
+    return RowLengths(seq_len, extras={view: RowLengths(seq_len) for view in self.view_fields})
 
-  def window(self, ids: np.ndarray, length: int) -> list[np.ndarray]:
-    """The document as it is: `features` shortens what is too long."""
+  def split_ids(self, ids: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Return the document as one part; `make_example` truncates it."""
     return [ids]
 
-  def features(self, example: Mapping[str, Any], rng: np.random.Generator, corpus: Any) -> Features | None:
-    fields = {"anchor": self.anchor, **self.views}
+  def make_example(self, window: Window, rng: np.random.Generator, corpus: RecordSource) -> Example | None:
+    record = window.record
+    fields = {"anchor": self.anchor, **self.view_fields}
     for key, field in fields.items():
-      if field not in example:
-        known = sorted(k for k in example if k != "ids")
+      if field not in record:
         raise ConfigError(
-          f"objective.{key}={field!r} is no field of the corpus's records; {suggest_name(field, known)}"
+          f"objective.{key}: must be a field of the corpus's records, got {field!r}; "
+          f"{suggest_name(field, sorted(record))}"
         )
-      if not isinstance(example[field] or "", str):
-        raise ConfigError(f"objective.{key}={field!r}: a record has {example[field]!r} there, which is no text")
-    texts = [
-      example["ids"] if field == "text" else self.tokenizer.encode(example[field] or "") for field in fields.values()
-    ]
+      if not isinstance(record[field] or "", str):
+        raise ConfigError(f"objective.{key}: the field {field!r} must be text, got {record[field]!r} in a record")
+    texts = [window.ids if field == "text" else self.tokenizer.encode(record[field] or "") for field in fields.values()]
     texts = [self.tokenizer.unframe(ids) for ids in texts]
     if not all(map(len, texts)):
       return None
-    anchor, *others = ({"inputs": self.tokenizer.frame(ids[: self.room])} for ids in texts)
-    return {**anchor, "extras": dict(zip(self.views, others))}
+    sequences = [TokenSequence(self.tokenizer.frame(ids[: self.text_room])) for ids in texts]
+    extras = {view: Example(sequence) for view, sequence in zip(self.view_fields, sequences[1:], strict=True)}
+    return Example(sequences[0], extras=extras)
 
-  # device
+  # Device.
 
   def weights(self, batch: Batch) -> Sums:
-    return {"contrastive": jnp.sum(self.real(batch).astype(jnp.float32))}
+    return {"contrastive": jnp.sum(self.has_example(batch).astype(jnp.float32))}
 
   @staticmethod
-  def real(batch: Batch) -> Bool[Array, " B"]:
-    """Which rows hold an example."""
+  def has_example(batch: Batch) -> Bool[Array, " B"]:
+    """Whether each row has an example, rather than padding only."""
     return jnp.any(batch.inputs.segments > 0, axis=1)
 
-  def embed(self, forward: Forward, views: Sequence[Batch], rngs: Mapping[str, Array]) -> Float[Array, "views B D"]:
-    """The vectors of all views in one pass, each row of each view with dropout of its own."""
+  def embed_views(
+    self, forward: Forward, views: Sequence[Batch], rngs: Mapping[str, Array]
+  ) -> Float[Array, "views B D"]:
+    """Return the vectors of all views by one pass; each row of each view has its own dropout."""
 
-    def one(chunk: Batch) -> Array:
-      return pool(forward(chunk, rngs=rngs, logits=False), chunk.inputs, self.pooling)
-
-    def interleave(*xs: Array) -> Array:  # views of a row side by side, so that no row leaves its device
-      return jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:])
+    def embed(microbatch: Batch) -> Array:
+      return pool_embeddings(forward(microbatch, rngs=rngs, logits=False), microbatch.inputs, self.pooling)
 
     together = Batch(
-      inputs=jax.tree.map(interleave, *(view.inputs for view in views)),
-      rows=interleave(*(view.rows * len(views) + i for i, view in enumerate(views))),
+      inputs=jax.tree.map(interleave_views, *(view.inputs for view in views)),
+      rows=interleave_views(*(view.rows * len(views) + i for i, view in enumerate(views))),
     )
-    vectors = merge_microbatches(forward.map_microbatches(one, together))
+    vectors = merge_microbatches(forward.map_microbatches(embed, together))
     return jnp.moveaxis(vectors.reshape(-1, len(views), vectors.shape[-1]), 1, 0)
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     views = [batch, batch.extras.get("positive", batch)]
     if self.negative is not None:
       views.append(batch.extras["negative"])
-    anchors, positives, *negatives = self.embed(forward, views, rngs)
-    real = self.real(batch)
-    candidates, valid = jnp.concatenate([positives, *negatives]), jnp.tile(real, 1 + len(negatives))
-    nll, nearest_is_own = info_nce(anchors, candidates, valid, self.temperature)
+    anchors, positives, *negatives = self.embed_views(forward, views, rngs)
+    real = self.has_example(batch)
+    candidates, real_candidates = jnp.concatenate([positives, *negatives]), jnp.tile(real, 1 + len(negatives))
+    nll, is_nearest = info_nce(anchors, candidates, real_candidates, self.temperature)
     if self.symmetric:
-      back, _ = info_nce(positives, anchors, real, self.temperature)
-      nll = (nll + back) / 2
+      reverse, _ = info_nce(positives, anchors, real, self.temperature)
+      nll = (nll + reverse) / 2
     weight = real.astype(jnp.float32)
     total, count = jnp.sum(nll * weight), jnp.sum(weight)
-    distance = jnp.sum(jnp.square(anchors - positives), axis=1)
+    squared_distance = jnp.sum(jnp.square(anchors - positives), axis=1)
     metrics = {
       "loss": (total, count),
-      "accuracy": (jnp.sum(nearest_is_own * weight), count),
-      "alignment": (jnp.sum(distance * weight), count),
+      "accuracy": (jnp.sum(is_nearest * weight), count),
+      "alignment": (jnp.sum(squared_distance * weight), count),
     }
     return {"contrastive": total}, metrics

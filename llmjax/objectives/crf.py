@@ -1,21 +1,20 @@
-"""Linear-chain conditional random fields: the tags of a sentence are scored together, not each for itself.
+"""Linear-chain conditional random fields (Lafferty, McCallum & Pereira 2001).
 
-The score of a chain of tags y is start[y_1] + sum_t scores[t, y_t] + sum_t matrix[y_t-1, y_t] + end[y_n], and
-p(y) = exp(score) / Z (Lafferty, McCallum & Pereira 2001). All is computed in float32, whatever the inputs are.
+The score of a tag sequence y is start[y_1] + sum_t scores[t, y_t] + sum_t matrix[y_t-1, y_t] + end[y_n], and p(y) =
+exp(score) / Z. Everything is computed in float32.
 
-Arguments are the same everywhere:
-  scores: Float[B L C], what a model says of each tag at each position.
-  transitions: what it says of neighbouring tags.
-  mask: Bool or Int[B L], 1 where a position has a tag, such as at the first token of a word. The others, which may be
-    anywhere, are skipped as if they were not there.
-  segments: Int[B L], the sentences of a row. Where the number changes from one position with a tag to the next, a chain
-    ends and another begins. Values of a row are sums over its chains, 0 where it has none.
+Arguments are the same in all functions:
+  scores: Float[B L C], the model's score of each tag at each position (emissions).
+  transitions: scores of neighbouring tags.
+  mask: Bool or Int[B L], 1 for positions that have a tag, for example the first token of each word. All other
+    positions are skipped, wherever they are.
+  segments: Int[B L], the sentences of a row. A chain ends, and the next one begins, where the segment changes between
+    two positions with a tag. Values of a row are sums over its chains, 0 if it has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,35 +22,36 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llmjax.objectives.losses import label_logits
+from llmjax.types import Leaf
 
-# What a transition scores that must not be. Finite, so that no difference of two is NaN.
-FORBIDDEN = -1e9
+# Score of a forbidden transition. Finite, so that no difference of two scores is NaN.
+FORBIDDEN_SCORE = -1e9
 
 Mask = Bool[Array, "B L"] | Int[Array, "B L"]
 
 
 @struct.dataclass
 class Transitions:
-  """Scores of the first tag of a chain, of each tag behind each other one, and of the last tag."""
+  """Scores of the first tag of a chain, of each tag after each other tag, and of the last tag."""
 
-  start: Any  # Float[C]
-  matrix: Any  # Float[C C], from, to
-  end: Any  # Float[C]
+  start: Leaf  # Float[C]
+  matrix: Leaf  # Float[C C], from, to
+  end: Leaf  # Float[C]
 
 
-def add_transition(a: Transitions, b: Transitions) -> Transitions:
-  """The sum of two, such as learned transitions and `tag_scheme.constraints`."""
-  return jax.tree.map(jnp.add, a, b)
+def add_transitions(a: Transitions, b: Transitions) -> Transitions:
+  """Return the sum of two, for example of trained scores and `tag_scheme.transition_constraints`."""
+  return Transitions(jnp.add(a.start, b.start), jnp.add(a.matrix, b.matrix), jnp.add(a.end, b.end))
 
 
 def log_partition(
   scores: Float[Array, "B L C"], transitions: Transitions, mask: Mask, segments: Int[Array, "B L"]
 ) -> Float[Array, " B"]:
-  """log Z, the log of the sum of exp(score) over all ways to tag the row, by the forward algorithm."""
-  transitions = _float32(transitions)
-  forward = _forward(scores, transitions, mask, segments, jax.nn.logsumexp)
+  """Return log Z, the log of the sum of exp(score) over all tag sequences, by the forward algorithm."""
+  transitions = _as_float32(transitions)
+  forward = _forward_scores(scores, transitions, mask, segments, jax.nn.logsumexp)
   last = jax.nn.logsumexp(forward + transitions.end[None, None], axis=-1)
-  return jnp.sum(jnp.where(_ends(mask, segments), last, 0.0), axis=1)
+  return jnp.sum(jnp.where(_chain_ends(mask, segments), last, 0.0), axis=1)
 
 
 def path_score(
@@ -61,7 +61,7 @@ def path_score(
   mask: Mask,
   segments: Int[Array, "B L"],
 ) -> Float[Array, " B"]:
-  """The score of `tags`; those at positions without a tag count for nothing, whatever number they are."""
+  """Return the score of `tags`, whose values at positions without a tag are ignored."""
   emissions = jnp.where(mask.astype(bool), label_logits(scores.astype(jnp.float32), tags), 0.0)
   return jnp.sum(emissions, axis=1) + _transition_score(tags, transitions, mask, segments)
 
@@ -73,9 +73,9 @@ def negative_log_likelihood(
   mask: Mask,
   segments: Int[Array, "B L"],
 ) -> Float[Array, " B"]:
-  """-log p(tags) = `log_partition` - `path_score`, in nats."""
+  """Return -log p(tags) = `log_partition` - `path_score`, in nats."""
   scores = scores.astype(jnp.float32)
-  # Relative to the scores of `tags`, so that a long row's loss is no small difference of two large numbers.
+  # Relative to the scores of `tags`: otherwise the loss of a long row is a small difference of two large numbers.
   relative = scores - label_logits(scores, tags)[..., None]
   return log_partition(relative, transitions, mask, segments) - _transition_score(tags, transitions, mask, segments)
 
@@ -83,10 +83,10 @@ def negative_log_likelihood(
 def viterbi(
   scores: Float[Array, "B L C"], transitions: Transitions, mask: Mask, segments: Int[Array, "B L"]
 ) -> tuple[Int[Array, "B L"], Float[Array, " B"]]:
-  """The tags with the highest score, 0 where there is no tag, and that score (Viterbi 1967)."""
-  transitions = _float32(transitions)
-  real, ends = mask.astype(bool), _ends(mask, segments)
-  best = _forward(scores, transitions, mask, segments, jnp.max)
+  """Return the tags with the highest score, 0 at positions without a tag, and that score (Viterbi 1967)."""
+  transitions = _as_float32(transitions)
+  real, ends = mask.astype(bool), _chain_ends(mask, segments)
+  best = _forward_scores(scores, transitions, mask, segments, jnp.max)
   at_end = best + transitions.end[None, None]
   before = jnp.pad(best, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
@@ -105,28 +105,36 @@ def viterbi(
 def marginals(
   scores: Float[Array, "B L C"], transitions: Transitions, mask: Mask, segments: Int[Array, "B L"]
 ) -> Float[Array, "B L C"]:
-  """p(tag at position), 0 where there is no tag: the gradient of `log_partition` by the scores."""
+  """Return p(tag at position), 0 at positions without a tag: the gradient of `log_partition` by the scores."""
 
   def total(scores: Array) -> Array:
     return jnp.sum(log_partition(scores, transitions, mask, segments))
 
-  return jax.grad(total)(scores.astype(jnp.float32))
+  gradient: Array = jax.grad(total)(scores.astype(jnp.float32))
+  return gradient
 
 
-def _float32(transitions: Transitions) -> Transitions:
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), transitions)
+def _as_float32(transitions: Transitions) -> Transitions:
+  return Transitions(*(jnp.asarray(x, jnp.float32) for x in (transitions.start, transitions.matrix, transitions.end)))
 
 
-def _forward(
+def _forward_scores(
   scores: Float[Array, "B L C"],
   transitions: Transitions,
   mask: Mask,
   segments: Int[Array, "B L"],
   reduce: Callable[..., Array],
 ) -> Float[Array, "B L C"]:
-  """What all beginnings of a chain that end in a tag at a position score together; `reduce` is what together means.
+  """Return the score of all partial chains that end with each tag at each position.
 
-  Where there is no tag, it stands as at the last position with one.
+  Positions without a tag repeat the last position that has one.
+
+  Args:
+    scores: see above, as the other arguments.
+    transitions: see above.
+    mask: see above.
+    segments: see above.
+    reduce: how the scores of several chains are combined: logsumexp for their sum, maximum for the best.
   """
   scores = scores.astype(jnp.float32)
 
@@ -137,9 +145,10 @@ def _forward(
     here = jnp.where(real[:, None], here, before)
     return here, here
 
-  xs = (scores, _previous(mask, segments)[1], mask.astype(bool))
-  # The gradient makes the [B C C] of a step again: kept for all L they would be the largest arrays of all.
+  xs = (scores, _previous_positions(mask, segments)[1], mask.astype(bool))
+  # The backward pass recomputes the [B C C] of a step: saved for all L they would be the largest arrays of all.
   step = jax.checkpoint(step, prevent_cse=False)
+  forward: Array
   _, forward = jax.lax.scan(step, jnp.zeros_like(scores[:, 0]), tuple(x.swapaxes(0, 1) for x in xs))
   return forward.swapaxes(0, 1)
 
@@ -147,27 +156,27 @@ def _forward(
 def _transition_score(
   tags: Int[Array, "B L"], transitions: Transitions, mask: Mask, segments: Int[Array, "B L"]
 ) -> Float[Array, " B"]:
-  """The score of `tags` but for what the positions say."""
-  transitions = _float32(transitions)
-  previous, begins = _previous(mask, segments)
+  """Return the part of `path_score` that is due to transitions."""
+  transitions = _as_float32(transitions)
+  previous, begins = _previous_positions(mask, segments)
   matrix = transitions.matrix
-  # Products with one-hot vectors: their gradient sums in the same order on every run, that of a gather does not.
+  # Products with one-hot vectors have a deterministic gradient; the scatter-add of a gather's gradient has not.
   one_hot = jax.nn.one_hot(jnp.take_along_axis(tags, previous, axis=1), len(matrix), dtype=jnp.float32)
   inside = jnp.einsum("blc,cd->bld", one_hot, matrix, precision="highest")
   here = jnp.where(begins[..., None], transitions.start[None, None], inside)
-  here += jnp.where(_ends(mask, segments)[..., None], transitions.end[None, None], 0.0)
+  here += jnp.where(_chain_ends(mask, segments)[..., None], transitions.end[None, None], 0.0)
   return jnp.sum(jnp.where(mask.astype(bool), label_logits(here, tags), 0.0), axis=1)
 
 
-def _previous(mask: Mask, segments: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
-  """The last position with a tag before each (0 where there is none), and whether a chain begins at a position."""
+def _previous_positions(mask: Mask, segments: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+  """Return the last position with a tag before each position, 0 if there is none, and whether a chain begins there."""
   real = mask.astype(bool)
-  places = jnp.where(real, jnp.arange(real.shape[1])[None], -1)
-  last = jnp.pad(jax.lax.cummax(places, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  positions = jnp.where(real, jnp.arange(real.shape[1])[None], -1)
+  last = jnp.pad(jax.lax.cummax(positions, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
   previous = jnp.maximum(last, 0)
   return previous, real & ((last < 0) | (jnp.take_along_axis(segments, previous, axis=1) != segments))
 
 
-def _ends(mask: Mask, segments: Int[Array, "B L"]) -> Bool[Array, "B L"]:
-  """Whether a chain ends at a position: where one would begin if the row were read from its end."""
-  return _previous(mask[:, ::-1], segments[:, ::-1])[1][:, ::-1]
+def _chain_ends(mask: Mask, segments: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+  """Whether a chain ends at a position, which is where one begins in the reversed row."""
+  return _previous_positions(mask[:, ::-1], segments[:, ::-1])[1][:, ::-1]

@@ -1,41 +1,57 @@
-"""Learning from preferences without a reward model: of two answers the better one becomes likelier than the other one,
-measured against a frozen reference (Rafailov et al. 2023, DPO)."""
+"""Direct preference optimisation: the preferred of two answers becomes more likely than the other.
+
+Likelihoods are relative to those of a frozen reference model, and no reward model is needed (Rafailov et al. 2023).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from llmjax.config import ConfigError, suggest_name
+from llmjax.config import ConfigError, Json, suggest_name
 from llmjax.data.tokenizers import chat
+from llmjax.examples import Example, Record, RecordSource, RowLengths, TextTokenizer, Window
+from llmjax.objectives.contrastive import interleave_views
 from llmjax.objectives.losses import cross_entropy
-from llmjax.objectives.seq2seq import next_tokens
-from llmjax.objectives.sft import Messages, check_messages, common_length, cut_left, read_chat
-from llmjax.objectives.task import Record, text_field
-from llmjax.types import Batch, Features, Forward, Metrics, Objective, Sums
+from llmjax.objectives.seq2seq import next_token_example
+from llmjax.objectives.sft import Messages, check_chat_messages, common_prefix_length, encode_chat, truncate_left
+from llmjax.objectives.task import require_text
+from llmjax.types import Batch, Forward, Metrics, Objective, Sums
 
 VARIANTS = ("sigmoid", "ipo", "hinge")
 VIEWS = ("chosen", "rejected")
 
 
-def pair_loss(
+class EncodedPair(NamedTuple):
+  """Tokens of a prompt and its two answers, Int32[n] each."""
+
+  prompt: np.ndarray
+  chosen: np.ndarray
+  rejected: np.ndarray
+
+
+def preference_loss(
   advantage: Float[Array, " B"], variant: str, beta: float, label_smoothing: float = 0.0
 ) -> Float[Array, " B"]:
-  """The loss of pairs by h = log(p(chosen) / p_ref(chosen)) - log(p(rejected) / p_ref(rejected)), of whole answers.
+  """Loss of pairs.
 
-  - "sigmoid": -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), where a share e of the pairs is taken to be the
-    wrong way round (Rafailov et al. 2023, eq. 7; with e, conservative DPO, Mitchell 2023).
+  With the advantage h:
+  - "sigmoid": -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (Rafailov et al. 2023, eq. 7; with e > 0
+    conservative DPO, Mitchell 2023).
   - "ipo": (h - 1 / (2 beta))^2 (Azar et al. 2023, eq. 17).
   - "hinge": max(0, 1 - beta h) (Zhao et al. 2023, SLiC-HF, with the reference as in Liu et al. 2023, RSO).
 
   Args:
-    label_smoothing: e.
+    advantage: log(p(chosen) / p_ref(chosen)) - log(p(rejected) / p_ref(rejected)), of whole answers.
+    variant: see above.
+    beta: strength of the pull towards the reference.
+    label_smoothing: e, the assumed share of pairs with swapped answers; for "sigmoid" only.
   """
   if variant == "ipo":
     return jnp.square(advantage - 1 / (2 * beta))
@@ -47,27 +63,32 @@ def pair_loss(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preference(Objective):
-  """A pair's `pair_loss`, and where asked for the negative log-likelihood of the better answer's tokens.
+  """The `preference_loss` of pairs, optionally with the negative log-likelihood of the chosen answers.
 
-  Records are of one of these forms:
-  - three texts: a prompt and two answers, each of which goes on from it and ends with eos; with `template` they are
-    messages of the user and of the assistant instead.
-  - the answers are lists of messages, which together with those of the prompt (a list, a text of the user's, or a field
-    that is not there) are chats that differ in their last message, the assistant's. The prompt may stand in them again.
+  Records have one of these forms:
+  - three texts: a prompt, and two answers that continue it and end with eos. With `template` they are messages of the
+    user and the assistant instead.
+  - the answers are lists of messages. Together with the prompt (a list of messages, the user's text, or no such field)
+    they are chats that differ in their last message, the assistant's. Both may repeat the prompt.
 
-  Both answers have the same prompt. What is too long loses the prompt's beginning, then, where one is left with half of
-  a row at most, the answers' ends.
+  Both answers follow the same prompt. If a pair is too long, the prompt loses its beginning; if half a row is left for
+  the prompt at most, the answers lose their ends.
 
   Attributes:
-    prompt, chosen, rejected: the fields; the chosen answer is the better one.
-    template: see `InstructionTuning`; None leaves texts as they are.
-    beta: how dear it is to leave the reference.
-    variant, label_smoothing: see `pair_loss`.
+    tokenizer: tokenizer of the run.
+    seq_len: input tokens of a row.
+    prompt: field of the prompt.
+    chosen: field of the preferred answer.
+    rejected: field of the other answer.
+    template: see `InstructionTuning`; None: texts are not chats.
+    beta: see `preference_loss`.
+    variant: see `preference_loss`.
+    label_smoothing: see `preference_loss`.
     sft_weight: coefficient of the chosen answers' negative log-likelihood, a mean over tokens (Dubey et al. 2024,
       Llama 3, section 4.1.4).
   """
 
-  tokenizer: Any
+  tokenizer: TextTokenizer
   seq_len: int
   prompt: str = "prompt"
   chosen: str = "chosen"
@@ -84,44 +105,47 @@ class Preference(Objective):
 
   def __post_init__(self) -> None:
     if self.variant not in VARIANTS:
-      raise ConfigError(f"objective.variant={self.variant!r}; {suggest_name(self.variant, VARIANTS)}")
+      raise ConfigError(
+        f"objective.variant: is not a known value, got {self.variant!r}; {suggest_name(self.variant, VARIANTS)}"
+      )
     if not self.beta > 0:
-      raise ConfigError(f"objective.beta={self.beta} must be positive")
+      raise ConfigError(f"objective.beta: must be positive, got {self.beta}")
     if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and self.variant != "sigmoid"):
       raise ConfigError(
-        f"objective.label_smoothing={self.label_smoothing} must be in [0, 0.5), and 0 but for variant='sigmoid'"
+        "objective.label_smoothing: must be in [0, 0.5), and 0 unless objective.variant='sigmoid', got "
+        f"{self.label_smoothing}"
       )
     if self.sft_weight < 0:
-      raise ConfigError(f"objective.sft_weight={self.sft_weight} must not be negative")
+      raise ConfigError(f"objective.sft_weight: must not be negative, got {self.sft_weight}")
     if self.seq_len < 2:
-      raise ConfigError(f"seq_len={self.seq_len} leaves no room for a prompt and an answer; raise it")
+      raise ConfigError(f"seq_len: leaves no room for a prompt and an answer, got {self.seq_len}. Increase it")
     if self.template is not None:
-      _ = self.source  # checks
+      _ = self.template_source  # checks the template
 
   @property
-  def source(self) -> str:
-    """The Jinja source of the template."""
+  def template_source(self) -> str:
+    """The Jinja source of the chat template."""
     return chat.template_or_default(self.tokenizer.chat_templates, self.template)
 
   @property
-  def required_model_config(self) -> dict[str, Any]:
+  def required_model_config(self) -> dict[str, Json]:
     return {"bidirectional_prompt": False}
 
   @property
   def coefficients(self) -> dict[str, float]:
     return {"preference": 1.0, "sft": self.sft_weight} if self.sft_weight else {"preference": 1.0}
 
-  # host
+  # Host.
 
-  def row_lengths(self, seq_len: int) -> dict[str, int]:
-    return {f"extras/{view}/inputs": seq_len for view in VIEWS}
+  def row_lengths(self, seq_len: int) -> RowLengths:
+    return RowLengths(extras={view: RowLengths(seq_len) for view in VIEWS})
 
   @property
   def fields(self) -> tuple[str, ...]:
     return (self.prompt, self.chosen, self.rejected)
 
-  def check(self, record: Record, *, labelled: bool = True) -> None:
-    """Raises ConfigError where a record cannot be learned from; see `Task.check`."""
+  def check_record(self, record: Record) -> None:
+    """Raise ConfigError for a record that is not a pair of answers to one prompt."""
     answers = (self.chosen, self.rejected)
     for field in answers:
       if field not in record:
@@ -129,78 +153,82 @@ class Preference(Objective):
     if all(isinstance(record[field], str) for field in answers):
       if self.prompt not in record:
         raise ConfigError(
-          f"there is no field {self.prompt!r}, which texts go on from; {suggest_name(self.prompt, record)}"
+          f"there is no field {self.prompt!r}, which the answers continue; {suggest_name(self.prompt, record)}"
         )
       for field in (self.prompt, *answers):
-        text_field(record, field)
+        require_text(record, field)
       return
     for field in answers:
-      check_messages(record[field], field)
+      check_chat_messages(record[field], field)
     if isinstance(record.get(self.prompt), (list, tuple)):
-      check_messages(record[self.prompt], self.prompt)
-    chats = self.chats(record)
-    for field, messages in zip(answers, chats):
+      check_chat_messages(record[self.prompt], self.prompt)
+    self._check_chats(*self.read_chats(record))
+
+  def _check_chats(self, chosen: Messages, rejected: Messages) -> None:
+    """Raise ConfigError unless two chats differ in their last message only, the assistant's."""
+    for field, messages in ((self.chosen, chosen), (self.rejected, rejected)):
       if messages[-1]["role"] != "assistant":
-        raise ConfigError(f"{field!r}: the last message is the {messages[-1]['role']}'s; it must be the assistant's")
+        raise ConfigError(f"{field!r}: the last message must be the assistant's, got the {messages[-1]['role']}'s")
       if len(messages) < 2:
         raise ConfigError(
-          f"{field!r} is the assistant's message alone; name what it answers as objective.prompt={self.prompt!r}"
+          f"{field!r}: must have a message before the assistant's, got that one alone. Set objective.prompt to the "
+          f"field of the message that it answers; the records have no {self.prompt!r}"
         )
-    if list(chats[0][:-1]) != list(chats[1][:-1]):
-      raise ConfigError(
-        f"{self.chosen!r} and {self.rejected!r} are answers to different messages; they must share them"
-      )
+    if list(chosen[:-1]) != list(rejected[:-1]):
+      raise ConfigError(f"{self.chosen!r}, {self.rejected!r}: must answer the same messages, got different ones")
 
-  def chats(self, record: Record) -> tuple[Messages, Messages]:
-    """The chats that end with the chosen answer, and with the rejected one."""
-    said = record.get(self.prompt)
-    prompt = [{"role": "user", "content": said}] if isinstance(said, str) else list(said or ())
+  def read_chats(self, record: Record) -> tuple[Messages, Messages]:
+    """Return the chats that end with the chosen and with the rejected answer."""
+    value = record.get(self.prompt)
+    prompt = [{"role": "user", "content": value}] if isinstance(value, str) else list(value or ())
 
-    def one(answer: Any) -> Messages:
+    def read_chat(answer: Json) -> Messages:
       if isinstance(answer, str):
         return [*prompt, {"role": "assistant", "content": answer}]
       return list(answer) if len(answer) > 1 else [*prompt, *answer]
 
-    return one(record[self.chosen]), one(record[self.rejected])
+    return read_chat(record[self.chosen]), read_chat(record[self.rejected])
 
-  def examples(self, record: Record, tokenizer: Any, length: int, whole: bool) -> Iterator[dict[str, Any]]:
-    self.check(record)
-    yield {"features": self.encode(record)}
+  def split_record(self, record: Record, tokenizer: TextTokenizer, seq_len: int, whole: bool) -> Iterator[Window]:
+    self.check_record(record)
+    yield Window(record, np.zeros(0, np.int32), self.encode_record(record))
 
-  def features(self, example: Record, rng: np.random.Generator, corpus: Any) -> Features | None:
-    return example["features"]
+  def make_example(self, window: Window, rng: np.random.Generator, corpus: RecordSource) -> Example | None:
+    return window.example
 
-  def encode(self, record: Record) -> Features:
-    """Features of a pair: each answer behind the prompt, and the pair's weight."""
-    prompt, *answers = self.read(record)
-    room = self.seq_len + 1  # a row reads all tokens but the last
+  def encode_record(self, record: Record) -> Example:
+    """Return the example of a pair, with a view for the prompt and each answer."""
+    prompt, *answers = self.encode_pair(record)
+    room = self.seq_len + 1  # a row has all tokens but the last as inputs
     longest = max(map(len, answers))
-    prompt = cut_left(prompt, max(room - longest, room // 2), self.tokenizer.bos_id)
+    prompt = truncate_left(prompt, max(room - longest, room // 2), self.tokenizer.bos_id)
     views = {}
-    for view, answer in zip(VIEWS, answers):
+    for view, answer in zip(VIEWS, answers, strict=True):
       ids = np.concatenate([prompt, answer[: room - len(prompt)]])
-      views[view] = next_tokens(ids, np.arange(len(ids)) >= len(prompt))
-    return {"extras": views, "row": {"weights": {"preference": np.ones((), np.float32)}}}
+      views[view] = next_token_example(ids, np.arange(len(ids)) >= len(prompt))
+    return Example(None, row_weights={"preference": np.ones((), np.float32)}, extras=views)
 
-  def read(self, record: Record) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Int32[n] of the prompt, the chosen and the rejected answer."""
+  def encode_pair(self, record: Record) -> EncodedPair:
+    """Tokenize a record, without truncation."""
     if isinstance(record[self.chosen], str) and self.template is None:
-      end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+      eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
       chosen, rejected = (
-        np.append(self.tokenizer.encode(record[field]), end).astype(np.int32) for field in (self.chosen, self.rejected)
+        np.append(self.tokenizer.encode(record[field]), eos).astype(np.int32) for field in (self.chosen, self.rejected)
       )
-      return self.tokenizer.prompt(record[self.prompt]), chosen, rejected
-    found = [read_chat(self.tokenizer, messages, self.source, last_only=True) for messages in self.chats(record)]
-    (chosen, _), (rejected, _) = found
-    # Where a token reaches across the beginning of one answer alone, the other's begins as early.
-    start = min(*(spans[0][0] for _, spans in found), common_length(chosen, rejected))
-    return chosen[:start], chosen[start:], rejected[start:]
+      return EncodedPair(self.tokenizer.prompt(record[self.prompt]), chosen, rejected)
+    (chosen, chosen_spans), (rejected, rejected_spans) = (
+      encode_chat(self.tokenizer, messages, self.template_source, last_only=True)
+      for messages in self.read_chats(record)
+    )
+    # If a token contains the end of the prompt and the beginning of one answer, the other answer begins there too.
+    start = min(chosen_spans[0][0], rejected_spans[0][0], common_prefix_length(chosen, rejected))
+    return EncodedPair(chosen[:start], chosen[start:], rejected[start:])
 
-  # device
+  # Device.
 
   def weights(self, batch: Batch) -> Sums:
-    sums = {"preference": jnp.sum(batch.weights["preference"])}
-    return sums | ({"sft": jnp.sum(batch.extras["chosen"].weights["nll"])} if self.sft_weight else {})
+    weights = {"preference": jnp.sum(batch.weights["preference"])}
+    return weights | ({"sft": jnp.sum(batch.extras["chosen"].weights["nll"])} if self.sft_weight else {})
 
   def loss(self, forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> tuple[Sums, Metrics]:
     chosen, rejected = answer_log_probs(forward, batch, rngs)
@@ -209,16 +237,16 @@ class Preference(Objective):
     margin = rewards[0] - rewards[1]
     weight = batch.weights["preference"]
     count = jnp.sum(weight)
-    each = pair_loss(margin / self.beta, self.variant, self.beta, self.label_smoothing)
-    sums = {"preference": jnp.sum(each * weight)}
-    measured = {
-      "loss": each,
+    losses = preference_loss(margin / self.beta, self.variant, self.beta, self.label_smoothing)
+    sums = {"preference": jnp.sum(losses * weight)}
+    values = {
+      "loss": losses,
       "accuracy": (margin > 0).astype(jnp.float32),
       "margin": margin,
       "chosen_reward": rewards[0],
       "rejected_reward": rewards[1],
     }
-    metrics = {name: (jnp.sum(value * weight), count) for name, value in measured.items()}
+    metrics = {name: (jnp.sum(value * weight), count) for name, value in values.items()}
     if self.sft_weight:
       sums["sft"] = -jnp.sum(chosen)
       metrics["sft_loss"] = (sums["sft"], jnp.sum(batch.extras["chosen"].weights["nll"]))
@@ -226,19 +254,14 @@ class Preference(Objective):
 
 
 def answer_log_probs(forward: Forward, batch: Batch, rngs: Mapping[str, Array]) -> Float[Array, "2 B"]:
-  """The log-probabilities of the chosen and the rejected answers, float32, by one pass over both.
+  """Return the log-probabilities of the chosen and the rejected answers in float32, by one pass over both.
 
-  Each row of each of them has dropout of its own.
+  Each row of each view has its own dropout.
   """
   views = [batch.extras[view] for view in VIEWS]
-
-  def interleave(*xs: Array) -> Array:  # the answers of a pair side by side, so that no row leaves its device
-    return jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:])
-
-  together = jax.tree.map(interleave, *views)
-  together = dataclasses.replace(
-    together, rows=interleave(*(view.rows * len(views) + i for i, view in enumerate(views)))
-  )
+  together: Batch = jax.tree.map(interleave_views, *views)
+  rows = interleave_views(*(view.rows * len(views) + i for i, view in enumerate(views)))
+  together = dataclasses.replace(together, rows=rows)
   _, nll, _ = forward.per_token(cross_entropy, forward(together, rngs=rngs), together.labels["nll"])
   sums = -jnp.sum(nll * together.weights["nll"], axis=1)
   return sums.reshape(-1, len(views)).T

@@ -38,10 +38,10 @@ def check_config(config: ConfigTree) -> None:
 def check_model_fits_objective(objective: Objective, cfg: ModelConfig, config: ConfigTree) -> None:
   """Raise ConfigError if a model cannot be trained on an objective. A model whose stacks are unknown is trusted."""
   name = config["objective"]["name"]
-  for stream, length in objective.row_lengths(config["seq_len"]).items():
+  for stream, length in objective.row_lengths(config["seq_len"]).streams():
     if length > cfg.max_len:
       raise ConfigError(
-        f"seq_len={config['seq_len']} makes rows of {length} {stream.split('/')[-1]} by objective.name={name!r}, more "
+        f"seq_len={config['seq_len']} makes rows of {length} {stream} by objective.name={name!r}, more "
         f"than model.max_len={cfg.max_len}; raise that, or lower seq_len"
       )
   stacks = cfg.stacks
@@ -136,7 +136,7 @@ def count_examples(config: ConfigTree, objective: Objective, tokenizer: Tokenize
   source = open_source(config, config["data"]["train"])
   for index, record in enumerate(source):
     try:
-      count += sum(1 for _ in objective.examples(record, tokenizer, config["seq_len"], False))
+      count += sum(1 for _ in objective.split_record(record, tokenizer, config["seq_len"], False))
     except ConfigError as error:
       raise ConfigError(f"{source.location(index)}: {error}") from error
   return count

@@ -296,7 +296,7 @@ def _build_task(config: ConfigTree, tokenizer: Tokenizer | None) -> _TaskParts:
     config["seq_len"],
     spec,
     records=lambda: open_source(config, label_split(config["data"]["train"])),
-    learned=labels_of_init(config),
+    pretrained_head=labels_of_init(config),
   )
   config["objective"] |= objective.resolved_config
   spec = with_head_fields(spec, objective.head, family, config["model"])

@@ -135,7 +135,7 @@ class Session:
     self.stream = self.program.make_stream(self._source, prefetch=config["data"]["prefetch"])
     stack.callback(self.stream.close)
     has_text_only = self.program.objective.fields == ("text",)
-    self._skipped = (0, 0) if has_text_only else self.stream.plan.count_skipped()
+    self._skipped = (0, 0) if has_text_only else self.stream.filler.count_skipped()
     self.state, self.first_step, cursor = resume.restore_or_init(self.program, self._checkpoints)
     self.done = self.first_step
     if cursor is not None:

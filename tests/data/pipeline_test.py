@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data.pipeline import TrainStream, eval_batches, make_plan, merge_cursors, permuted
+from llmjax.data.pipeline import TrainStream, eval_batches, merge_cursors
+from llmjax.data.randomness import permute_index
+from llmjax.data.row_streams import make_row_filler
 from llmjax.data.sources.base import Source, join_sources
 from llmjax.data.tokenizers.characters import bytes_tokenizer
+from llmjax.examples import Example, RowLengths, TokenSequence
 from llmjax.objectives.causal_lm import CausalLM
 
 TOKENIZER = bytes_tokenizer()
@@ -21,30 +24,31 @@ B, L = 4, 16
 
 
 class NextToken(CausalLM):
-  """Causal language modelling with random weights, which show the generator that it gets."""
+  """Causal language modelling with random weights, which show the generator that it is given."""
 
-  def features(self, example, rng, corpus):
-    ids = example["ids"]
-    return {"inputs": ids[:-1], "labels": {"nll": ids[1:]}, "weights": {"nll": rng.uniform(0.5, 1, len(ids) - 1)}}
+  def make_example(self, window, rng, corpus):
+    ids = window.ids
+    weights = rng.uniform(0.5, 1, len(ids) - 1)
+    return Example(TokenSequence(ids[:-1]), labels={"nll": ids[1:]}, weights={"nll": weights})
 
 
 class EveryOther(NextToken):
-  """Whole pieces in two streams: every other token of the input is a target."""
+  """Whole examples of two streams: every other token of the input is a target."""
 
   packing = "whole"
   stacks = ("both",)
 
   def row_lengths(self, seq_len):
-    return {"inputs": seq_len, "targets": seq_len // 2}
+    return RowLengths(seq_len, seq_len // 2)
 
-  def window(self, ids, length):
-    return [ids[i : i + length - 3] for i in range(0, len(ids), length - 3)]
+  def split_ids(self, ids, seq_len):
+    return [ids[i : i + seq_len - 3] for i in range(0, len(ids), seq_len - 3)]
 
-  def features(self, example, rng, corpus):
-    ids = example["ids"]
-    targets = ids[::2]
+  def make_example(self, window, rng, corpus):
+    targets = window.ids[::2]
     weights = rng.uniform(0.5, 1, len(targets))
-    return {"inputs": ids, "targets": targets, "labels": {"nll": targets}, "weights": {"nll": weights}}
+    sequences = TokenSequence(window.ids), TokenSequence(targets)
+    return Example(*sequences, labels={"nll": targets}, weights={"nll": weights})
 
 
 PACKS = [True, False, "whole"]
@@ -162,7 +166,7 @@ def test_packed_stream_has_every_token_once_an_epoch():
 def test_whole_examples_are_uncut_with_targets_once_an_epoch():
   source = documents(40, longest=60)
   texts = (TOKENIZER.document(record["text"]) for record in source)
-  expected = collections.Counter(tuple(w.tolist()) for ids in texts for w in EveryOther().window(ids, L))
+  expected = collections.Counter(tuple(w.tolist()) for ids in texts for w in EveryOther().split_ids(ids, L))
   seen, used = collections.Counter(), []
   for batch in take(source, 80, pack="whole")[0]:
     for r in range(B):
@@ -177,7 +181,7 @@ def test_whole_examples_are_uncut_with_targets_once_an_epoch():
   assert set(seen) == set(expected)
   epochs = [seen[window] / times for window, times in expected.items()]
   assert max(epochs) - min(epochs) <= 2  # rows are in the middle of an epoch
-  assert np.mean(used) > 0.75  # most pieces have 13 tokens, and rows 16
+  assert np.mean(used) > 0.75  # most examples have 13 tokens, and rows 16
 
 
 def test_rows_are_repacked_at_different_steps():
@@ -242,7 +246,7 @@ def test_seeds_and_epochs_have_different_orders_and_draws():
   assert len(set(weights)) == len(weights) > 1
 
 
-def test_documents_without_features_are_skipped():
+def test_documents_without_examples_are_skipped():
   tokenizer = bytes_tokenizer(special=False)
   texts = ["", "a", "", "bc", ""]
   some = Source(5, lambda i: {"text": texts[i]}, "some")
@@ -252,24 +256,26 @@ def test_documents_without_features_are_skipped():
   none = Source(2, lambda i: {"text": ""}, "none")
   made = TrainStream(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
   for _ in range(2):
-    with pytest.raises(ConfigError, match="gave no features"):
+    with pytest.raises(ConfigError, match="gave no examples"):
       next(made)
   made.close()
-  with pytest.raises(ConfigError, match="no record"):
+  with pytest.raises(ConfigError, match=r"data\.eval: no record of the split gives examples"):
     eval_batches(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
 
 
-def test_look_ahead_counts_records_without_features():
-  def look(texts, most):
+def test_count_skipped_counts_records_without_examples():
+  def count_skipped(texts, sample_size):
     source = Source(len(texts), lambda i: {"text": texts[i]}, "some")
-    settings = {"streams": 1, "seq_len": 3, "seed": 0}
-    return make_plan(source, bytes_tokenizer(special=False), NextToken(), pack=True, **settings).count_skipped(most)
+    settings = {"num_streams": 1, "seq_len": 3, "seed": 0}
+    return make_row_filler(source, bytes_tokenizer(special=False), NextToken(), pack=True, **settings).count_skipped(
+      sample_size
+    )
 
-  assert look(["", "ab", "", "bc", ""], 64) == (3, 5)
-  assert look([""] * 9 + ["bc"], 2) == (1, 2)
-  assert look([""] * 9, 4) == (4, 4)  # later records may have some
-  with pytest.raises(ConfigError, match="none of 9 records gives features; the texts are empty or too short"):
-    look([""] * 9, 64)
+  assert count_skipped(["", "ab", "", "bc", ""], 64) == (3, 5)
+  assert count_skipped([""] * 9 + ["bc"], 2) == (1, 2)
+  assert count_skipped([""] * 9, 4) == (4, 4)  # later records may have some
+  with pytest.raises(ConfigError, match="none of 9 records gives examples; the texts are empty or too short"):
+    count_skipped([""] * 9, 64)
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
@@ -303,10 +309,10 @@ def test_cursor_of_another_run_is_refused():
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 70_000])  # the last one is too large for a table
-def test_permuted_epoch_is_a_permutation(size):
-  order = [permuted(i, size, 0, 1) for i in range(size)]
+def test_permute_index_is_a_permutation(size):
+  order = [permute_index(i, size, 0, 1) for i in range(size)]
   assert sorted(order) == list(range(size))
-  assert size < 7 or order != [permuted(i, size, 0, 2) for i in range(size)] != sorted(order)
+  assert size < 7 or order != [permute_index(i, size, 0, 2) for i in range(size)] != sorted(order)
 
 
 def test_interleaved_neighbouring_batches_share_no_document():

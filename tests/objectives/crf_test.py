@@ -191,9 +191,9 @@ def test_crf_with_constraints_and_huge_scores_is_finite(scale, dtype):
   example = case(7, rows=8, length=12, classes=len(labels), scale=scale)
   example["mask"][2] = np.arange(12) == 11
   mask, segments, tags = (jnp.asarray(example[key]) for key in ("mask", "segments", "tags"))
-  transitions = crf.add_transition(
+  transitions = crf.add_transitions(
     crf.Transitions(*(jnp.asarray(example[key], dtype) for key in ("start", "matrix", "end"))),
-    tag_scheme.constraints(labels, "bioes"),
+    tag_scheme.transition_constraints(labels, "bioes"),
   )
 
   def total(scores, transitions):

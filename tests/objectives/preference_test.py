@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data import packing
 from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
+from llmjax.examples import Example, RowLengths, TokenSequence
 from llmjax.models.transformer import Transformer
 from llmjax.objectives import preference
-from llmjax.objectives.preference import Preference, pair_loss
+from llmjax.objectives.preference import Preference, preference_loss
 from llmjax.training import step
-from tests.support.cases import GPT, TOKENIZER, parameters
+from tests.support.cases import GPT, TOKENIZER, pack_batch, parameters, record_examples
 
 FOLDERS = Path(__file__).parents[1] / "testdata" / "tokenizers"
 BOS, EOS, LENGTH, ROWS = TOKENIZER.bos_id, TOKENIZER.eos_id, 16, 8
@@ -32,13 +32,8 @@ def encoded(text):
 
 
 def batch_of(objective, records=PAIRS, rows=ROWS):
-  """A pair a row, and rows of padding."""
-  each = [
-    packing.flatten_features(e["features"]) for r in records for e in objective.examples(r, TOKENIZER, LENGTH, False)
-  ]
-  sizes = objective.row_lengths(objective.seq_len)
-  made = [packing.pack_row([piece], each[0], sizes) for piece in each]
-  return packing.stack_rows(made + [packing.pack_row([], each[0], sizes)] * (rows - len(made)), range(rows))
+  """Return a batch with a pair in each row, and rows of padding."""
+  return pack_batch(record_examples(objective, records), objective.row_lengths(objective.seq_len), rows)
 
 
 @functools.cache
@@ -71,8 +66,8 @@ def log_probs(seed):
   forward = jax.jit(lambda batch: Transformer(GPT).apply({"params": parameters(GPT, seed)[0]}, batch).logits[0])
   for pair, view in itertools.product(PAIRS, preference.VIEWS):
     ids = np.array([BOS, *encoded(pair["prompt"]), *encoded(pair[view]), EOS])
-    row = packing.pack_row([{"inputs/ids": ids[:-1]}], {"inputs/ids": ids[:-1]}, {"inputs": LENGTH})
-    logits = np.asarray(forward(packing.stack_rows([row], [0])), np.float64)[: len(ids) - 1]
+    batch = pack_batch([Example(TokenSequence(ids[:-1]))], RowLengths(LENGTH), 1)
+    logits = np.asarray(forward(batch), np.float64)[: len(ids) - 1]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     found.append(sum(log_p[i, ids[i + 1]] for i in range(len(pair["prompt"]), len(ids) - 1)))
   return np.reshape(found, (-1, 2))
@@ -171,24 +166,24 @@ def test_dropout_differs_per_answer_and_is_off_in_the_reference():
   np.testing.assert_allclose([chosen, rejected], objective.beta * (drawn - still)[:, 0], rtol=1e-5)
 
 
-def ids_of(features, view):
+def ids_of(example, view):
   """(prompt, answer) of a view."""
-  inner = features["extras"][view]
-  ids = np.append(inner["inputs"]["ids"], inner["labels"]["nll"][-1:])
-  start = len(ids) - int(inner["weights"]["nll"].sum())
-  assert inner["weights"]["nll"][start - 1 :].all()
+  inner = example.extras[view]
+  ids = np.append(inner.inputs.ids, inner.labels["nll"][-1:])
+  start = len(ids) - int(inner.weights["nll"].sum())
+  assert inner.weights["nll"][start - 1 :].all()
   return ids[:start].tolist(), ids[start:].tolist()
 
 
 def test_long_shared_prompt_drops_its_beginning():
-  features = Preference(TOKENIZER, 12).encode({"prompt": "0123456789", "chosen": "abc", "rejected": "abcde"})
-  assert ids_of(features, "chosen") == ([BOS, *encoded("456789")], [*encoded("abc"), EOS])
-  assert ids_of(features, "rejected") == ([BOS, *encoded("456789")], [*encoded("abcde"), EOS])
-  features = Preference(TOKENIZER, 12).encode({"prompt": "0123456789", "chosen": "abc", "rejected": "a" * 50})
-  assert ids_of(features, "rejected") == ([BOS, *encoded("56789")], encoded("a" * 7))
-  assert ids_of(features, "chosen") == ([BOS, *encoded("56789")], [*encoded("abc"), EOS])
-  features = Preference(TOKENIZER, 12).encode({"prompt": "0", "chosen": "abc", "rejected": "a" * 50})
-  assert ids_of(features, "rejected") == ([BOS, *encoded("0")], encoded("a" * 11))
+  example = Preference(TOKENIZER, 12).encode_record({"prompt": "0123456789", "chosen": "abc", "rejected": "abcde"})
+  assert ids_of(example, "chosen") == ([BOS, *encoded("456789")], [*encoded("abc"), EOS])
+  assert ids_of(example, "rejected") == ([BOS, *encoded("456789")], [*encoded("abcde"), EOS])
+  example = Preference(TOKENIZER, 12).encode_record({"prompt": "0123456789", "chosen": "abc", "rejected": "a" * 50})
+  assert ids_of(example, "rejected") == ([BOS, *encoded("56789")], encoded("a" * 7))
+  assert ids_of(example, "chosen") == ([BOS, *encoded("56789")], [*encoded("abc"), EOS])
+  example = Preference(TOKENIZER, 12).encode_record({"prompt": "0", "chosen": "abc", "rejected": "a" * 50})
+  assert ids_of(example, "rejected") == ([BOS, *encoded("0")], encoded("a" * 11))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -208,10 +203,10 @@ def test_preferences_are_read_in_the_formats_of_datasets(name):
     {"prompt": "Hi!", "chosen": "a", "rejected": "no"},
   ]
   for record in forms:
-    objective.check(record)
-    features = objective.encode(record)
+    objective.check_record(record)
+    example = objective.encode_record(record)
     for view, answer in (("chosen", good), ("rejected", bad)):
-      prompt, said = ids_of(features, view)
+      prompt, said = ids_of(example, view)
       assert prompt + said == made.chat([ask, answer]).tolist()
       assert prompt == made.chat([ask], add_generation_prompt=True).tolist()
 
@@ -221,20 +216,23 @@ def test_bad_preference_settings_and_records_are_one_line():
   ask = {"role": "user", "content": "b"}
   for record, message in (
     ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
-    ({"chosen": "a", "rejected": "b"}, "no field 'prompt', which texts go on from"),
-    ({"prompt": "a", "chosen": " ", "rejected": "b"}, "'chosen' is empty"),
-    ({"prompt": "a", "chosen": [say], "rejected": "b"}, "'rejected' is 'b'; it must be a list of messages"),
-    ({"chosen": [say], "rejected": [say]}, "the assistant's message alone"),
-    ({"chosen": [ask, say], "rejected": [ask, ask]}, "the last message is the user's"),
-    ({"chosen": [ask, say], "rejected": [{**ask, "content": "c"}, say]}, "answers to different messages"),
+    ({"chosen": "a", "rejected": "b"}, "no field 'prompt', which the answers continue"),
+    ({"prompt": "a", "chosen": " ", "rejected": "b"}, "'chosen': must not be empty"),
+    ({"prompt": "a", "chosen": [say], "rejected": "b"}, "'rejected': must be a list of messages, .*got 'b'"),
+    ({"chosen": [say], "rejected": [say]}, "'chosen': must have a message before the assistant's, got that one alone"),
+    ({"chosen": [ask, say], "rejected": [ask, ask]}, "the last message must be the assistant's, got the user's"),
+    (
+      {"chosen": [ask, say], "rejected": [{**ask, "content": "c"}, say]},
+      "must answer the same messages",
+    ),
   ):
     with pytest.raises(ConfigError, match=message) as caught:
-      Preference(TOKENIZER, LENGTH).check(record)
+      Preference(TOKENIZER, LENGTH).check_record(record)
     assert "\n" not in str(caught.value)
   for settings, message in (
     ({"variant": "sigmoidal"}, "did you mean `sigmoid`"),
     ({"beta": 0.0}, "must be positive"),
-    ({"variant": "ipo", "label_smoothing": 0.1}, "0 but for variant='sigmoid'"),
+    ({"variant": "ipo", "label_smoothing": 0.1}, "0 unless objective.variant='sigmoid'"),
     ({"label_smoothing": 0.5}, r"in \[0, 0.5\)"),
     ({"sft_weight": -1.0}, "must not be negative"),
     ({"template": "chatml"}, "must be Jinja or one of"),
@@ -243,7 +241,7 @@ def test_bad_preference_settings_and_records_are_one_line():
       Preference(TOKENIZER, LENGTH, **settings)
 
 
-def test_pair_losses_with_large_margins_are_finite():
+def test_losses_with_large_margins_are_finite():
   far = np.array([-1e4, 1e4], np.float32)
   for variant in VARIANTS:
-    assert np.isfinite(pair_loss(jnp.asarray(far), variant, 0.1)).all()
+    assert np.isfinite(preference_loss(jnp.asarray(far), variant, 0.1)).all()

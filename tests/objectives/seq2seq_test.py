@@ -8,13 +8,24 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data import packing
 from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
 from llmjax.data.tokenizers.registry import make_tokenizer
+from llmjax.examples import Example, RowLengths, TokenSequence
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.seq2seq import Seq2Seq
 from llmjax.training.components import check_model_fits_objective
-from tests.support.cases import GPT, T5, TOKENIZER, Case, gradients, parameters, with_dropout
+from tests.support.cases import (
+  GPT,
+  T5,
+  TOKENIZER,
+  Case,
+  gradients,
+  pack_batch,
+  parameters,
+  record_examples,
+  widen_rows,
+  with_dropout,
+)
 
 BOS, EOS, PAD, LENGTH = TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.pad_id, 32
 FOLDERS = Path(__file__).parents[1] / "testdata" / "tokenizers"
@@ -24,25 +35,17 @@ CASES = {
   "decoder": Case(GPT, Seq2Seq(TOKENIZER, LENGTH, "decoder")),
 }
 
+CONFIG = {"objective": {"name": "seq2seq"}, "seq_len": LENGTH}
+
 
 def encoded(text):
   return TOKENIZER.encode(text).tolist()
 
 
-def pieces(objective, records=RECORDS):
-  return [
-    packing.flatten_features(f["features"]) for r in records for f in objective.examples(r, TOKENIZER, LENGTH, False)
-  ]
-
-
 def batch_of(objective, rows=8, wide=0, shared=True):
-  """The pairs of RECORDS, several a row or each in a row of its own."""
-  each = pieces(objective)
-  sizes = {stream: length + wide for stream, length in objective.row_lengths(LENGTH).items()}
-  filled = packing.best_fit(each, sizes) if shared else [[piece] for piece in each]
-  assert not shared or len(filled) < len(each)
-  made = [packing.pack_row(row, each[0], sizes) for row in filled]
-  return packing.stack_rows(made + [packing.pack_row([], each[0], sizes)] * (rows - len(made)), range(rows))
+  """Return a batch of the pairs of RECORDS, which share rows or have a row each, of `wide` tokens more."""
+  row_lengths = widen_rows(objective.row_lengths(LENGTH), wide)
+  return pack_batch(record_examples(objective, RECORDS), row_lengths, rows, shared)
 
 
 def assert_close(got, want):
@@ -50,50 +53,50 @@ def assert_close(got, want):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, want)
 
 
-def test_features_of_encoder_decoder_split_source_and_target():
+def test_example_of_encoder_decoder_split_source_and_target():
   objective = Seq2Seq(TOKENIZER, 12, "both", prefix="do: ", target_len=4)
-  [features] = objective.encode({"source": "abc", "target": "xy"}, labelled=True)
-  assert features["inputs"]["ids"].tolist() == [*encoded("do: abc"), EOS]
-  assert features["targets"].tolist() == [PAD, *encoded("xy")]
-  assert features["labels"]["nll"].tolist() == [*encoded("xy"), EOS] and features["weights"]["nll"].all()
-  [cut] = objective.encode({"source": "a" * 20, "target": "x" * 20}, labelled=True)
-  assert cut["inputs"]["ids"].tolist() == [*encoded("do: aaaaaaa"), EOS]
-  assert cut["labels"]["nll"].tolist() == encoded("xxxx")  # no eos where the target goes on
-  assert objective.row_lengths(12) == {"inputs": 12, "targets": 4} and objective.stacks == ("both",)
+  [example] = objective.encode_record({"source": "abc", "target": "xy"}, labelled=True)
+  assert example.inputs.ids.tolist() == [*encoded("do: abc"), EOS]
+  assert example.targets.ids.tolist() == [PAD, *encoded("xy")]
+  assert example.labels["nll"].tolist() == [*encoded("xy"), EOS] and example.weights["nll"].all()
+  [cut] = objective.encode_record({"source": "a" * 20, "target": "x" * 20}, labelled=True)
+  assert cut.inputs.ids.tolist() == [*encoded("do: aaaaaaa"), EOS]
+  assert cut.labels["nll"].tolist() == encoded("xxxx")  # no eos where the target goes on
+  assert objective.row_lengths(12) == RowLengths(12, 4) and objective.stacks == ("both",)
 
 
 @pytest.mark.parametrize("folder", [None, "gpt2", "llama", "gemma"])
-def test_features_of_decoder_start_with_the_inference_prompt(folder):
+def test_example_of_decoder_starts_with_the_inference_prompt(folder):
   """The room for the prompt does not depend on the target."""
   made = TOKENIZER if folder is None else tokenizer_from_folder(FOLDERS / folder)
   objective = Seq2Seq(made, 40, "decoder", prefix="sum: ", separator="\n= ", target_len=12)
   for source, target in (("a text", "short"), ("long " * 50, "t"), ("long " * 50, "goes on " * 20)):
     record = {"source": source, "target": target}
-    [features] = objective.encode(record, labelled=True)
-    [prompt] = objective.encode({"source": source}, labelled=False)
-    ids, start = features["inputs"]["ids"], len(prompt["inputs"]["ids"])
-    assert ids[:start].tolist() == prompt["inputs"]["ids"].tolist() and start <= 40 - 12 and len(ids) < 40
+    [example] = objective.encode_record(record, labelled=True)
+    [prompt] = objective.encode_record({"source": source}, labelled=False)
+    ids, start = example.inputs.ids, len(prompt.inputs.ids)
+    assert ids[:start].tolist() == prompt.inputs.ids.tolist() and start <= 40 - 12 and len(ids) < 40
     assert ids[:start].tolist()[: len(made.single[0])] == made.single[0].tolist()
     assert ids[start - len(made.encode("\n= ")) : start].tolist() == made.encode("\n= ").tolist()
-    labels = features["labels"]["nll"]
+    labels = example.labels["nll"]
     assert labels[:-1].tolist() == ids[1:].tolist()
-    learned = labels[features["weights"]["nll"] > 0].tolist()
+    learned = labels[example.weights["nll"] > 0].tolist()
     assert learned == [*made.encode(target).tolist(), made.eos_id][:12]
-    assert features["weights"]["nll"][: start - 1].sum() == 0
+    assert example.weights["nll"][: start - 1].sum() == 0
 
 
 def test_prefix_of_a_bidirectional_prompt_ends_at_the_target():
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder", bidirectional=True)
-  [features] = objective.encode({"source": "ab", "target": "xy"}, labelled=True)
-  assert features["inputs"]["prefix"].tolist() == [1, 1, 1, 1, 0, 0]  # bos, a, b, newline; x, y
-  assert features["weights"]["nll"].tolist() == [0, 0, 0, 1, 1, 1]
-  assert objective.encode({"source": "ab"}, labelled=False)[0]["inputs"]["prefix"].all()
-  check_model_fits_objective(objective, dataclasses.replace(GPT, bidirectional_prompt=True), "seq2seq", LENGTH)
+  [example] = objective.encode_record({"source": "ab", "target": "xy"}, labelled=True)
+  assert example.inputs.prefix.tolist() == [1, 1, 1, 1, 0, 0]  # bos, a, b, newline; x, y
+  assert example.weights["nll"].tolist() == [0, 0, 0, 1, 1, 1]
+  assert objective.encode_record({"source": "ab"}, labelled=False)[0].inputs.prefix.all()
+  check_model_fits_objective(objective, dataclasses.replace(GPT, bidirectional_prompt=True), CONFIG)
   with pytest.raises(ConfigError, match=r"needs model\.bidirectional_prompt=True"):
-    check_model_fits_objective(objective, GPT, "seq2seq", LENGTH)
+    check_model_fits_objective(objective, GPT, CONFIG)
   with pytest.raises(ConfigError, match=r"needs model\.bidirectional_prompt=False"):  # its prompts would be read so
     plain = Seq2Seq(TOKENIZER, LENGTH, "decoder")
-    check_model_fits_objective(plain, dataclasses.replace(GPT, bidirectional_prompt=True), "seq2seq", LENGTH)
+    check_model_fits_objective(plain, dataclasses.replace(GPT, bidirectional_prompt=True), CONFIG)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,8 +127,8 @@ def test_loss_of_a_decoder_covers_targets_only():
   for record in RECORDS:
     prompt = [BOS, *encoded(record["source"]), *encoded("\n")]
     ids = np.array([*prompt, *encoded(record["target"]), EOS])
-    made = packing.pack_row([{"inputs/ids": ids[:-1]}], {"inputs/ids": ids[:-1]}, {"inputs": LENGTH})
-    logits = np.asarray(forward(params, packing.stack_rows([made], [0])), np.float64)[: len(ids) - 1]
+    alone = pack_batch([Example(TokenSequence(ids[:-1]))], RowLengths(LENGTH), 1)
+    logits = np.asarray(forward(params, alone), np.float64)[: len(ids) - 1]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     places = range(len(prompt) - 1, len(ids) - 1)
     total -= sum(log_p[i, ids[i + 1]] for i in places)
@@ -138,34 +141,36 @@ def test_predictions_stop_at_eos_and_are_scored():
   pytest.importorskip("rouge_score")
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder")
   tokens = np.array([*encoded("xy"), EOS, *encoded("zz")])
-  result = objective.result({}, [], [{"tokens": tokens}])
+  result = objective.make_result({}, [], [{"tokens": tokens}])
   assert result == {"target": "xy"}
-  assert objective.result({}, [], [{"tokens": tokens[:2]}]) == {"target": "xy"}
-  assert objective.measure([{"target": "a b"}], [{"target": "a b"}])["rouge2"] == 1
-  assert Seq2Seq(TOKENIZER, LENGTH, metric="none").measure([], []) == {}
+  assert objective.make_result({}, [], [{"tokens": tokens[:2]}]) == {"target": "xy"}
+  assert objective.compute_metrics([{"target": "a b"}], [{"target": "a b"}])["rouge2"] == 1
+  assert Seq2Seq(TOKENIZER, LENGTH, metric="none").compute_metrics([], []) == {}
 
 
 def test_bleu_is_computed_over_the_corpus():
   pytest.importorskip("sacrebleu")
   texts = [{"target": "the cat sat on the mat"}]
-  assert Seq2Seq(TOKENIZER, LENGTH, metric="bleu").measure(texts, texts) == pytest.approx({"bleu": 100, "chrf": 100})
+  assert Seq2Seq(TOKENIZER, LENGTH, metric="bleu").compute_metrics(texts, texts) == pytest.approx(
+    {"bleu": 100, "chrf": 100}
+  )
 
 
 def test_pairs_without_target_are_skipped_and_bad_ones_named():
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder")
-  assert list(objective.examples({"source": "a", "target": None}, TOKENIZER, LENGTH, False)) == []
+  assert list(objective.split_record({"source": "a", "target": None}, TOKENIZER, LENGTH, False)) == []
   for record, message in (
     ({"source": "a", "targets": "b"}, "no field 'target'.*did you mean `targets`"),
-    ({"source": 3, "target": "b"}, "'source' is 3, which is no text"),
-    ({"source": "a", "target": " "}, "'target' is empty"),
+    ({"source": 3, "target": "b"}, "'source': must be text, got 3"),
+    ({"source": "a", "target": " "}, "'target': must not be empty"),
   ):
     with pytest.raises(ConfigError, match=message):
-      objective.check(record, labelled=True)
-  objective.check({"source": "a"}, labelled=False)
+      objective.check_record(record, labelled=True)
+  objective.check_record({"source": "a"}, labelled=False)
   for settings, message in (
     ({"metric": "rogue"}, "did you mean `rouge`"),
-    ({"target_len": 0}, "target_len=0 must be at least 1"),
-    ({"target_len": LENGTH}, "leave no room for a source"),
+    ({"target_len": 0}, "objective.target_len: must be at least 1, got 0"),
+    ({"target_len": LENGTH}, "leaves no room for a source"),
     ({"stacks": "both", "bidirectional": True}, "is for a decoder alone"),
     ({"label_smoothing": 2.0}, "label_smoothing"),
   ):
@@ -175,4 +180,4 @@ def test_pairs_without_target_are_skipped_and_bad_ones_named():
     Seq2Seq(make_tokenizer({"name": "bytes", "special": False}), LENGTH)
   encoder = dataclasses.replace(GPT, decoder_layers=0, encoder_layers=2)
   with pytest.raises(ConfigError, match="needs a model with"):
-    check_model_fits_objective(Seq2Seq(TOKENIZER, LENGTH, "encoder"), encoder, "seq2seq", LENGTH)
+    check_model_fits_objective(Seq2Seq(TOKENIZER, LENGTH, "encoder"), encoder, CONFIG)

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data import packing
-from llmjax.data.pipeline import make_plan
+from llmjax.data.row_streams import make_row_filler
 from llmjax.data.sources.base import Source
 from llmjax.data.tokenizers.huggingface import tokenizer_from_folder
 from llmjax.data.tokenizers.registry import make_tokenizer
+from llmjax.examples import RowLengths
 from llmjax.objectives import sft
 from llmjax.objectives.sft import InstructionTuning
-from tests.support.cases import GPT, TOKENIZER, Case, gradients, parameters, with_dropout
+from tests.support.cases import GPT, TOKENIZER, Case, gradients, pack_batch, parameters, record_examples, with_dropout
 
 FOLDERS = Path(__file__).parents[1] / "testdata" / "tokenizers"
 BOS, EOS, LENGTH = TOKENIZER.bos_id, TOKENIZER.eos_id, 64
@@ -34,15 +34,15 @@ def open_tokenizer(name):
 
 def encoded(objective, messages=CHAT, labelled=True):
   record = {"messages": messages}
-  objective.check(record, labelled=labelled)
-  [features] = objective.encode(record, labelled=labelled)
-  return features
+  objective.check_record(record, labelled=labelled)
+  [example] = objective.encode_record(record, labelled=labelled)
+  return example
 
 
-def learned(features):
+def learned(example):
   """The labels that bear loss, each run of them."""
-  edges = np.flatnonzero(np.diff(np.concatenate([[0], features["weights"]["nll"], [0]])))
-  return [features["labels"]["nll"][start:stop] for start, stop in edges.reshape(-1, 2)]
+  edges = np.flatnonzero(np.diff(np.concatenate([[0], example.weights["nll"], [0]])))
+  return [example.labels["nll"][start:stop] for start, stop in edges.reshape(-1, 2)]
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -50,19 +50,19 @@ def test_loss_weights_cover_each_answer_and_its_end(name):
   """Answers follow the prompt that inference gives, in the tokens of the whole chat."""
   made = open_tokenizer(name)
   objective = InstructionTuning(made, 300)
-  features = encoded(objective)
-  ids = np.append(features["inputs"]["ids"], features["labels"]["nll"][-1])
-  assert ids.tolist() == made.chat(CHAT, template=objective.source).tolist()
-  shown = [made.show(run) for run in learned(features)]
+  example = encoded(objective)
+  ids = np.append(example.inputs.ids, example.labels["nll"][-1])
+  assert ids.tolist() == made.chat(CHAT, template=objective.template_source).tolist()
+  shown = [made.show(run) for run in learned(example)]
   header = "<|start_header_id|>assistant<|end_header_id|>\n\n" if name == "llama3" else ""  # it has no other prompt
   contents = [m["content"] if name in ("gpt2", None) else m["content"].strip() for m in CHAT[2::2]]
   assert [text.removeprefix(" ") for text in shown] == [header + content + ENDS[name] for content in contents]
-  for count, run in zip((2, 4), learned(features)):
-    prompt = encoded(objective, CHAT[:count], labelled=False)["inputs"]["ids"]
+  for count, run in zip((2, 4), learned(example)):
+    prompt = encoded(objective, CHAT[:count], labelled=False).inputs.ids
     start = len(prompt)
     if name != "gpt2" or count == 4:  # its "\n\n" is one token across the first answer's beginning
       assert ids[:start].tolist() == prompt.tolist() and ids[start : start + len(run)].tolist() == run.tolist()
-  again = encoded(objective, labelled=False)["inputs"]["ids"]  # the answer that is known already is not in the prompt
+  again = encoded(objective, labelled=False).inputs.ids  # the answer that is known already is not in the prompt
   assert again.tolist() == prompt.tolist()
   [last] = learned(encoded(InstructionTuning(made, 300, last_only=True)))
   assert last.tolist() == run.tolist()
@@ -72,29 +72,31 @@ def test_token_across_the_start_of_an_answer_is_trained():
   """The template's newline and the answer's are one token of this vocabulary; the prompt has the former alone."""
   made = open_tokenizer("gpt2")
   messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\nb"}]
-  ids, [(start, stop)] = sft.read_chat(made, messages, sft.chat.template_or_default(made.chat_templates))
+  ids, [(start, stop)] = sft.encode_chat(made, messages, sft.chat.template_or_default(made.chat_templates))
   prompt = made.chat(messages[:1], add_generation_prompt=True)
-  assert sft.common_length(prompt, ids) == start and stop == len(ids)
+  assert sft.common_prefix_length(prompt, ids) == start and stop == len(ids)
   assert made.decode(ids[start:]).strip("\n") == "b"
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_answer_ends_follow_the_chat_template(name):
   made = open_tokenizer(name)
-  ends = [made.names[i] for i in InstructionTuning(made, LENGTH).ends]
+  ends = [made.names[i] for i in InstructionTuning(made, LENGTH).end_ids]
   assert made.names[made.eos_id] in ends and set(ends) - {ENDS[name].strip()} <= {made.names[made.eos_id]}
 
 
 def test_prompt_and_completion_fields_form_one_turn():
   objective = InstructionTuning(TOKENIZER, LENGTH, prompt="ask", response="say", system="S")
   record = {"ask": "a", "say": "b"}
-  [features] = objective.encode(record, labelled=True)
+  [example] = objective.encode_record(record, labelled=True)
   text = "<|system|>\nS\n<|user|>\na\n<|assistant|>\n"
-  assert features["inputs"]["ids"].tolist() == [BOS, *TOKENIZER.encode(text + "b"), EOS]
-  assert [run.tolist() for run in learned(features)] == [[*TOKENIZER.encode("b"), EOS, *TOKENIZER.encode("\n")]]
-  [prompt] = InstructionTuning(TOKENIZER, 80, prompt="ask", response="say", system="S").encode(record, labelled=False)
-  assert prompt["inputs"]["ids"].tolist() == [BOS, *TOKENIZER.encode(text)]
-  messages = encoded(InstructionTuning(TOKENIZER, 300, system="S"))["inputs"]["ids"]
+  assert example.inputs.ids.tolist() == [BOS, *TOKENIZER.encode(text + "b"), EOS]
+  assert [run.tolist() for run in learned(example)] == [[*TOKENIZER.encode("b"), EOS, *TOKENIZER.encode("\n")]]
+  [prompt] = InstructionTuning(TOKENIZER, 80, prompt="ask", response="say", system="S").encode_record(
+    record, labelled=False
+  )
+  assert prompt.inputs.ids.tolist() == [BOS, *TOKENIZER.encode(text)]
+  messages = encoded(InstructionTuning(TOKENIZER, 300, system="S")).inputs.ids
   assert TOKENIZER.decode(messages).count("<|system|>") == 1  # a chat's own goes before it
 
 
@@ -102,18 +104,20 @@ def test_long_chat_drops_first_turns_then_its_end():
   made = TOKENIZER
   whole = len(made.chat(CHAT, template=sft.chat.DEFAULT_TEMPLATE))
   kept = encoded(InstructionTuning(made, whole - 2))
-  assert made.decode(kept["inputs"]["ids"]).startswith("<|system|>\nBe brief.\n<|user|>\n2+2?")
+  assert made.decode(kept.inputs.ids).startswith("<|system|>\nBe brief.\n<|user|>\n2+2?")
   assert len(learned(kept)) == 1 and made.decode(learned(kept)[0]) == "4, or five\n"
   assert len(learned(encoded(InstructionTuning(made, whole - 1)))) == 2
   short = len(made.chat([CHAT[0], *CHAT[3:4]], template=sft.chat.DEFAULT_TEMPLATE, add_generation_prompt=True)) + 3
   cut = encoded(InstructionTuning(made, short))
-  assert len(cut["inputs"]["ids"]) == short and made.decode(learned(cut)[0]) == "4, o"
-  assert InstructionTuning(made, 20).encode({"messages": CHAT}, labelled=True) == []  # nothing of the answer is left
-  settings = {"pack": True, "streams": 1, "seq_len": 20, "seed": 0}
+  assert len(cut.inputs.ids) == short and made.decode(learned(cut)[0]) == "4, o"
+  assert (
+    InstructionTuning(made, 20).encode_record({"messages": CHAT}, labelled=True) == []
+  )  # nothing of the answer is left
+  settings = {"pack": True, "num_streams": 1, "seq_len": 20, "seed": 0}
   chats = Source(3, lambda index: {"messages": CHAT}, "chats")
-  with pytest.raises(ConfigError, match=r"none of 3 records gives features; they are too long, .* seq_len=20 tokens"):
-    make_plan(chats, made, InstructionTuning(made, 20), **settings).count_skipped()
-  prompt = encoded(InstructionTuning(made, 40, response_len=10), CHAT[:2], labelled=False)["inputs"]["ids"]
+  with pytest.raises(ConfigError, match=r"none of 3 records gives examples; they are too long: .* seq_len=20 tokens"):
+    make_row_filler(chats, made, InstructionTuning(made, 20), **settings).count_skipped()
+  prompt = encoded(InstructionTuning(made, 40, response_len=10), CHAT[:2], labelled=False).inputs.ids
   assert len(prompt) == 30 and prompt[0] == BOS and made.decode(prompt).endswith("Hi there!\n<|assistant|>\n")
 
 
@@ -124,25 +128,16 @@ def test_gradients_packed_or_accumulated_equal_the_whole_batch():
     {"messages": [{"role": "user", "content": "q" * n}, {"role": "assistant", "content": "a" * (9 - n)}]}
     for n in range(1, 8)
   ]
-  each = [
-    packing.flatten_features(example["features"])
-    for record in records
-    for example in case.objective.examples(record, TOKENIZER, LENGTH, False)
-  ]
-  sizes = {"inputs": 32}
-
-  def batch(rows, sizes):
-    made = [packing.pack_row(row, each[0], sizes) for row in rows]
-    return packing.stack_rows(made + [packing.pack_row([], each[0], sizes)] * (8 - len(made)), range(8))
+  examples, row_lengths = record_examples(case.objective, records), RowLengths(32)
 
   def same(got, want):
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(want))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, want)
 
-  packed = batch(packing.best_fit(each, sizes), sizes)
+  packed = pack_batch(examples, row_lengths, 8, shared=True)
   want, metrics = gradients(case, params, packed)
   assert metrics["loss"][1] == sum(range(2, 9))  # the answers' letters
-  got, separate = gradients(case, params, batch([[piece] for piece in each], sizes))
+  got, separate = gradients(case, params, pack_batch(examples, row_lengths, 8))
   same(got, want)
   same(separate, metrics)
   packed.labels["nll"][packed.weights["nll"] == 0] = 7
@@ -154,12 +149,12 @@ def test_gradients_packed_or_accumulated_equal_the_whole_batch():
 def test_predictions_stop_at_the_template_end_and_are_scored():
   pytest.importorskip("rouge_score")
   objective = InstructionTuning(open_tokenizer("gpt2"), LENGTH)
-  [end] = set(objective.ends) - {objective.tokenizer.eos_id}
+  [end] = set(objective.end_ids) - {objective.tokenizer.eos_id}
   tokens = np.append(objective.tokenizer.encode("x y"), [end, 5, 5])
-  result = objective.result({}, [], [{"tokens": tokens}])
+  result = objective.make_result({}, [], [{"tokens": tokens}])
   assert result == {"response": "x y"}
   unanswered = {"messages": CHAT[:4]}
-  found = objective.measure(
+  found = objective.compute_metrics(
     [{"messages": CHAT}, unanswered, {"messages": CHAT}], [{"response": "4, or five "}, result, result]
   )
   assert found["exact_match"] == found["rouge1"] == 0.5
@@ -168,19 +163,19 @@ def test_predictions_stop_at_the_template_end_and_are_scored():
 @pytest.mark.parametrize(
   ("messages", "message"),
   [
-    ([], "'messages' is .*it must be a list of messages"),
+    ([], "'messages': must be a list of messages"),
     ("Hi", "must be a list of messages"),
-    ([{"from": "human", "value": "x"}], r"message 0 \(from 0\) must be {'role'"),
+    ([{"from": "human", "value": "x"}], r"message 0 \(from 0\): must be {'role'"),
     ([{"role": "usr", "content": "x"}], "the role 'usr' is unknown; did you mean `user`"),
-    ([CHAT[1], {"role": "assistant"}], r"message 1 \(from 0\): 'content' is None"),
+    ([CHAT[1], {"role": "assistant"}], r"message 1 \(from 0\): 'content' must be text, got None"),
     ([CHAT[1], {"role": "assistant", "content": " "}], "the assistant's 'content' is empty"),
-    (CHAT[:2], "there is no answer"),
-    (CHAT[2:3], "there is no answer"),
+    (CHAT[:2], "got no answer"),
+    (CHAT[2:3], "got no answer"),
   ],
 )
 def test_bad_chat_is_one_line(messages, message):
   with pytest.raises(ConfigError, match=message) as caught:
-    InstructionTuning(TOKENIZER, LENGTH).check({"messages": messages}, labelled=True)
+    InstructionTuning(TOKENIZER, LENGTH).check_record({"messages": messages}, labelled=True)
   assert "\n" not in str(caught.value)
 
 
@@ -199,8 +194,8 @@ def test_template_with_answer_not_after_prompt_is_refused():
       encoded(InstructionTuning(TOKENIZER, LENGTH, template=source))
   encoded(InstructionTuning(TOKENIZER, LENGTH, template=source, last_only=True))
   for settings, message in (
-    ({"prompt": "a"}, "a pair of fields"),
-    ({"response_len": LENGTH}, "from 1 to less than"),
+    ({"prompt": "a"}, "must be set together"),
+    ({"response_len": LENGTH}, "must be at least 1 and less than"),
     ({"template": "chatml"}, "must be Jinja or one of default"),
   ):
     with pytest.raises(ConfigError, match=message):
@@ -211,4 +206,4 @@ def test_chat_without_an_eos_token_is_plain_text():
   made = make_tokenizer({"name": "bytes", "special": False})
   objective = InstructionTuning(made, 300)
   assert [made.decode(run) for run in learned(encoded(objective))] == ["\n\nit's 日本 🙂\n", "4, or five\n"]
-  assert objective.ends == ()
+  assert objective.end_ids == ()

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError, build
-from llmjax.data import packing
 from llmjax.data.tokenizers.registry import make_tokenizer
+from llmjax.examples import RowLengths
 from llmjax.models.transformer import Transformer
 from llmjax.objectives import OBJECTIVES
-from llmjax.objectives.span_qa import BEST, SpanQA, accepted_answers, best_spans
+from llmjax.objectives.span_qa import NUM_BEST_SPANS, SpanQA, accepted_answers, best_spans
 from llmjax.training import step
 from llmjax.types import Outputs
-from tests.support.cases import BERT, TOKENIZER, parameters
+from tests.support.cases import BERT, TOKENIZER, pack_batch, parameters
 
 FOLDERS = Path(__file__).parents[1] / "testdata" / "tokenizers"
 SMALL = {"stride": 5, "max_question": 8, "max_answer": 30}
@@ -50,11 +50,9 @@ def records(seed, count=40, answerable=1.0):
     yield {"question": question, "context": context, "answers": answers if rng.random() < answerable else []}
 
 
-def make_batch(features, length):
-  rows = [
-    packing.pack_row([packing.flatten_features(f)], packing.flatten_features(f), {"inputs": length}) for f in features
-  ]
-  return packing.stack_rows(rows, range(len(rows)))
+def make_batch(examples, length):
+  """Return a batch with an example in each row."""
+  return pack_batch(examples, RowLengths(length), len(examples))
 
 
 def test_windows_cover_every_token_and_overlap_by_the_stride(made):
@@ -62,13 +60,13 @@ def test_windows_cover_every_token_and_overlap_by_the_stride(made):
   for seed, (length, stride) in enumerate([(32, 5), (24, 0), (64, 20)]):
     objective = SpanQA(made, length, **(SMALL | {"stride": stride}))
     for record in records(seed):
-      windows, offsets = objective.windows(record)
+      windows, offsets = objective.split_context(record)
       ids = made.encode(record["context"])
       question = made.encode(record["question"].strip())[:8]
       assert len(offsets) == len(ids) and windows[0].part.start == 0 and windows[-1].part.stop == len(ids)
       for window in windows:
         part = ids[window.part]
-        assert window.ids[window.place : window.place + len(part)].tolist() == part.tolist()
+        assert window.ids[window.offset : window.offset + len(part)].tolist() == part.tolist()
         expected, types, _ = made.assemble(question, part, 1000)  # nothing was cut
         assert window.ids.tolist() == expected.tolist() and window.token_types.tolist() == types.tolist()
       for one, next_ in itertools.pairwise(windows):
@@ -82,23 +80,23 @@ def test_labels_are_the_shortest_span_with_the_answer(made):
   objective = SpanQA(made, 32, **SMALL)
   held, missed = 0, 0
   for record in records(1, count=80):
-    objective.check(record, labelled=True)
-    windows, offsets = objective.windows(record)
+    objective.check_record(record, labelled=True)
+    windows, offsets = objective.split_context(record)
     text, start = record["answers"][0]["text"], record["answers"][0]["start"]
     inner = {i for i in range(start, start + len(text)) if not record["context"][i].isspace()}
     parts = [inner & set(range(*place)) for place in offsets.tolist()]
     answer = [i for i, part in enumerate(parts) if part]
-    found = objective.encode(record, labelled=True)
+    found = objective.encode_record(record, labelled=True)
     assert len(found) == (len(windows) if answer else 0)
-    for features, window in zip(found, windows):
-      assert all(weight == 1 for weight in features["row"]["weights"].values())
-      begin, end = (int(features["row"]["labels"][name]) for name in ("begin", "end"))
+    for example, window in zip(found, windows):
+      assert all(weight == 1 for weight in example.row_weights.values())
+      begin, end = (int(example.row_labels[name]) for name in ("begin", "end"))
       if not set(answer) <= set(range(window.part.start, window.part.stop)):
         assert begin == end == 0
         missed += 1
         continue
       held += 1
-      assert [begin, end] == [window.place + i - window.part.start for i in (answer[0], answer[-1])]
+      assert [begin, end] == [window.offset + i - window.part.start for i in (answer[0], answer[-1])]
       there = record["context"][offsets[answer[0], 0] : offsets[answer[-1], 1]]
       assert text.strip() in there
       if made is TOKENIZER:
@@ -111,28 +109,28 @@ def test_decode_of_perfect_logits_returns_all_answers(made, no_answer):
   """Its logits are noise, but for the labels, and padding, which has the highest."""
   objective = SpanQA(made, 40, **SMALL | {"stride": 25, "max_question": 3}, no_answer=no_answer)
   known = list(records(2, answerable=0.6 if no_answer else 1.0))
-  encoded = [objective.encode(record, labelled=True) for record in known]
+  encoded = [objective.encode_record(record, labelled=True) for record in known]
   # What no window holds, as it has more tokens than two share, is not learned.
-  learned = [not r["answers"] or any(f["row"]["labels"]["begin"] for f in e) for r, e in zip(known, encoded)]
+  learned = [not r["answers"] or any(f.row_labels["begin"] for f in e) for r, e in zip(known, encoded)]
   known, encoded = (list(itertools.compress(x, learned)) for x in (known, encoded))
-  features = [f for each in encoded for f in each]
-  batch = make_batch(features, 48)
-  logits = np.random.default_rng(0).normal(size=(len(features), 48, 2))
+  examples = [f for each in encoded for f in each]
+  batch = make_batch(examples, 48)
+  logits = np.random.default_rng(0).normal(size=(len(examples), 48, 2))
   logits[np.asarray(batch.inputs.segments) == 0] = 99
   for i, name in enumerate(("begin", "end")):
-    logits[np.arange(len(features)), batch.labels[name], i] = 20
-  decoded = jax.tree.map(np.asarray, objective.decode(Outputs(logits=jnp.asarray(logits)), batch))
-  rows = iter([{name: x[i] for name, x in decoded.items()} for i in range(len(features))])
+    logits[np.arange(len(examples)), batch.labels[name], i] = 20
+  decoded = jax.tree.map(np.asarray, objective.decode_outputs(Outputs(logits=jnp.asarray(logits)), batch))
+  rows = iter([{name: x[i] for name, x in decoded.items()} for i in range(len(examples))])
   results = []
   for record in known:
     bare = {"question": record["question"], "context": record["context"]}
-    plain = objective.encode(bare, labelled=False)
-    result = objective.result(bare, plain, list(itertools.islice(rows, len(plain))))
+    plain = objective.encode_record(bare, labelled=False)
+    result = objective.make_result(bare, plain, list(itertools.islice(rows, len(plain))))
     assert result["answer"] == bare["context"][result["start"] : result["end"]]
     assert result["answer"] == (record["answers"][0]["text"].strip() if record["answers"] else "") or made.name == "hf"
     assert result["confidence"] > 0.99 and ("no_answer_probability" in result) == no_answer
     results.append(result)
-  scores = objective.measure(known, results)
+  scores = objective.compute_metrics(known, results)
   assert len(known) > 30 and sum(len(e) > 1 for e in encoded) > 15
   assert scores["exact_match"] == scores["f1"] == 1.0
   assert scores.get("no_answer_accuracy") == (1.0 if no_answer else None)
@@ -142,9 +140,9 @@ def answer(logits, **settings):
   """The answer in "ab c", read by bytes in windows of 3 that share 2, behind a question of one."""
   objective = SpanQA(TOKENIZER, 7, **{"stride": 2, "max_question": 1, "max_answer": 2, **settings})
   record = {"question": "q", "context": "ab c"}
-  features = objective.encode(record, labelled=False)
-  assert [f["inputs"]["ids"][3:6].tolist() for f in features] == [[*b"ab "], [*b"b c"]]
-  return objective.result(record, features, [{"begin": np.array(b), "end": np.array(e)} for b, e in logits])
+  examples = objective.encode_record(record, labelled=False)
+  assert [f.inputs.ids[3:6].tolist() for f in examples] == [[*b"ab "], [*b"b c"]]
+  return objective.make_result(record, examples, [{"begin": np.array(b), "end": np.array(e)} for b, e in logits])
 
 
 def test_answers_and_confidences_equal_hand_computation():
@@ -157,7 +155,7 @@ def test_answers_and_confidences_equal_hand_computation():
   expected = {"answer": "ab", "start": 0, "end": 2, "score": 3.0, "confidence": round(math.exp(3) / total, 6)}
   expected["answers"] = [{"text": "ab", "start": 0}]
   assert answer([first, second]) == expected
-  SpanQA(TOKENIZER, 7, stride=2, max_question=1).check(
+  SpanQA(TOKENIZER, 7, stride=2, max_question=1).check_record(
     {"question": "q", "context": "ab c", **expected}, labelled=True
   )  # what was predicted can be learned
   assert answer([first, second], max_answer=1)["answer"] == "b"
@@ -182,16 +180,16 @@ def test_best_spans_equal_brute_force():
     begin, end = rng.normal(size=(2, length))
     begin[rng.random(length) < 0.3] = -np.inf
     spans = [(begin[i] + end[j], i, j) for i in range(length) for j in range(i, min(i + longest, length))]
-    expected = sorted((s for s in spans if s[0] > -np.inf), reverse=True)[:BEST]
-    assert best_spans(begin, end, longest, BEST) == expected
+    expected = sorted((s for s in spans if s[0] > -np.inf), reverse=True)[:NUM_BEST_SPANS]
+    assert best_spans(begin, end, longest, NUM_BEST_SPANS) == expected
 
 
 def test_empty_context_has_no_answer(made):
   objective = SpanQA(made, 32, **SMALL)
   record = {"question": "q?", "context": "\u200b" if made.name == "hf" else " x"}
-  features = objective.encode(record, labelled=False)
-  length = len(features[0]["inputs"]["ids"])
-  result = objective.result(record, features, [{"begin": np.zeros(length), "end": np.zeros(length)}])
+  examples = objective.encode_record(record, labelled=False)
+  length = len(examples[0].inputs.ids)
+  result = objective.make_result(record, examples, [{"begin": np.zeros(length), "end": np.zeros(length)}])
   assert result["answer"] == record["context"][result["start"] : result["end"]] and 0 <= result["confidence"] <= 1
 
 
@@ -199,19 +197,19 @@ def test_loss_with_padding_is_the_mean_of_two_cross_entropies():
   objective = build({"name": "span_qa", **SMALL}, OBJECTIVES, "objective", tokenizer=TOKENIZER, seq_len=32)
   cfg = dataclasses.replace(BERT, **objective.head, sentence_classes=0)
   params, _ = parameters(cfg)
-  features = [f for record in records(3, count=3) for f in objective.encode(record, labelled=True)]
+  examples = [f for record in records(3, count=3) for f in objective.encode_record(record, labelled=True)]
 
   @jax.jit
   def run(batch):
     forward = step.ModelForward(Transformer(cfg), params)
     return forward(batch, {}).logits, objective.loss(forward, batch, {})
 
-  sizes = [len(f["inputs"]["ids"]) for f in features]
-  labels = {name: np.array([f["row"]["labels"][name] for f in features]) for name in ("begin", "end")}
+  sizes = [len(f.inputs.ids) for f in examples]
+  labels = {name: np.array([f.row_labels[name] for f in examples]) for name in ("begin", "end")}
   assert len(set(sizes)) > 1 and len(sizes) > 3
   values = []
   for length in (32, 40):
-    batch = make_batch(features, length)
+    batch = make_batch(examples, length)
     logits = np.asarray(run(batch)[0], np.float64)
     best = [[logits[row, :size, i].argmax() for row, size in enumerate(sizes)] for i in (0, 1)]
     for i, name, rows in ((0, "begin", slice(0, 3)), (1, "end", slice(2, 4))):
@@ -246,18 +244,18 @@ def test_answers_are_read_in_the_formats_of_datasets():
   assert accepted_answers({"text": [], "answer_start": []}, "answers") == accepted_answers([], "answers") == []
   objective = SpanQA(TOKENIZER, 32, **SMALL)
   unknown = {"question": "q", "context": "c", "answers": None}
-  objective.check(unknown, labelled=True)
-  assert objective.encode(unknown, labelled=True) == []
+  objective.check_record(unknown, labelled=True)
+  assert objective.encode_record(unknown, labelled=True) == []
 
 
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"stride": -1}, r"objective.stride=-1 must be at least 0"),
-    ({"max_answer": 0}, r"objective.max_answer=0 must be at least 1"),
-    ({"stride": 21}, r"seq_len=32 leaves 29 tokens .*objective.stride to at most 20, or raise seq_len"),
-    ({"max_question": 29}, r"seq_len=32 leaves 29 tokens .*lower objective.max_question"),
-    ({"no_answer_threshold": 1.0}, r"no_answer_threshold=1.0 must be a finite number, and 0 unless"),
+    ({"stride": -1}, r"objective\.stride: must be at least 0, got -1"),
+    ({"max_answer": 0}, r"objective\.max_answer: must be at least 1, got 0"),
+    ({"stride": 21}, r"seq_len: leaves 29 tokens .*got 32\. Set objective\.stride to at most 20, or increase seq_len"),
+    ({"max_question": 29}, r"seq_len: leaves 29 tokens .*got 32\. Decrease objective\.max_question"),
+    ({"no_answer_threshold": 1.0}, r"no_answer_threshold: must be a finite number, and 0 unless .*got 1\.0"),
   ],
 )
 def test_bad_span_qa_settings_are_one_line(settings, message):
@@ -269,29 +267,38 @@ def test_bad_span_qa_settings_are_one_line(settings, message):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"context": " "}, r"'context' is empty"),
-    ({"question": 3}, r"'question' is 3, which is no text"),
-    ({"answers": []}, r"'answers' is empty, and objective.no_answer=False; set objective.no_answer=True"),
-    ({"answers": "is"}, r"'answers' must be a list of answers such as .*; it has 'is'"),
-    ({"answers": [{"text": "is"}]}, r"'answers' must be a list of answers such as"),
-    ({"answers": {"text": ["is", "a"], "start": [5]}}, r"it has 2 texts and 1 starts"),
-    ({"answers": [{"text": " ", "start": 4}]}, r"with a text that is not empty, not ' '; \[\] is"),
-    ({"answers": [{"text": "is", "start": "5"}]}, r"with a start in whole characters, not '5'"),
+    ({"context": " "}, r"'context': must not be empty"),
+    ({"question": 3}, r"'question': must be text, got 3"),
+    ({"answers": []}, r"'answers': must not be empty with objective\.no_answer=False\. Set objective\.no_answer=True"),
+    ({"answers": "is"}, r"'answers': must be a list of answers such as .*, got 'is'"),
+    ({"answers": [{"text": "is"}]}, r"'answers': must be a list of answers such as"),
+    ({"answers": {"text": ["is", "a"], "start": [5]}}, r"got 2 texts and 1 starts"),
+    (
+      {"answers": [{"text": " ", "start": 4}]},
+      r"with a text that is not empty, got ' '\. If there .* write \[\]",
+    ),
+    ({"answers": [{"text": "is", "start": "5"}]}, r"with a whole number of characters as start, got '5'"),
     (
       {"answers": [{"text": "is", "start": 4}]},
-      r"'is' at start 4, where 'context' has ' i'; .* it stands at 5 and 1 more places: mend",
+      r"'is' must be at its start 4 in 'context', got ' i'\. .* The answer is at 5 and 1 more places: fix",
     ),
-    ({"answers": [{"text": "a", "start": -1}]}, r"'a' at start -1, where .* it stands at 8 and 1 more places: mend"),
-    ({"answers": [{"text": "was", "start": 5}]}, r"'was' at start 5, .* it stands nowhere in it: mend"),
+    (
+      {"answers": [{"text": "a", "start": -1}]},
+      r"'a' must be at its start -1 .* at 8 and 1 more places: fix",
+    ),
+    (
+      {"answers": [{"text": "was", "start": 5}]},
+      r"'was' must be at its start 5 .* context does not contain the answer: fix",
+    ),
   ],
 )
 def test_bad_span_qa_record_is_one_line(fields, message):
   objective = SpanQA(TOKENIZER, 32, **SMALL)
   record = {"question": "What?", "context": "This is a cat", "answers": [{"text": "is", "start": 5}]}
-  objective.check(record, labelled=True)
+  objective.check_record(record, labelled=True)
   with pytest.raises(ConfigError, match=message) as error:
-    objective.check(record | fields, labelled=True)
+    objective.check_record(record | fields, labelled=True)
   assert "\n" not in str(error.value)
   if "answers" in fields:
-    objective.check(record | fields, labelled=False)
-    objective.check({"question": "What?", "context": "This is a cat"}, labelled=False)
+    objective.check_record(record | fields, labelled=False)
+    objective.check_record({"question": "What?", "context": "This is a cat"}, labelled=False)

@@ -27,11 +27,11 @@ def legal(tags, scheme):
 @pytest.mark.parametrize("scheme", LABELS)
 def test_violation_and_allowed_equal_regular_expressions(scheme):
   labels = LABELS[scheme]
-  start, matrix, end = tag_scheme.allowed(labels, scheme)
+  start, matrix, end = tag_scheme.allowed_transitions(labels, scheme)
   for length in range(5):
     for path in itertools.product(range(len(labels)), repeat=length):
       tags = [labels[i] for i in path]
-      violation = tag_scheme.violation(tags, scheme)
+      violation = tag_scheme.first_violation(tags, scheme)
       assert (violation is None) == legal(tags, scheme), tags
       if length:
         assert legal(tags, scheme) == (start[path[0]] and matrix[path[:-1], path[1:]].all() and end[path[-1]]), tags
@@ -52,7 +52,7 @@ def test_violation_returns_position_and_both_tags():
     ([], "bioes", None),
     (["NN", "I-X"], "none", None),
   ):
-    assert tag_scheme.violation(tags, scheme) == want
+    assert tag_scheme.first_violation(tags, scheme) == want
 
 
 @pytest.mark.parametrize("scheme", LABELS)
@@ -63,13 +63,13 @@ def test_constrained_viterbi_paths_are_always_legal(scheme):
   scores = jnp.asarray(rng.normal(size=(rows, length, len(labels))) * 10, jnp.float32)
   mask = rng.random((rows, length)) < 0.8
   segments = np.sort(rng.integers(1, 3, size=(rows, length)), axis=1)
-  start, matrix, end = tag_scheme.allowed(labels, scheme)
+  start, matrix, end = tag_scheme.allowed_transitions(labels, scheme)
   favour_illegal = crf.Transitions(*(jnp.where(jnp.asarray(x), 0.0, 30.0) for x in (start, matrix, end)))
   decode = jax.jit(crf.viterbi)
   wrong = {}
   for name, transitions in (
     ("free", favour_illegal),
-    ("constrained", crf.add_transition(favour_illegal, tag_scheme.constraints(labels, scheme))),
+    ("constrained", crf.add_transitions(favour_illegal, tag_scheme.transition_constraints(labels, scheme))),
   ):
     tags = np.array(labels)[np.asarray(decode(scores, transitions, jnp.asarray(mask), jnp.asarray(segments))[0])]
     sentences = (tags[row, mask[row] & (segments[row] == s)] for row in range(rows) for s in (1, 2))
@@ -99,10 +99,10 @@ def test_spans_are_inverted_for_every_scheme():
     cuts = np.unique([0, length, *rng.integers(0, length, 4)]).tolist()
     spans = [(a, b, str(rng.choice(["X", "Y-Z"]))) for a, b in itertools.pairwise(cuts) if rng.random() < 0.6]
     iob1, iob2, bioes = (tags_of(spans, length, scheme) for scheme in ("iob1", "iob2", "bioes"))
-    assert tag_scheme.spans(iob2, "iob2") == tag_scheme.spans(bioes, "bioes") == spans
-    assert tag_scheme.spans(iob1, "iob2") == spans  # like conlleval
-    assert tag_scheme.to_iob2(iob1) == tag_scheme.to_iob2(iob2) == iob2
-    assert tag_scheme.violation(iob2, "iob2") is None and tag_scheme.violation(bioes, "bioes") is None
+    assert tag_scheme.extract_spans(iob2, "iob2") == tag_scheme.extract_spans(bioes, "bioes") == spans
+    assert tag_scheme.extract_spans(iob1, "iob2") == spans  # like conlleval
+    assert tag_scheme.iob1_to_iob2(iob1) == tag_scheme.iob1_to_iob2(iob2) == iob2
+    assert tag_scheme.first_violation(iob2, "iob2") is None and tag_scheme.first_violation(bioes, "bioes") is None
 
 
 def test_spans_of_illegal_tags_equal_conlleval():
@@ -116,10 +116,10 @@ def test_spans_of_illegal_tags_equal_conlleval():
     ("B-X E-X I-X", "iob2", [(0, 1, "X"), (2, 3, "X")]),
     ("", "iob2", []),
   ):
-    assert tag_scheme.spans(tags.split(), scheme) == want, tags
+    assert tag_scheme.extract_spans(tags.split(), scheme) == want, tags
 
 
-def test_guess_infers_the_scheme_from_labels():
+def test_infer_tag_scheme_finds_the_scheme_from_labels():
   for labels, want in (
     (["O", "B-X", "I-X", "B-Y"], "iob2"),
     (["O", "I-X"], "iob2"),
@@ -128,27 +128,31 @@ def test_guess_infers_the_scheme_from_labels():
     (["S-X", "NN"], "none"),
     (["NN", "VB"], "none"),
   ):
-    assert tag_scheme.guess(labels) == want
+    assert tag_scheme.infer_tag_scheme(labels) == want
 
 
 @pytest.mark.parametrize(
   "labels, scheme, words",
   [
-    (["O", "B-X"], "iob", "objective.scheme='iob'; did you mean `iob2`?"),
-    (["O", "B-X"], "bio", "objective.scheme='bio'; here it is called `iob2`"),
-    (["O", "B-X"], "iob1", "objective.scheme='iob1'; turn its tags into iob2"),
-    (["O", "B-PER", "BPER"], "iob2", "the label 'BPER' must be O or one of B-TYPE, I-TYPE; did you mean `B-PER`"),
-    (["O", "B-X", "E-X"], "iob2", "B-TYPE, I-TYPE; objective.scheme='bioes' takes all labels as they are"),
-    (["NN", "VB"], "bioes", "objective.scheme='none' takes all labels as they are"),
-    (["O", "B-"], "iob2", "the label 'B-' must be O"),
+    (["O", "B-X"], "iob", "objective.scheme: is not a known value, got 'iob'; did you mean `iob2`?"),
+    (["O", "B-X"], "bio", "objective.scheme: is not a known value, got 'bio'; here it is called `iob2`"),
+    (["O", "B-X"], "iob1", "objective.scheme: is not a known value, got 'iob1'; convert its tags to iob2"),
+    (
+      ["O", "B-PER", "BPER"],
+      "iob2",
+      "objective.scheme='iob2', got 'BPER'; did you mean `B-PER`",
+    ),
+    (["O", "B-X", "E-X"], "iob2", "got 'E-X'; objective.scheme='bioes' accepts all labels as they are"),
+    (["NN", "VB"], "bioes", "objective.scheme='none' accepts all labels as they are"),
+    (["O", "B-"], "iob2", "must be O or one of B-TYPE, I-TYPE for objective.scheme='iob2', got 'B-'"),
   ],
 )
 def test_constraints_reject_labels_outside_the_scheme(labels, scheme, words):
   with pytest.raises(ConfigError, match=re.escape(words)) as error:
-    tag_scheme.constraints(labels, scheme)
+    tag_scheme.transition_constraints(labels, scheme)
   assert "\n" not in str(error.value)
 
 
 def test_allowed_without_scheme_is_all_true():
-  start, matrix, end = tag_scheme.allowed(["NN", "I-X", "VB"], "none")
+  start, matrix, end = tag_scheme.allowed_transitions(["NN", "I-X", "VB"], "none")
   assert start.all() and matrix.shape == (3, 3) and matrix.all() and end.all()

@@ -18,12 +18,13 @@ from llmjax.data.sources.base import Source
 from llmjax.data.sources.registry import files_source
 from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.distributed import sharding
+from llmjax.examples import Example, RowLengths, TokenSequence
 from llmjax.inference import predict
 from llmjax.models.transformer import Transformer
 from llmjax.objectives import crf, tag_scheme
 from llmjax.objectives.classification import classification
 from llmjax.objectives.tagging import tagging
-from llmjax.objectives.task import FRESH_HEAD
+from llmjax.objectives.task import FRESH_HEAD_HINT
 from llmjax.training.resume import labels_to_reuse
 from llmjax.training.step import ModelForward
 from llmjax.types import dummy_batch
@@ -72,21 +73,25 @@ def test_labels_are_inferred_and_sorted():
 
 def test_continued_head_keeps_its_labels_or_is_refused():
   head = {"path": "runs/a", "labels": ["zz", "1", "3", "5"], "scheme": None}
-  found = classifier(REVIEWS[:2], learned=head)
-  assert found.labels == ("zz", "1", "3", "5") and found.target({"label": 5}) == 3
-  assert classifier(REVIEWS, labels=("5", "3", "1"), learned=head).labels == ("5", "3", "1")  # asked for by name
-  assert classifier(REVIEWS, kind="regression", learned=head).labels == ()
+  found = classifier(REVIEWS[:2], pretrained_head=head)
+  assert found.labels == ("zz", "1", "3", "5") and found.encode_label({"label": 5}) == 3
+  assert classifier(REVIEWS, labels=("5", "3", "1"), pretrained_head=head).labels == (
+    "5",
+    "3",
+    "1",
+  )  # asked for by name
+  assert classifier(REVIEWS, kind="regression", pretrained_head=head).labels == ()
   other = [{"text": "x", "label": label} for label in ("aa", "1")]
   with pytest.raises(
     ConfigError, match=r"init_from=runs/a .* labels 'zz', '1', '3', '5', and .* has '1', 'aa'; "
   ) as error:
-    classifier(other, learned=head)
-  assert str(error.value).endswith(FRESH_HEAD) and "\n" not in str(error.value)
+    classifier(other, pretrained_head=head)
+  assert str(error.value).endswith(FRESH_HEAD_HINT) and "\n" not in str(error.value)
   tags = {"path": "runs/a", "labels": ["O", "B-PER", "I-PER", "B-LOC"], "scheme": "none"}
-  found = tagger(SENTENCES[1:], learned=tags)
+  found = tagger(SENTENCES[1:], pretrained_head=tags)
   assert found.labels == ("O", "B-PER", "I-PER", "B-LOC") and found.scheme == "none"
   with pytest.raises(ConfigError, match="has a head for the labels 'O', 'B-PER'"):
-    tagger(SENTENCES, learned={**tags, "labels": ["O", "B-PER"]})
+    tagger(SENTENCES, pretrained_head={**tags, "labels": ["O", "B-PER"]})
 
 
 def test_resumed_run_keeps_its_labels():
@@ -159,13 +164,13 @@ def test_tag_labels_are_at_the_first_token_of_each_word():
   task = tagger()
   assert task.labels == ("B-LOC", "B-PER", "I-PER", "O") and task.scheme == "iob2"
   for record in SENTENCES:
-    [features] = task.encode(record, labelled=True)
-    text = TOKENIZER.decode(features["inputs"])
-    places = np.flatnonzero(features["weights"]["tag"])
+    [example] = task.encode_record(record, labelled=True)
+    text = TOKENIZER.decode(example.inputs.ids)
+    places = np.flatnonzero(example.weights["tag"])
     assert text == " ".join(record["tokens"]) and len(places) == len(record["tokens"])
-    assert [task.labels[t] for t in features["labels"]["tag"][places]] == record["tags"]
+    assert [task.labels[t] for t in example.labels["tag"][places]] == record["tags"]
     for place, word in zip(places, record["tokens"], strict=True):
-      assert TOKENIZER.decode(features["inputs"][place:]).strip().startswith(word)
+      assert TOKENIZER.decode(example.inputs.ids[place:]).strip().startswith(word)
 
 
 @pytest.mark.parametrize("last", ["I-PER", "E-PER"])
@@ -173,25 +178,25 @@ def test_long_sentence_is_split_without_cutting_spans(last):
   tags = ["B-PER", last, "O", "O", "B-LOC" if last == "I-PER" else "S-LOC"] * 3
   record = {"tokens": SENTENCES[0]["tokens"] * 3, "tags": tags}
   task = tagger([record], seq_len=22)
-  found = task.encode(record, labelled=True)
-  assert len(found) > 3 and sum(f["weights"]["tag"].sum() for f in found) == len(tags)
-  assert [task.labels[t] for f in found for t in f["labels"]["tag"][f["weights"]["tag"]]] == tags
-  for features in found:
-    ids, real = features["inputs"], features["weights"]["tag"]
+  found = task.encode_record(record, labelled=True)
+  assert len(found) > 3 and sum(f.weights["tag"].sum() for f in found) == len(tags)
+  assert [task.labels[t] for f in found for t in f.labels["tag"][f.weights["tag"] > 0]] == tags
+  for example in found:
+    ids, real = example.inputs.ids, example.weights["tag"] > 0
     assert len(ids) <= 22 and ids[0] == TOKENIZER.bos_id and ids[-1] == TOKENIZER.eos_id and not real[[0, -1]].any()
     words = TOKENIZER.decode(ids).split()
     assert [TOKENIZER.decode(ids[place:]).split()[0] for place in np.flatnonzero(real)] == words
-    assert tag_scheme.violation([task.labels[t] for t in features["labels"]["tag"][real]], task.scheme) is None
-  windows = task.encode(record, labelled=False)
-  decoded = [{"tags": np.full(len(w["inputs"]), task.labels.index("O")), "probabilities": np.ones(99)} for w in windows]
-  assert task.result(record, windows, decoded)["tags"] == ["O"] * len(tags)
+    assert tag_scheme.first_violation([task.labels[t] for t in example.labels["tag"][real]], task.scheme) is None
+  windows = task.encode_record(record, labelled=False)
+  decoded = [{"tags": np.full(len(w.inputs), task.labels.index("O")), "probabilities": np.ones(99)} for w in windows]
+  assert task.make_result(record, windows, decoded)["tags"] == ["O"] * len(tags)
 
 
 def test_plain_tags_are_scored_by_word_and_text_is_tagged():
   pos = [{"tokens": ["a", "dog"], "tags": ["DT", "NN"]}, {"tokens": ["the"], "tags": ["DT"]}]
   task = tagger(pos)
   assert task.scheme == "none"
-  measured = task.measure(pos, [{"tags": ["DT", "DT"]}, {"tags": ["DT"]}])
+  measured = task.compute_metrics(pos, [{"tags": ["DT", "DT"]}, {"tags": ["DT"]}])
   assert measured["accuracy"] == pytest.approx(2 / 3) and "f1" in measured
   task = tagger()
   model, params = make(task)
@@ -222,7 +227,7 @@ def test_tagging_of_packed_sentences_equals_each_alone(use_crf):
     scores = np.asarray(out.logits, np.float64)[0][mask[0]]
     tags = alone[0].labels["tag"][0][mask[0]]
     t = jax.tree.map(
-      lambda x: np.asarray(x, np.float64), crf.add_transition(crf.Transitions(**params["crf"]), task.constraints)
+      lambda x: np.asarray(x, np.float64), crf.add_transitions(crf.Transitions(**params["crf"]), task.constraints)
     )
     alpha = t.start + scores[0]
     for row in scores[1:]:
@@ -247,9 +252,8 @@ def test_predicted_tags_follow_their_scheme_and_spans_have_offsets(use_crf):
 
 
 def test_unpacked_rows_carry_labels_of_any_shape():
-  features = {"inputs": [1, 2], "row": {"labels": {"a": 3, "b": [0.5, 1.5]}, "weights": {"a": 1.0}}}
-  piece = packing.flatten_features(features)
-  rows = [packing.pack_row([piece], piece, {"inputs": 4}), packing.pack_row([], piece, {"inputs": 4})]
+  example = Example(TokenSequence([1, 2]), row_labels={"a": 3, "b": [0.5, 1.5]}, row_weights={"a": 1.0})
+  rows = [packing.pack_row(examples, example, RowLengths(4)) for examples in ([example], [])]
   batch = packing.stack_rows(rows, [0, 1])
   assert batch.labels["a"].tolist() == [3, 0] and batch.labels["b"].tolist() == [[0.5, 1.5], [0, 0]]
   assert batch.weights["a"].tolist() == [1, 0] and batch.inputs.segments.tolist() == [[1, 1, 0, 0], [0] * 4]
@@ -258,24 +262,28 @@ def test_unpacked_rows_carry_labels_of_any_shape():
 @pytest.mark.parametrize(
   ("make_task", "record", "message"),
   [
-    (classifier, {"text": "x", "label": "4"}, r"'label' is '4', which is none of the 3 labels"),
-    (classifier, {"text": " ", "label": "5"}, r"'text' is empty"),
+    (classifier, {"text": "x", "label": "4"}, r"'label': must be one of the 3 labels, got '4'"),
+    (classifier, {"text": " ", "label": "5"}, r"'text': must not be empty"),
     (classifier, {"texts": "x", "label": "5"}, r"no field 'text'.*did you mean `texts`"),
-    (classifier, {"text": 3, "label": "5"}, r"'text' is 3, which is no text"),
-    (tagger, {"tokens": ["a"], "tags": []}, r"1 words and 'tags' 0 tags"),
+    (classifier, {"text": 3, "label": "5"}, r"'text': must be text, got 3"),
+    (
+      tagger,
+      {"tokens": ["a"], "tags": []},
+      r"'tags': must have a tag for each word of 'tokens', got 0 tags",
+    ),
     (
       tagger,
       {"tokens": ["a", "b"], "tags": ["O", "I-PER"]},
-      r"'I-PER' after 'O', at word 1 .*'b'.*breaks objective.scheme",
+      r"'I-PER' after 'O', at word 1 .*'b'.*violates objective.scheme",
     ),
-    (tagger, {"tokens": ["a"], "tags": ["B-ORG"]}, r"'B-ORG' is none of the 4 labels"),
-    (tagger, {"tokens": [], "tags": []}, r"'tokens' is empty"),
+    (tagger, {"tokens": ["a"], "tags": ["B-ORG"]}, r"'tags': must be among the 4 labels, got 'B-ORG'"),
+    (tagger, {"tokens": [], "tags": []}, r"'tokens': must not be empty"),
   ],
 )
 def test_bad_task_record_is_one_line(make_task, record, message):
   task = classifier(REVIEWS) if make_task is classifier else tagger()
   with pytest.raises(ConfigError, match=message):
-    task.check(record, labelled=True)
+    task.check_record(record, labelled=True)
   with pytest.raises(ConfigError, match=r"record 0 \(from 0\): .*" + message):
     batch_of(task, [record])
 
@@ -308,7 +316,7 @@ def test_classifier_trained_on_csv_predicts_and_is_trained_again(home, capsys):
   assert main([*command, "--min_confidence=0"]) == 0
   kept = list(files_source("train", str(home / "out.jsonl"), None, ("review", "stars")))
   numbers = classification(tokenizer=TOKENIZER, seq_len=32, kind="regression")
-  assert not numbers.confident and numbers.head["num_classes"] == 1
+  assert not numbers.has_confidence and numbers.head["num_classes"] == 1
   (home / "empty.jsonl").write_text("\n")
   assert main(["predict", f"--model={run}", f"--input={home / 'empty.jsonl'}", f"--output={home / 'o.jsonl'}"]) == 2
   assert main([*command, "--num_beams=2"]) == 2
@@ -359,4 +367,4 @@ def test_tagger_is_trained_again_on_its_pseudo_labels(home, capsys):
   status, said = train(f"{again},train={bad}", "fourth")
   assert status == 2 and "has a head for the labels" in said and "'B-ORG'" in said
   status, said = train(f"{again},train={gold},eval={bad}", "fourth", "--config.evals.answers.limit=1")
-  assert status == 2 and "bad.jsonl:4, of split 'validation': 'tags': 'B-ORG' is none of" in said
+  assert status == 2 and "bad.jsonl:4, of split 'validation': 'tags': must be among the 4 labels, got 'B-ORG'" in said

@@ -17,10 +17,12 @@ from flax import linen as nn
 
 from llmjax.config.model import TransformerConfig
 from llmjax.data import packing
-from llmjax.data.pipeline import EVAL, TrainStream, generator
+from llmjax.data.pipeline import TrainStream
+from llmjax.data.randomness import EVAL, counter_rng
 from llmjax.data.sources.base import Source
 from llmjax.data.tokenizers.registry import make_tokenizer
 from llmjax.distributed import sharding
+from llmjax.examples import RowLengths, Window
 from llmjax.models.transformer import Transformer
 from llmjax.objectives.causal_lm import CausalLM
 from llmjax.objectives.contrastive import Contrastive
@@ -152,15 +154,34 @@ def texts(seed=0):
   return Source(len(records), records.__getitem__, f"texts{seed}")
 
 
-def pieces(case, count, seed=0):
-  """Features of `count` examples."""
+def make_examples(case, count, seed=0):
+  """Return the first examples of `count` records."""
   source = texts(seed)
   examples = []
   for i, record in enumerate(itertools.islice(source, count)):
-    [ids] = case.objective.window(TOKENIZER.document(record["text"]), LENGTH)[:1]
-    features = case.objective.features({**record, "ids": ids}, generator(seed, EVAL, i), source)
-    examples.append(packing.flatten_features(features))
+    [ids] = case.objective.split_ids(TOKENIZER.document(record["text"]), LENGTH)[:1]
+    examples.append(case.objective.make_example(Window(record, ids), counter_rng(seed, EVAL, i), source))
   return examples
+
+
+def record_examples(objective, records):
+  """Return all examples of records."""
+  windows = [w for record in records for w in objective.split_record(record, TOKENIZER, objective.seq_len, whole=False)]
+  return [objective.make_example(window, np.random.default_rng(0), records) for window in windows]
+
+
+def pack_batch(examples, row_lengths, rows, shared=False):
+  """Return a batch whose examples share rows, or have one row each; the rest of the rows is padding."""
+  bins = packing.best_fit(examples, row_lengths) if shared else [[example] for example in examples]
+  assert not shared or len(bins) < len(examples)
+  bins += [[]] * (rows - len(bins))
+  return packing.stack_rows([packing.pack_row(each, examples[0], row_lengths) for each in bins], range(rows))
+
+
+def widen_rows(row_lengths, extra):
+  """Return row lengths with `extra` tokens more in each stream."""
+  inputs, targets = (None if n is None else n + extra for n in (row_lengths.inputs, row_lengths.targets))
+  return RowLengths(inputs, targets, {view: widen_rows(inner, extra) for view, inner in row_lengths.extras.items()})
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from tests.support.mutants import Mutant
 
 BEAMS = "tests/inference/beam_search_test.py::"
+CONTRASTIVE = "tests/objectives/contrastive_test.py::"
 CRF = "tests/objectives/crf_test.py::"
 FINETUNE = "tests/training/trainable_test.py::"
 GENERATION = "tests/inference/generation_test.py::"
@@ -12,6 +13,7 @@ KERNELS = "tests/models/attention_test.py::"
 LAYERS = "tests/models/layers_test.py::"
 MASKS = "tests/models/masks_test.py::"
 MUP = "tests/models/mup_test.py::"
+MASKED_LM = "tests/objectives/masked_lm_test.py::"
 OBJECTIVES = "tests/objectives/objectives_test.py::"
 OPTIM = "tests/training/optimizers_test.py::"
 PACKING = "tests/data/packing_test.py::"
@@ -116,30 +118,30 @@ LOSSES = (
   Mutant(
     "windows-of-a-document-overlap",
     "objectives/causal_lm.py",
-    "range(0, len(ids) - 1, length)]",
-    "range(0, len(ids) - 1, length - 1)]",
+    "range(0, len(ids) - 1, seq_len)]",
+    "range(0, len(ids) - 1, seq_len - 1)]",
     (PIPELINE + "test_evaluation_has_every_token_once[1-3]",),
     "some tokens of long documents are learned, and evaluated, twice",
   ),
   Mutant(
     "masked-lm-learns-unmasked-tokens",
     "objectives/masked_lm.py",
-    '"weights": {"mlm": chosen},',
-    '"weights": {"mlm": ~self.tokenizer.special[ids]},',
-    (OBJECTIVES + "test_masked_lm_masks_the_configured_shares_of_ordinary_tokens",),
+    'weights["mlm"] = np.where(selected, ids, 0), selected',
+    'weights["mlm"] = np.where(selected, ids, 0), ~self.tokenizer.special[ids]',
+    (MASKED_LM + "test_masked_lm_masks_the_configured_shares_of_ordinary_tokens",),
   ),
   Mutant(
     "prefix-lm-learns-the-prefix",
     "objectives/prefix_lm.py",
-    "place >= length - 1}",
-    "place >= 0}",
+    'weights={"nll": position >= prefix_length - 1}',
+    'weights={"nll": position >= 0}',
     (OBJECTIVES + "test_prefix_lm_prefixes_are_uniform_and_the_rest_has_weights",),
   ),
   Mutant(
     "seq2seq-learns-the-prompt",
     "objectives/seq2seq.py",
-    '"weights": {"nll": learned[1:].astype(np.float32)},',
-    '"weights": {"nll": learned[:-1].astype(np.float32)},',
+    'weights={"nll": has_loss[1:].astype(np.float32)},',
+    'weights={"nll": has_loss[:-1].astype(np.float32)},',
     (
       SEQ2SEQ + "test_loss_of_a_decoder_covers_targets_only",
       PREFERENCE + "test_preference_losses_equal_their_formulas[sigmoid]",
@@ -149,8 +151,8 @@ LOSSES = (
   Mutant(
     "chat-answers-without-their-end",
     "objectives/sft.py",
-    "spans.append((common_length(prompt, ids), common_length(answered, ids)))",
-    "spans.append((common_length(prompt, ids), common_length(answered, ids) - 1))",
+    "spans.append((common_prefix_length(prompt, ids), common_prefix_length(answered, ids)))",
+    "spans.append((common_prefix_length(prompt, ids), common_prefix_length(answered, ids) - 1))",
     (SFT + "test_loss_weights_cover_each_answer_and_its_end[None]",),
     "a tuned model never ends its answer",
   ),
@@ -164,9 +166,9 @@ LOSSES = (
   Mutant(
     "contrastive-padding-is-a-negative",
     "objectives/contrastive.py",
-    "scores = jnp.where(real[None], scores, jnp.finfo(jnp.float32).min)",
+    "scores = jnp.where(real[None], scores, float(np.finfo(np.float32).min))",
     "scores = scores + 0.0 * real[None]",
-    (OBJECTIVES + "test_info_nce_counts_ties_as_right_and_ignores_padding_rows",),
+    (CONTRASTIVE + "test_info_nce_counts_ties_as_right_and_ignores_padding_rows",),
   ),
   Mutant(
     "contrastive-negatives-of-a-microbatch",
@@ -181,7 +183,7 @@ LOSSES = (
     "objectives/contrastive.py",
     "scores = constrain(cosines / temperature,",
     "scores = constrain(cosines * temperature,",
-    (OBJECTIVES + "test_contrastive_loss_equals_its_formula[False-None]",),
+    (CONTRASTIVE + "test_contrastive_loss_equals_its_formula[False-None]",),
   ),
 )
 
@@ -790,61 +792,61 @@ DATA = (
   Mutant(
     "packed-row-is-one-segment",
     "data/packing.py",
-    "np.repeat([*range(1, len(counts) + 1), 0], [*counts, rest])",
-    "np.repeat([*[1] * len(counts), 0], [*counts, rest])",
+    "segments[start:stop] = number",
+    "segments[start:stop] = 1",
     (PACKING + "test_row_has_segments_positions_and_padding",),
     "packed documents see each other",
   ),
   Mutant(
     "packed-positions-run-on",
     "data/packing.py",
-    "np.concatenate([*map(np.arange, counts), np.zeros(rest)])",
-    "np.concatenate([np.arange(sum(counts)), np.zeros(rest)])",
+    "positions[start:stop] = np.arange(len(part))",
+    "positions[start:stop] = np.arange(start, stop)",
     (PACKING + "test_row_has_segments_positions_and_padding",),
     "a document's positions depend on its neighbours in the row",
   ),
   Mutant(
     "split-repeats-a-token",
     "data/packing.py",
-    "return {name: values[offset:stop] for name, values in piece.items()}, stop",
-    "return {name: values[max(offset - 1, 0):stop] for name, values in piece.items()}, stop",
-    (PACKING + "test_split_has_every_token_once_for_any_room",),
+    "stop = min(offset + room, len(example.inputs))",
+    "stop, offset = min(offset + room, len(example.inputs)), max(offset - 1, 0)",
+    (PACKING + "test_cut_example_has_every_token_once_for_any_room",),
     "pieces of a document that is cut over rows overlap",
   ),
   Mutant(
     "mixture-weights-ignored",
-    "data/pipeline.py",
+    "data/row_streams.py",
     "shares = np.cumsum(source.weights or (1.0,))",
-    "shares = np.cumsum(np.ones(len(parts)))",
+    "shares = np.cumsum(np.ones(len(source.parts or (source,))))",
     (PIPELINE + "test_mixture_draws_by_weight_and_covers_each_source",),
   ),
   Mutant(
     "permutation-repeats-records",
-    "data/pipeline.py",
+    "data/randomness.py",
     'return np.argsort(bits, kind="stable")',
     "return (bits % np.uint64(size)).astype(np.int64)",
-    (PIPELINE + "test_permuted_epoch_is_a_permutation[7]",),
+    (PIPELINE + "test_permute_index_is_a_permutation[7]",),
     "an epoch misses a third of the records and shows others twice",
   ),
   Mutant(
     "rows-read-the-same-records",
-    "data/pipeline.py",
-    "divmod(row.number + row.counts[part] * self.streams, size)",
-    "divmod(row.number + row.counts[part], size)",
+    "data/row_streams.py",
+    "divmod(row.number + row.counts[component] * self.num_streams, size)",
+    "divmod(row.number + row.counts[component], size)",
     (PIPELINE + "test_packed_stream_has_every_token_once_an_epoch",),
   ),
   Mutant(
     "every-epoch-in-the-same-order",
-    "data/pipeline.py",
-    "return part, epoch, permuted(position, size, self.seed, SHUFFLE, part, epoch)",
-    "return part, epoch, permuted(position, size, self.seed, SHUFFLE, part, 0)",
+    "data/row_streams.py",
+    "return component, epoch, permute_index(position, size, self.seed, SHUFFLE, component, epoch)",
+    "return component, epoch, permute_index(position, size, self.seed, SHUFFLE, component, 0)",
     (PIPELINE + "test_packed_stream_has_every_token_once_an_epoch",),
   ),
   Mutant(
     "cursor-of-batches-made-ahead",
     "data/pipeline.py",
-    "return {**self._header(), **self.state}",
-    "return {**self._header(), **self._state()}",
+    "return {**self._identity(), **self._position}",
+    "return {**self._identity(), **self._make_position()}",
     (
       PIPELINE + "test_resumed_stream_equals_an_uninterrupted_one[documents-1-1-1-True]",
       INVARIANTS + "test_interrupted_run_has_the_loss_curve_of_a_whole_run",
@@ -854,8 +856,8 @@ DATA = (
   Mutant(
     "evaluation-counts-filler-rows",
     "data/pipeline.py",
-    "packing.pack_row(row[i] if i < len(row) else (), example, plan.sizes)",
-    "packing.pack_row(row[min(i, len(row) - 1)] if row else (), example, plan.sizes)",
+    "packing.pack_row(row[i] if i < len(row) else (), template, filler.row_lengths)",
+    "packing.pack_row(row[min(i, len(row) - 1)] if row else (), template, filler.row_lengths)",
     (PIPELINE + "test_evaluation_has_every_token_once[1-30]",),
     "rows that run out repeat their last example instead of padding",
   ),

@@ -352,7 +352,7 @@ def test_total_steps_in_epochs_count_every_window_of_long_contexts(folder):
   config.data.corpus = ConfigDict({"name": "jsonl", "files": str(folder / "qa.jsonl"), "text": None})
   config.objective = ConfigDict({"name": "span_qa", "stride": 4, "max_question": 4, "no_answer": True})
   program = make_program(config)
-  assert program.total_steps == len(program.objective.encode(record, labelled=True))
+  assert program.total_steps == len(program.objective.encode_record(record, labelled=True))
 
 
 def test_total_steps_in_epochs_is_rejected_for_packed_data(folder):

@@ -16,6 +16,7 @@ from llmjax.checkpoints.manager import Checkpoints
 from llmjax.config import files as cfglib
 from llmjax.distributed import sharding
 from llmjax.evaluation import evaluators
+from llmjax.examples import Window
 from llmjax.models.attention import masks, select
 from llmjax.models.attention.masks import AttentionSettings
 from llmjax.models.transformer import Transformer
@@ -55,10 +56,10 @@ def test_tiled_logits_give_the_untiled_loss_and_gradients(name, tiles):
 
 def test_causal_labels_are_the_next_tokens():
   ids = np.array([3, 1, 4, 1, 5], np.int32)
-  features = CausalLM().features({"ids": ids}, np.random.default_rng(0), None)
-  np.testing.assert_array_equal(features["inputs"], ids[:-1])
-  np.testing.assert_array_equal(features["labels"]["nll"], ids[1:])
-  np.testing.assert_array_equal(features["weights"]["nll"], np.ones(4))
+  example = CausalLM().make_example(Window({}, ids), np.random.default_rng(0), ())
+  np.testing.assert_array_equal(example.inputs.ids, ids[:-1])
+  np.testing.assert_array_equal(example.labels["nll"], ids[1:])
+  np.testing.assert_array_equal(example.weights["nll"], np.ones(4))
 
 
 def test_tied_table_gets_the_sum_of_the_gradients_of_both_its_uses():

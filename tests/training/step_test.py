@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.data import packing
 from llmjax.distributed import sharding
 from llmjax.models.layer_stacks import stack_layers, unstack_layers
 from llmjax.models.transformer import Transformer
@@ -28,9 +27,11 @@ from tests.support.cases import (
   gradients,
   gradients_on_mesh,
   make_batch,
+  make_examples,
+  pack_batch,
   parameters,
-  pieces,
   predicted_tokens,
+  widen_rows,
   with_dropout,
 )
 from tests.support.compare import assert_trees_close, assert_trees_identical
@@ -96,16 +97,10 @@ def test_gradient_ignores_ids_at_padding(name):
 def check_packed_equals_separate(case, extra_padding=0):
   """Compare examples that share rows with the same examples in one row each."""
   params, _ = parameters(case.cfg)
-  each = pieces(case, ROWS)
-  sizes = case.objective.row_lengths(LENGTH)
-  wide = {stream: length + extra_padding for stream, length in sizes.items()}
-  bins = packing.best_fit(each, sizes) if case.shared else [[piece] for piece in each]
-  packed = [packing.pack_row(row, each[0], sizes) for row in bins]
-  assert len(packed) < len(each) or not case.shared
-  packed += [packing.pack_row([], each[0], sizes)] * (ROWS - len(packed))
-  separate = [packing.pack_row([piece], each[0], wide) for piece in each]
-  want = gradients(case, params, packing.stack_rows(packed, range(ROWS)))
-  got = gradients(case, params, packing.stack_rows(separate, range(ROWS)))
+  examples, row_lengths = make_examples(case, ROWS), case.objective.row_lengths(LENGTH)
+  packed = pack_batch(examples, row_lengths, ROWS, shared=case.shared)
+  separate = pack_batch(examples, widen_rows(row_lengths, extra_padding), ROWS, shared=False)
+  want, got = gradients(case, params, packed), gradients(case, params, separate)
   assert_same_results(got, want)
 
 

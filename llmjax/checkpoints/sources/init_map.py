@@ -9,7 +9,7 @@ from typing import TypeAlias
 from llmjax.config import ConfigError
 from llmjax.models.layer_stacks import HEAD_PREFIXES
 from llmjax.models.lora import is_adapter
-from llmjax.objectives.task import FRESH_HEAD
+from llmjax.objectives.task import FRESH_HEAD_HINT
 from llmjax.trees import Params, flatten_tree
 
 # config.init_map: ((regex of a parameter's path, its path there as in `re.sub`, or None: initialise it), ...)
@@ -55,5 +55,5 @@ def other_head_error(source: str, path: str, shape: Sequence[int], source_shape:
   """Return the error for a head whose size differs from that of the source."""
   return ConfigError(
     f"init_from={source}: {path} has shape {list(source_shape)} there and {list(shape)} here, a head for other "
-    f"classes; {FRESH_HEAD}"
+    f"classes; {FRESH_HEAD_HINT}"
   )
