@@ -12,11 +12,8 @@ from llmjax.interop.generation_config import GENERATION_FIELDS, TOKEN_FIELDS
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 MODULES_FILE, SENTENCE_FILE = "modules.json", "sentence_bert_config.json"
 
-POOLING_MODES = {
-  "cls_token": "cls",
-  "mean_tokens": "mean",
-  "lasttoken": "last",
-}  # {theirs: the contrastive objective's}
+# {pooling mode of sentence-transformers: pooling of the contrastive objective}
+POOLING_MODES = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
 
 
 def read_json_object(path: Path) -> dict[str, Json]:

@@ -58,7 +58,7 @@ def choose_family(cfg: TransformerConfig, prefer: str | None = None, only: str |
         values = ", ".join(f"model.{k}={ours!r} (there {theirs!r})" for k, (ours, theirs) in differences.items())
         fewest = len(differences), f"the nearest is {architecture}, but for {values}"
   group = "Hugging Face" if only is None else f"the family {only}"
-  raise ConfigError(f"no architecture of {group} matches this model; {fewest[1] if fewest else 'none is near'}")
+  raise ConfigError(f"no architecture of {group} matches this model; {fewest[1] if fewest else 'none is similar'}")
 
 
 def write_folder(

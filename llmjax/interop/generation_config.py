@@ -5,7 +5,8 @@ from __future__ import annotations
 from llmjax.config import ConfigError, Json
 from llmjax.interop.families.base import HfConfig
 
-HF_NAMES = {"eos_id": "eos_token_id", "pad_id": "pad_token_id", "start_id": "decoder_start_token_id"}  # {ours: theirs}
+# {argument of llmjax.generate: field, if the names differ}
+HF_NAMES = {"eos_id": "eos_token_id", "pad_id": "pad_token_id", "start_id": "decoder_start_token_id"}
 ALWAYS = ("max_new_tokens", "repetition_penalty", "num_beams")
 BEAM_FIELDS = ("length_penalty", "early_stopping")
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p")

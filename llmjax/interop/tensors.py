@@ -1,4 +1,4 @@
-"""Tensors of Hugging Face folders: patterns that say which parameters a tensor holds, and safetensors files.
+"""Tensors of Hugging Face folders: patterns of the parameters in a tensor, and safetensors files.
 
 A pattern is "TENSOR -> PARAMETER": the dimensions of the tensor, then those of the parameter, by letters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,10 +96,16 @@ class RunSource(PretrainedSource):
     super().__init__(path, as_path(path), manifest)
     self._checkpoints, self._step = checkpoints, step
     self._trained_part = "ema" if manifest["ema"] else "params"
-    self._shapes = checkpoints.parameter_shapes(step)
+
+  @functools.cached_property
+  def _shapes(self) -> dict[str, tuple[int, ...]]:
+    return self._checkpoints.parameter_shapes(self._step)
+
+  @functools.cached_property
+  def _parts(self) -> dict[str, str]:
+    """{parameter: part of the state that has it}."""
     split = (path.partition("/") for path in self._shapes)
-    # {parameter: part of the state that has it}
-    self._parts = {name: part for part, _, name in split if part in (self._trained_part, "frozen")}
+    return {name: part for part, _, name in split if part in (self._trained_part, "frozen")}
 
   def read_tokenizer(self, trust: bool) -> Tokenizer | None:
     return checkpoint_tokenizer(self.manifest, trust=trust)

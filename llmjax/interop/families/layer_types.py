@@ -8,7 +8,7 @@ from llmjax.config import ConfigError
 from llmjax.config.model import TransformerConfig
 from llmjax.interop.families.base import ModelFields
 
-LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}  # {theirs: TransformerConfig.kind}
+LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}  # {layer type: TransformerConfig.kind}
 
 
 def read_layer_types(layer_types: Sequence[str], window: int | None, num_layers: int) -> ModelFields:

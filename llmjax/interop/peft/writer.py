@@ -72,7 +72,7 @@ def write_adapter(
   (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
   contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
   save_file(contiguous, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-  shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)  # the library creates it for its owner alone
+  shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)  # the library makes it readable for its owner only
   return architecture
 
 
