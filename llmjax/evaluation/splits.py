@@ -11,7 +11,8 @@ import numpy as np
 from llmjax.config import ConfigError
 from llmjax.data import pipeline
 from llmjax.data.sources.base import Source
-from llmjax.objectives.task import Record, Task
+from llmjax.examples import Record
+from llmjax.objectives.task import Task
 from llmjax.training.components import open_source
 from llmjax.training.program import Program
 from llmjax.types import Batch

@@ -94,7 +94,7 @@ def _encode_record(task: Task, record: Record, number: int) -> list[Example]:
   return examples
 
 
-def input_ids(example: Example) -> np.ndarray:
+def _input_ids(example: Example) -> np.ndarray:
   """Return the input tokens Int32[n] of an example."""
   assert example.inputs is not None
   return example.inputs.ids
@@ -117,7 +117,7 @@ def _decode_windows(
     arrays: dict[str, Array] = _decode_batch(model, params, task, batch)
     return arrays
 
-  lengths = np.array([len(input_ids(window)) for window in windows], int)
+  lengths = np.array([len(_input_ids(window)) for window in windows], int)
   for indices, arrays in map_batches(decode, make_batch, lengths, model.cfg.max_len, settings):
     for row, i in enumerate(indices):
       decoded[i] = {name: x[row] for name, x in arrays.items()}
@@ -135,7 +135,7 @@ def _generate_texts(
   model: Model, params: Params, task: Task, windows: Sequence[Example], settings: PredictionSettings
 ) -> list[dict[str, np.ndarray]]:
   """Return {"tokens": the tokens generated after each prompt, without the end token}."""
-  prompts = [input_ids(window) for window in windows]
+  prompts = [_input_ids(window) for window in windows]
   is_separate = model.cfg.stacks == "both"
   context, pad_id = model.cfg.max_len, task.tokenizer.pad_id
   generation = dict(settings.generation)
