@@ -153,7 +153,8 @@ def exchange_tokens(
   order, counts = sort_by_expert(expert.reshape(-1), expert_ends.shape[1] + 1)
   out = local_experts(jnp.take(received.reshape(devices * slots, -1), order, axis=0), counts[:-1])
   out = jnp.take(out, jnp.argsort(order), axis=0).reshape(sent.shape)
-  return all_to_all(out).at[device, slot].get(mode="fill", fill_value=0)
+  returned: Array = all_to_all(out)
+  return returned.at[device, slot].get(mode="fill", fill_value=0)
 
 
 class MixtureOfExperts(nn.Module):

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+from llmjax.config import ConfigTree
 from llmjax.config.model import TransformerConfig
 from llmjax.distributed.sharding import LogicalAxes
 
@@ -73,7 +73,7 @@ def init_scale(axes: LogicalAxes, ratios: WidthRatios) -> float:
   return 1.0 if is_readout(axes) else width_multiplier(input_axes(axes), ratios) ** -0.5
 
 
-def lr_multiplier(optimizer: Mapping[str, Any], axes: LogicalAxes, ratios: WidthRatios) -> float:
+def lr_multiplier(optimizer: ConfigTree, axes: LogicalAxes, ratios: WidthRatios) -> float:
   """Return the factor of a parameter's learning rate.
 
   Optimizers differ in how the size of their update depends on that of the gradient:

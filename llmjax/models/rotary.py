@@ -54,7 +54,8 @@ def _yarn_keep_share(width: int, base: float, scaling: RotaryScaling) -> np.ndar
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, width - 1)
   high += 0.001 if low == high else 0  # no division by zero
-  return 1 - np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+  ramp: np.ndarray = np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+  return 1 - ramp
 
 
 def _llama3_keep_share(unscaled: np.ndarray, scaling: RotaryScaling) -> np.ndarray:

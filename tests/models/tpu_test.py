@@ -1,7 +1,8 @@
 """The train step, compiled ahead of time for TPUs on a machine without TPUs.
 
-This needs libtpu: `pip install --target=FOLDER --no-deps libtpu` and LLMJAX_LIBTPU=FOLDER. In such a folder, no other
-process with JAX imports it. Each program is compiled in its own process, which runs this file as a script.
+This needs libtpu: `pip install --target=FOLDER --no-deps libtpu` and LLMJAX_LIBTPU=FOLDER. A folder of its own keeps
+other processes with JAX from importing it. Each program is compiled in its own process, which runs this file as a
+script.
 """
 
 import importlib.util
@@ -31,8 +32,8 @@ PROGRAMS = {
 }
 
 
-def libtpu() -> dict[str, str] | None:
-  """The environment of a process that compiles for TPUs; None if libtpu is not installed."""
+def libtpu_environment() -> dict[str, str] | None:
+  """Return the environment of a process that compiles for TPUs; None if libtpu is not installed."""
   folder = os.environ.get("LLMJAX_LIBTPU")
   if folder is None and importlib.util.find_spec("libtpu") is None:
     return None
@@ -42,7 +43,7 @@ def libtpu() -> dict[str, str] | None:
 
 
 def compile_step(topology: str, slices: int, mesh: dict[str, int], changes: dict[str, object]) -> dict[str, object]:
-  """The compiled train step as text, and its bytes of memory on each device."""
+  """Return the compiled train step as text, and its memory on each device in bytes."""
   import jax
   import jax.numpy as jnp
   from jax.experimental import topologies
@@ -60,11 +61,11 @@ def compile_step(topology: str, slices: int, mesh: dict[str, int], changes: dict
   devices = topologies.get_topology_desc(topology, platform="tpu", num_slices=slices).devices
   program = make_program(config, tokenizer=make_tokenizer({"name": "bytes"}), devices=list(devices))
   shape = (config.batch_size, config.seq_len)
-  numbers, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+  integers, weights = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
   [term] = program.objective.coefficients
   batch = Batch(
-    inputs=Tokens(numbers, numbers, numbers),
-    labels={term: numbers},
+    inputs=Tokens(integers, integers, integers),
+    labels={term: integers},
     weights={term: weights},
     rows=jax.ShapeDtypeStruct(shape[:1], jnp.int32),
   )
@@ -79,8 +80,8 @@ def compile_step(topology: str, slices: int, mesh: dict[str, int], changes: dict
 @pytest.mark.full("tpu")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_train_step_compiles_for_tpus(name):
-  """One splash attention kernel per kind of layer, although layers are rematerialised; or a ring."""
-  environment = libtpu()
+  """One splash kernel per kind of layer, although layers are rematerialised; or a ring."""
+  environment = libtpu_environment()
   if environment is None:
     pytest.skip("libtpu is not installed; LLMJAX_LIBTPU names a folder that has it")
   command = [sys.executable, __file__, json.dumps(PROGRAMS[name])]
@@ -89,11 +90,11 @@ def test_train_step_compiles_for_tpus(name):
   compiled = json.loads(done.stdout.splitlines()[-1])
   print(name, {part: f"{size / 2**20:.1f} MiB" for part, size in compiled["memory"].items()})
   text = compiled["text"]
-  forward = len(re.findall(r"%splash_mha_fwd\S* = .*tpu_custom_call", text))
+  forward_kernels = len(re.findall(r"%splash_mha_fwd\S* = .*tpu_custom_call", text))
   if name == "ring":
-    assert not forward and " collective-permute" in text and " all-gather" not in text
+    assert not forward_kernels and " collective-permute" in text and " all-gather" not in text
   else:
-    assert forward == (2 if name == "two slices" else 1)
+    assert forward_kernels == (2 if name == "two slices" else 1)
 
 
 if __name__ == "__main__":

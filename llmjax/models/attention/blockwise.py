@@ -98,8 +98,8 @@ def blockwise_attention(
   multiple = 2 * sharding.num_shards("act_len") if ring else 1  # each device has two halves, see `exchange_halves`
   query, query_tokens = pad_length((query, masks.with_row_indices(query_tokens)), multiple)
   key, value, key_tokens = pad_length((key, value, masks.with_row_indices(key_tokens)), multiple)
-  # Flax moves what is equal in all layers out of the scan over layers. The masks of all blocks would be such, in full.
-  # After this barrier, tokens depend on the layer's queries.
+  # Flax computes what is equal in all layers before the scan over layers, and would hold the masks of all blocks there.
+  # The barrier makes the tokens depend on the layer's queries.
   query, query_tokens, key_tokens = lax.optimization_barrier((query, query_tokens, key_tokens))
   inputs = AttentionInputs(query, key, value, relative, query_tokens, key_tokens, jnp.arange(heads), dropout_keys)
   return _attention(settings, layout, inputs)[:, :length]
