@@ -10,7 +10,7 @@ from tests.support import mutants
 from tests.support.mutant_list import MUTANTS
 from tests.support.mutants import ROOT, Mutant
 
-SPLIT = "tests/data/packing_test.py::test_split_has_every_token_once_for_any_room"
+SPLIT = "tests/data/packing_test.py::test_cut_example_has_every_token_once_for_any_room"
 
 
 @functools.cache
@@ -62,9 +62,9 @@ def test_mutant_whose_source_occurs_twice_is_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_harness_reports_mutants_that_survive_or_cannot_be_imported(tmp_path, capsys):
-  line = "return {name: values[offset:stop] for name, values in piece.items()}, stop"
+  line = "return Example(example.inputs[offset:stop], labels=labels, weights=weights), stop"
   planted = [
-    Mutant("comment", "data/packing.py", "# rows that are looked at", "# rows that are examined", (SPLIT,)),
+    Mutant("comment", "data/packing.py", "# free tokens of each row", "# tokens that each row has free", (SPLIT,)),
     Mutant("import", "data/packing.py", "import numpy as np\n", "import numpy_of_nobody as np\n", (SPLIT,)),
     Mutant("split", "data/packing.py", line, line.replace("[offset:stop]", "[offset + 1 : stop]"), (SPLIT,)),
   ]

@@ -93,13 +93,13 @@ def test_mup_initial_values_of_hidden_matrices_are_smaller(init_stddev):
   cfg = dataclasses.replace(cases.MIXTRAL, init_stddev=init_stddev)
   based = dataclasses.replace(cfg, base_width=cfg.d_model // 4)
   axes = trees.flatten_tree(cases.parameters(cfg)[1])
-  plain, got = (trees.flatten_tree(initial_parameters(c)) for c in (cfg, based))
+  standard, scaled = (trees.flatten_tree(initial_parameters(c)) for c in (cfg, based))
   natural = 1.0 if init_stddev is None else 0.5  # 1 / sqrt(fan-in) depends on the width already
   for path, names in axes.items():
     hidden = mup.matrix_input_dims(mup.strip_stacked_axes(names)) is not None
-    want = natural if hidden else 2 * natural if names[-1] in mup.READOUT_AXES else 1
-    want = 2 if path == "embedding/table" and init_stddev is None else want
-    np.testing.assert_allclose(got[path], want * plain[path], rtol=1e-5, err_msg=path)
+    ratio = natural if hidden else 2 * natural if names[-1] in mup.READOUT_AXES else 1
+    ratio = 2 if path == "embedding/table" and init_stddev is None else ratio
+    np.testing.assert_allclose(scaled[path], ratio * standard[path], rtol=1e-5, err_msg=path)
 
 
 def initial_parameters(cfg):
@@ -114,9 +114,9 @@ def test_mup_readouts_are_divided_by_the_width_multiplier(changes):
   params, batch = cases.parameters(cfg)[0], cases.make_batch(cases.CASES["gpt causal_lm"])
   based = dataclasses.replace(cfg, base_width=cfg.d_model // 4)
   # Not compiled as a whole: XLA rounds logits near zero differently if the division is part of a fusion.
-  plain, got = (Transformer(c).apply({"params": params}, batch) for c in (cfg, based))
-  np.testing.assert_array_equal(plain.hidden, got.hidden)
-  np.testing.assert_allclose(np.asarray(plain.logits) / 4, got.logits, rtol=1e-5)
+  standard, scaled = (Transformer(c).apply({"params": params}, batch) for c in (cfg, based))
+  np.testing.assert_array_equal(standard.hidden, scaled.hidden)
+  np.testing.assert_allclose(np.asarray(standard.logits) / 4, scaled.logits, rtol=1e-5)
 
 
 def test_mup_score_scale_follows_the_head_width_only():
