@@ -7,12 +7,13 @@
 
 Signatures of public functions carry these letters as jaxtyping annotations; einsum strings use the same letters. In
 this module they are comments. Annotated fields of a pytree would be checked in every tree transformation, where leaves
-are shapes, shardings or scan slices rather than arrays.
+are shapes, shardings or scan slices rather than arrays. The data of the host, in NumPy, is `llmjax/examples.py`.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -96,10 +97,10 @@ class Batch:
 
   inputs: Leaf  # Tokens; None in a batch that has only `extras`
   targets: Leaf = None  # Tokens, or None
-  labels: Mapping[str, Leaf] = struct.field(default_factory=dict)  # {term: Int[B L]}; of a whole row [B] or [B C]
-  weights: Mapping[str, Leaf] = struct.field(default_factory=dict)  # {term: shape of its labels}; 0: no loss
+  labels: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)  # {term: Int[B L]}; of a whole row [B] or [B C]
+  weights: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)  # {term: shape of its labels}; 0: no loss
   rows: Leaf = None  # Int[B], the row's number in the global batch; dropout depends on it
-  extras: Mapping[str, Leaf] = struct.field(default_factory=dict)  # {name: Batch}: further views of the same examples
+  extras: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)  # {view: Batch} of the same examples
 
   @classmethod
   def from_tokens(

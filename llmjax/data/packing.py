@@ -50,7 +50,7 @@ def cut_example(example: Example, offset: int, room: int) -> tuple[Example, int]
   Args:
     example: an example that has `inputs` only.
     offset: first token of the part.
-    room: most tokens of the part.
+    room: maximum number of tokens of the part.
 
   Returns:
     The part, and the offset after it.
@@ -78,10 +78,9 @@ def best_fit(examples: Iterable[Example], row_lengths: RowLengths) -> list[list[
     for length, (stream, row_length) in zip(lengths, streams, strict=True):
       if length > row_length:
         raise ValueError(f"the objective gave {length} tokens of {stream} for rows of {row_length}")
-    best, least = len(rows), None
-    for i in range(max(0, len(rows) - MAX_OPEN_BINS), len(rows)):
-      if all(room >= length for room, length in zip(rooms[i], lengths)) and (least is None or sum(rooms[i]) < least):
-        best, least = i, sum(rooms[i])
+    open_bins = range(max(0, len(rows) - MAX_OPEN_BINS), len(rows))
+    fitting = [i for i in open_bins if all(room >= length for room, length in zip(rooms[i], lengths, strict=True))]
+    best = min(fitting, key=lambda i: sum(rooms[i]), default=len(rows))
     if best == len(rows):
       rows.append([])
       rooms.append(tuple(length for _, length in streams))

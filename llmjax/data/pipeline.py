@@ -61,15 +61,15 @@ class TrainStream:
     Raises:
       ConfigError: a number is too small.
     """
-    for key, value, least in (
+    for key, value, minimum in (
       ("batch_size", batch_size, 1),
       ("seq_len", seq_len, 1),
       ("data.interleave", interleave, 1),
       ("data.workers", workers, 1),
       ("data.prefetch", prefetch, 0),
     ):
-      if value < least:
-        raise ConfigError(f"{key}: must be at least {least}, got {value}")
+      if value < minimum:
+        raise ConfigError(f"{key}: must be at least {minimum}, got {value}")
     num_streams = batch_size * interleave
     self.filler: RowFiller = make_row_filler(
       source, tokenizer, objective, num_streams=num_streams, seq_len=seq_len, seed=seed, pack=pack
@@ -264,7 +264,7 @@ def _assign_windows(
   Args:
     filler: makes windows and examples.
     numbers: streams whose examples are made.
-    limit: most windows, over all streams.
+    limit: maximum number of windows, over all streams.
 
   Returns:
     The examples of each stream, and any example as a template for rows without examples; None if there are none.

@@ -139,7 +139,7 @@ class RowFiller:
     """Count records without examples in a sample that is evenly spaced over each component.
 
     Args:
-      sample_size: most records of each component.
+      sample_size: maximum number of records of each component.
 
     Returns:
       (records without examples, sampled records).

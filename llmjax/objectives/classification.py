@@ -39,7 +39,7 @@ class Classification(Task):
 
   Attributes:
     tokenizer: tokenizer of the run.
-    seq_len: most tokens of an example.
+    seq_len: maximum number of tokens of an example.
     labels: class names in the order of the logits; empty for regression.
     kind: "single": one class, softmax cross-entropy; "multi": any number of classes, a sigmoid cross-entropy for each;
       "regression": a number, squared error.
@@ -72,9 +72,9 @@ class Classification(Task):
         "objective.label_smoothing: must be in [0, 1), and 0 unless objective.kind='single', got "
         f"{self.label_smoothing}"
       )
-    least = MIN_LABELS[self.kind]
-    if len(self.labels) < least or (self.kind == "regression" and self.labels):
-      expected = f"at least {least} labels" if least else "no labels"
+    minimum = MIN_LABELS[self.kind]
+    if len(self.labels) < minimum or (self.kind == "regression" and self.labels):
+      expected = f"at least {minimum} labels" if minimum else "no labels"
       raise ConfigError(f"objective.labels: must have {expected} for objective.kind={self.kind!r}, got {self.labels!r}")
     empty = np.zeros(0, np.int32)
     self.tokenizer.assemble(empty, None if self.pair is None else empty, self.seq_len)  # raises if there is no room
@@ -241,7 +241,7 @@ def classification(
 
   Args:
     tokenizer: tokenizer of the run.
-    seq_len: most tokens of an example.
+    seq_len: maximum number of tokens of an example.
     labels: class names; None: infer them from the training split, see `infer_labels` and `task.reuse_labels`.
     kind: see `Classification`, as all other keys of the config.
     text: see `Classification`.

@@ -78,7 +78,7 @@ class Contrastive(Objective):
 
   Attributes:
     tokenizer: tokenizer of the run.
-    seq_len: most tokens of a text, with bos and eos; longer texts are truncated at the end.
+    seq_len: maximum number of tokens of a text, with bos and eos; longer texts are truncated at the end.
     anchor: field of the anchor's text.
     positive: field of the positive; None: the anchor again, with other dropout.
     negative: field of a hard negative; None: none.
@@ -116,7 +116,7 @@ class Contrastive(Objective):
 
   @property
   def text_room(self) -> int:
-    """Most tokens of text between bos and eos."""
+    """Maximum number of tokens of text between bos and eos."""
     return self.seq_len - len(self.tokenizer.frame(np.zeros(0, np.int32)))
 
   @property

@@ -42,7 +42,7 @@ class Seq2Seq(Task):
     target: field of the text that is predicted; records whose target is None are skipped.
     prefix: text before every source, for example T5's "summarize: ".
     separator: text between source and target, for a decoder alone.
-    target_len: most tokens of a target, with eos; None: a quarter of `seq_len`.
+    target_len: maximum number of tokens of a target, with eos; None: a quarter of `seq_len`.
     metric: "rouge" for summaries, "bleu" for translations (with chrF), or "none".
     bidirectional: attention in the prompt has both directions, as in `PrefixLM`; for a decoder alone.
     label_smoothing: see `losses.cross_entropy`.
@@ -114,7 +114,7 @@ class Seq2Seq(Task):
 
   @property
   def source_room(self) -> int:
-    """Most tokens of a source, with its prefix."""
+    """Maximum number of tokens of a source, with its prefix."""
     reserved = 0 if self.has_encoder else self.max_new_tokens
     return self.seq_len - reserved - sum(map(len, self.source_frame))
 

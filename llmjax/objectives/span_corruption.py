@@ -146,7 +146,7 @@ def corrupted_lengths(num_tokens: int, noise_density: float, mean_span: float) -
 
 @functools.lru_cache(64)  # asked for every document
 def longest_text(seq_len: int, noise_density: float, mean_span: float) -> int:
-  """Return the most tokens of a text, at least 2, whose corrupted input has at most `seq_len` tokens."""
+  """Return the maximum number of tokens, at least 2, of a text whose corrupted input has at most `seq_len` tokens."""
   num_tokens = 2
   while corrupted_lengths(num_tokens + 1, noise_density, mean_span)[0] <= seq_len:
     num_tokens += 1

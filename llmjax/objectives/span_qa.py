@@ -51,13 +51,13 @@ class SpanQA(Task):
 
   Attributes:
     tokenizer: tokenizer of the run; it must have offsets, see `Tokenizer.encode_with_offsets`.
-    seq_len: most tokens of a window.
+    seq_len: maximum number of tokens of a window.
     question: field of the question.
     context: field of the context.
     answer: field of the answers.
     stride: tokens of the context that neighbouring windows share.
-    max_question: most tokens of a question; longer ones are truncated at the end.
-    max_answer: most tokens of a predicted answer.
+    max_question: maximum number of tokens of a question; longer ones are truncated at the end.
+    max_answer: maximum number of tokens of a predicted answer.
     no_answer: whether a question may have no answer (Rajpurkar et al. 2018, SQuAD 2.0).
     no_answer_threshold: predict no answer if the first token's score, the smallest of all windows, exceeds the score
       of the best span by more than this.
@@ -78,9 +78,9 @@ class SpanQA(Task):
   stacks = ("encoder", "decoder")
 
   def __post_init__(self) -> None:
-    for name, least in (("stride", 0), ("max_question", 1), ("max_answer", 1)):
-      if getattr(self, name) < least:
-        raise ConfigError(f"objective.{name}: must be at least {least}, got {getattr(self, name)}")
+    for name, minimum in (("stride", 0), ("max_question", 1), ("max_answer", 1)):
+      if getattr(self, name) < minimum:
+        raise ConfigError(f"objective.{name}: must be at least {minimum}, got {getattr(self, name)}")
     max_stride = self.text_room - self.max_question - 1
     if self.stride > max_stride:
       fix = f"Set objective.stride to at most {max_stride}" if max_stride >= 0 else "Decrease objective.max_question"
@@ -257,8 +257,8 @@ def best_spans(begin: np.ndarray, end: np.ndarray, max_length: int, count: int) 
   Args:
     begin: Float[n], -inf where no span may begin.
     end: Float[n], -inf where no span may end.
-    max_length: most tokens of a span.
-    count: most spans to return.
+    max_length: maximum number of tokens of a span.
+    count: maximum number of spans.
   """
   max_length = min(max_length, len(begin))
   scores = np.full((len(begin), max_length), -np.inf)

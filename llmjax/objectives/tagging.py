@@ -55,7 +55,7 @@ class Tagging(Task):
 
   Attributes:
     tokenizer: tokenizer of the run.
-    seq_len: most tokens of a row.
+    seq_len: maximum number of tokens of a row.
     labels: tags in the order of the logits.
     scheme: which tags may follow each other, see `tag_scheme`. Predictions never violate it, with and without a CRF.
     use_crf: also train scores of neighbouring tags, with the likelihood of whole sentences.
@@ -327,7 +327,7 @@ def tagging(
 
   Args:
     tokenizer: tokenizer of the run.
-    seq_len: most tokens of a row.
+    seq_len: maximum number of tokens of a row.
     labels: tags; None: infer them from the training split, which is read completely, see `task.reuse_labels`.
     scheme: the tag scheme; None: that of `pretrained_head` if its labels are reused, else inferred from the labels.
     use_crf: see `Tagging`, as all other keys of the config.

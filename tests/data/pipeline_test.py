@@ -246,21 +246,28 @@ def test_seeds_and_epochs_have_different_orders_and_draws():
   assert len(set(weights)) == len(weights) > 1
 
 
+EMPTY = Source(2, lambda i: {"text": ""}, "none")
+
+
 def test_documents_without_examples_are_skipped():
-  tokenizer = bytes_tokenizer(special=False)
   texts = ["", "a", "", "bc", ""]
-  some = Source(5, lambda i: {"text": texts[i]}, "some")
-  made = TrainStream(some, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
+  source = Source(5, lambda i: {"text": texts[i]}, "some")
+  made = TrainStream(source, bytes_tokenizer(special=False), NextToken(), batch_size=2, seq_len=3, seed=0)
   assert set(itertools.chain(*(next(made).inputs.ids.reshape(-1).tolist() for _ in range(9)))) == {ord("b")}
   made.close()
-  none = Source(2, lambda i: {"text": ""}, "none")
-  made = TrainStream(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
+
+
+def test_train_stream_of_empty_documents_raises_at_every_next():
+  made = TrainStream(EMPTY, bytes_tokenizer(special=False), NextToken(), batch_size=2, seq_len=3, seed=0)
   for _ in range(2):
     with pytest.raises(ConfigError, match="gave no examples"):
       next(made)
   made.close()
+
+
+def test_eval_batches_of_empty_documents_raise():
   with pytest.raises(ConfigError, match=r"data\.eval: no record of the split gives examples"):
-    eval_batches(none, tokenizer, NextToken(), batch_size=2, seq_len=3, seed=0)
+    eval_batches(EMPTY, bytes_tokenizer(special=False), NextToken(), batch_size=2, seq_len=3, seed=0)
 
 
 def test_count_skipped_counts_records_without_examples():

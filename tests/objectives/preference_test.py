@@ -1,4 +1,4 @@
-"""Learning from preferences: losses against NumPy, what is compared of a pair, and that the reference stands still."""
+"""Preference optimisation: losses against NumPy, records of all forms, and a reference that is not trained."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def function(objective, accum, cfg):
 
 
 def gradients(objective, batch, params=None, reference=None, accum=1, cfg=GPT, key=0):
-  """(gradients, metrics); the policy and its reference differ unless they are given."""
+  """Return (gradients, metrics); by default the policy and its reference have different parameters."""
   params = parameters(GPT, 0)[0] if params is None else params
   reference = parameters(GPT, 2)[0] if reference is None else reference
   return function(objective, accum, cfg)(params, batch, jax.random.key(key), reference)
@@ -61,7 +61,7 @@ def assert_close(got, want):
 
 @functools.cache
 def log_probs(seed):
-  """log p(answer and eos | bos and prompt) of both answers of PAIRS, each text alone, in float64."""
+  """Return log p(answer, eos | bos, prompt) of both answers of PAIRS, each text in its own row, in float64."""
   found = []
   forward = jax.jit(lambda batch: Transformer(GPT).apply({"params": parameters(GPT, seed)[0]}, batch).logits[0])
   for pair, view in itertools.product(PAIRS, preference.VIEWS):
@@ -112,10 +112,10 @@ def test_dpo_loss_of_the_reference_policy_is_log_2():
   same = parameters(GPT)[0]
   grads, metrics = gradients(objective, batch_of(objective), same, same)
   np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], np.log(2), rtol=1e-6)
-  assert metrics["loss"][1] == len(PAIRS)  # padding is no pair
+  assert metrics["loss"][1] == len(PAIRS)  # padding has no weight
   for name in ("margin", "chosen_reward", "rejected_reward", "accuracy"):
     assert abs(float(metrics[name][0])) < 1e-5
-  assert max(float(np.abs(g).max()) for g in jax.tree.leaves(grads)) > 1e-4  # and yet it learns
+  assert max(float(np.abs(g).max()) for g in jax.tree.leaves(grads)) > 1e-4  # a trivial zero would pass too
 
 
 def check_reference(objective):
@@ -148,7 +148,7 @@ def test_gradients_accumulated_equal_the_whole_batch():
   got, same = gradients(objective, batch, accum=4, cfg=DROPOUT)
   assert_close(got, want)
   assert_close(same, metrics)
-  with pytest.raises(AssertionError):  # dropout is really on
+  with pytest.raises(AssertionError):  # dropout is on
     assert_close(gradients(objective, batch, cfg=DROPOUT, key=1)[0], want)
 
 
@@ -167,7 +167,7 @@ def test_dropout_differs_per_answer_and_is_off_in_the_reference():
 
 
 def ids_of(example, view):
-  """(prompt, answer) of a view."""
+  """Return the ids of the prompt and of the answer of a view."""
   inner = example.extras[view]
   ids = np.append(inner.inputs.ids, inner.labels["nll"][-1:])
   start = len(ids) - int(inner.weights["nll"].sum())

@@ -1,4 +1,4 @@
-"""A text from a text: what is read and learned of a pair, by both kinds of models."""
+"""Text to text: inputs and labels of a pair, for encoder-decoders and for decoders."""
 
 import dataclasses
 from pathlib import Path
@@ -43,7 +43,7 @@ def encoded(text):
 
 
 def batch_of(objective, rows=8, wide=0, shared=True):
-  """Return a batch of the pairs of RECORDS, which share rows or have a row each, of `wide` tokens more."""
+  """Return a batch of the pairs of RECORDS, which share rows or have a row each; rows are longer by `wide` tokens."""
   row_lengths = widen_rows(objective.row_lengths(LENGTH), wide)
   return pack_batch(record_examples(objective, RECORDS), row_lengths, rows, shared)
 
@@ -61,7 +61,7 @@ def test_example_of_encoder_decoder_split_source_and_target():
   assert example.labels["nll"].tolist() == [*encoded("xy"), EOS] and example.weights["nll"].all()
   [cut] = objective.encode_record({"source": "a" * 20, "target": "x" * 20}, labelled=True)
   assert cut.inputs.ids.tolist() == [*encoded("do: aaaaaaa"), EOS]
-  assert cut.labels["nll"].tolist() == encoded("xxxx")  # no eos where the target goes on
+  assert cut.labels["nll"].tolist() == encoded("xxxx")  # no eos, because the target is truncated
   assert objective.row_lengths(12) == RowLengths(12, 4) and objective.stacks == ("both",)
 
 
@@ -94,7 +94,7 @@ def test_prefix_of_a_bidirectional_prompt_ends_at_the_target():
   check_model_fits_objective(objective, dataclasses.replace(GPT, bidirectional_prompt=True), CONFIG)
   with pytest.raises(ConfigError, match=r"needs model\.bidirectional_prompt=True"):
     check_model_fits_objective(objective, GPT, CONFIG)
-  with pytest.raises(ConfigError, match=r"needs model\.bidirectional_prompt=False"):  # its prompts would be read so
+  with pytest.raises(ConfigError, match=r"needs model\.bidirectional_prompt=False"):
     plain = Seq2Seq(TOKENIZER, LENGTH, "decoder")
     check_model_fits_objective(plain, dataclasses.replace(GPT, bidirectional_prompt=True), CONFIG)
 
@@ -113,7 +113,7 @@ def test_gradients_packed_or_accumulated_equal_the_whole_batch(name):
 
 
 def test_loss_of_a_decoder_covers_targets_only():
-  """Against float64; other labels in the prompt change nothing."""
+  """Compare with NumPy in float64; labels of the prompt have no influence."""
   objective = Seq2Seq(TOKENIZER, LENGTH, "decoder")
   case = Case(GPT, objective)
   forward = jax.jit(lambda params, batch: Transformer(GPT).apply({"params": params}, batch).logits[0])

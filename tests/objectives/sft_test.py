@@ -1,4 +1,4 @@
-"""Instruction tuning: which tokens of a chat are learned, over real templates and vocabularies."""
+"""Instruction tuning: which tokens of a chat have loss, with real templates and vocabularies."""
 
 from pathlib import Path
 
@@ -39,37 +39,38 @@ def encoded(objective, messages=CHAT, labelled=True):
   return example
 
 
-def learned(example):
-  """The labels that bear loss, each run of them."""
+def labels_with_loss(example):
+  """Return the labels with loss, as one array for each consecutive run."""
   edges = np.flatnonzero(np.diff(np.concatenate([[0], example.weights["nll"], [0]])))
   return [example.labels["nll"][start:stop] for start, stop in edges.reshape(-1, 2)]
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_loss_weights_cover_each_answer_and_its_end(name):
-  """Answers follow the prompt that inference gives, in the tokens of the whole chat."""
+  """Answers follow the tokens of the inference prompt."""
   made = open_tokenizer(name)
   objective = InstructionTuning(made, 300)
   example = encoded(objective)
   ids = np.append(example.inputs.ids, example.labels["nll"][-1])
   assert ids.tolist() == made.chat(CHAT, template=objective.template_source).tolist()
-  shown = [made.show(run) for run in learned(example)]
-  header = "<|start_header_id|>assistant<|end_header_id|>\n\n" if name == "llama3" else ""  # it has no other prompt
+  shown = [made.show(run) for run in labels_with_loss(example)]
+  # Its template has no generation prompt, so the header belongs to the answer.
+  header = "<|start_header_id|>assistant<|end_header_id|>\n\n" if name == "llama3" else ""
   contents = [m["content"] if name in ("gpt2", None) else m["content"].strip() for m in CHAT[2::2]]
   assert [text.removeprefix(" ") for text in shown] == [header + content + ENDS[name] for content in contents]
-  for count, run in zip((2, 4), learned(example)):
+  for count, run in zip((2, 4), labels_with_loss(example)):
     prompt = encoded(objective, CHAT[:count], labelled=False).inputs.ids
     start = len(prompt)
     if name != "gpt2" or count == 4:  # its "\n\n" is one token across the first answer's beginning
       assert ids[:start].tolist() == prompt.tolist() and ids[start : start + len(run)].tolist() == run.tolist()
-  again = encoded(objective, labelled=False).inputs.ids  # the answer that is known already is not in the prompt
+  again = encoded(objective, labelled=False).inputs.ids  # without the known answer
   assert again.tolist() == prompt.tolist()
-  [last] = learned(encoded(InstructionTuning(made, 300, last_only=True)))
+  [last] = labels_with_loss(encoded(InstructionTuning(made, 300, last_only=True)))
   assert last.tolist() == run.tolist()
 
 
 def test_token_across_the_start_of_an_answer_is_trained():
-  """The template's newline and the answer's are one token of this vocabulary; the prompt has the former alone."""
+  """The template's newline and the answer's first newline are one token, and the prompt ends with another token."""
   made = open_tokenizer("gpt2")
   messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\nb"}]
   ids, [(start, stop)] = sft.encode_chat(made, messages, sft.chat.template_or_default(made.chat_templates))
@@ -91,34 +92,48 @@ def test_prompt_and_completion_fields_form_one_turn():
   [example] = objective.encode_record(record, labelled=True)
   text = "<|system|>\nS\n<|user|>\na\n<|assistant|>\n"
   assert example.inputs.ids.tolist() == [BOS, *TOKENIZER.encode(text + "b"), EOS]
-  assert [run.tolist() for run in learned(example)] == [[*TOKENIZER.encode("b"), EOS, *TOKENIZER.encode("\n")]]
+  assert [run.tolist() for run in labels_with_loss(example)] == [[*TOKENIZER.encode("b"), EOS, *TOKENIZER.encode("\n")]]
   [prompt] = InstructionTuning(TOKENIZER, 80, prompt="ask", response="say", system="S").encode_record(
     record, labelled=False
   )
   assert prompt.inputs.ids.tolist() == [BOS, *TOKENIZER.encode(text)]
   messages = encoded(InstructionTuning(TOKENIZER, 300, system="S")).inputs.ids
-  assert TOKENIZER.decode(messages).count("<|system|>") == 1  # a chat's own goes before it
+  assert TOKENIZER.decode(messages).count("<|system|>") == 1  # the chat's own message has precedence
 
 
-def test_long_chat_drops_first_turns_then_its_end():
-  made = TOKENIZER
-  whole = len(made.chat(CHAT, template=sft.chat.DEFAULT_TEMPLATE))
-  kept = encoded(InstructionTuning(made, whole - 2))
-  assert made.decode(kept.inputs.ids).startswith("<|system|>\nBe brief.\n<|user|>\n2+2?")
-  assert len(learned(kept)) == 1 and made.decode(learned(kept)[0]) == "4, or five\n"
-  assert len(learned(encoded(InstructionTuning(made, whole - 1)))) == 2
-  short = len(made.chat([CHAT[0], *CHAT[3:4]], template=sft.chat.DEFAULT_TEMPLATE, add_generation_prompt=True)) + 3
-  cut = encoded(InstructionTuning(made, short))
-  assert len(cut.inputs.ids) == short and made.decode(learned(cut)[0]) == "4, o"
-  assert (
-    InstructionTuning(made, 20).encode_record({"messages": CHAT}, labelled=True) == []
-  )  # nothing of the answer is left
-  settings = {"pack": True, "num_streams": 1, "seq_len": 20, "seed": 0}
+def count_tokens(messages, **settings):
+  return len(TOKENIZER.chat(messages, template=sft.chat.DEFAULT_TEMPLATE, **settings))
+
+
+def test_long_chat_drops_first_turns():
+  whole = count_tokens(CHAT)
+  shortened = encoded(InstructionTuning(TOKENIZER, whole - 2))
+  assert TOKENIZER.decode(shortened.inputs.ids).startswith("<|system|>\nBe brief.\n<|user|>\n2+2?")
+  [answer] = labels_with_loss(shortened)
+  assert TOKENIZER.decode(answer) == "4, or five\n"
+  assert len(labels_with_loss(encoded(InstructionTuning(TOKENIZER, whole - 1)))) == 2
+
+
+def test_long_last_turn_drops_its_end():
+  seq_len = count_tokens([CHAT[0], CHAT[3]], add_generation_prompt=True) + 3
+  truncated = encoded(InstructionTuning(TOKENIZER, seq_len))
+  [answer] = labels_with_loss(truncated)
+  assert len(truncated.inputs.ids) == seq_len and TOKENIZER.decode(answer) == "4, o"
+
+
+def test_chat_without_room_for_an_answer_is_skipped():
+  objective = InstructionTuning(TOKENIZER, 20)
+  assert objective.encode_record({"messages": CHAT}, labelled=True) == []
   chats = Source(3, lambda index: {"messages": CHAT}, "chats")
+  filler = make_row_filler(chats, TOKENIZER, objective, pack=True, num_streams=1, seq_len=20, seed=0)
   with pytest.raises(ConfigError, match=r"none of 3 records gives examples; they are too long: .* seq_len=20 tokens"):
-    make_row_filler(chats, made, InstructionTuning(made, 20), **settings).count_skipped()
-  prompt = encoded(InstructionTuning(made, 40, response_len=10), CHAT[:2], labelled=False).inputs.ids
-  assert len(prompt) == 30 and prompt[0] == BOS and made.decode(prompt).endswith("Hi there!\n<|assistant|>\n")
+    filler.count_skipped()
+
+
+def test_long_prompt_drops_its_beginning_but_not_bos():
+  prompt = encoded(InstructionTuning(TOKENIZER, 40, response_len=10), CHAT[:2], labelled=False).inputs.ids
+  assert len(prompt) == 30 and prompt[0] == BOS
+  assert TOKENIZER.decode(prompt).endswith("Hi there!\n<|assistant|>\n")
 
 
 def test_gradients_packed_or_accumulated_equal_the_whole_batch():
@@ -136,7 +151,7 @@ def test_gradients_packed_or_accumulated_equal_the_whole_batch():
 
   packed = pack_batch(examples, row_lengths, 8, shared=True)
   want, metrics = gradients(case, params, packed)
-  assert metrics["loss"][1] == sum(range(2, 9))  # the answers' letters
+  assert metrics["loss"][1] == sum(range(2, 9))  # letters of the answers
   got, separate = gradients(case, params, pack_batch(examples, row_lengths, 8))
   same(got, want)
   same(separate, metrics)
@@ -179,7 +194,7 @@ def test_bad_chat_is_one_line(messages, message):
   assert "\n" not in str(caught.value)
 
 
-def test_template_with_answer_not_after_prompt_is_refused():
+def test_template_without_answers_after_its_prompt_is_refused():
   for source, message in (
     (
       "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}",
@@ -193,17 +208,23 @@ def test_template_with_answer_not_after_prompt_is_refused():
     with pytest.raises(ConfigError, match=message):
       encoded(InstructionTuning(TOKENIZER, LENGTH, template=source))
   encoded(InstructionTuning(TOKENIZER, LENGTH, template=source, last_only=True))
-  for settings, message in (
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
     ({"prompt": "a"}, "must be set together"),
     ({"response_len": LENGTH}, "must be at least 1 and less than"),
     ({"template": "chatml"}, "must be Jinja or one of default"),
-  ):
-    with pytest.raises(ConfigError, match=message):
-      InstructionTuning(TOKENIZER, LENGTH, **settings)
+  ],
+)
+def test_invalid_sft_setting_is_rejected(settings, message):
+  with pytest.raises(ConfigError, match=message):
+    InstructionTuning(TOKENIZER, LENGTH, **settings)
 
 
 def test_chat_without_an_eos_token_is_plain_text():
   made = make_tokenizer({"name": "bytes", "special": False})
   objective = InstructionTuning(made, 300)
-  assert [made.decode(run) for run in learned(encoded(objective))] == ["\n\nit's 日本 🙂\n", "4, or five\n"]
+  assert [made.decode(run) for run in labels_with_loss(encoded(objective))] == ["\n\nit's 日本 🙂\n", "4, or five\n"]
   assert objective.end_ids == ()

@@ -1,4 +1,4 @@
-"""Questions with answers in a context: windows and labels against sets of characters, answers against sums by hand."""
+"""Extractive question answering: windows and labels against sets of characters, answers against sums by hand."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def made(request):
 
 
 def records(seed, count=40, answerable=1.0):
-  """Random words between one or more spaces and lines; an answer is some of them, at times with a space around it."""
+  """Yield records of random words between spaces and line ends; an answer is some words, at times with a space."""
   rng = np.random.default_rng(seed)
   for _ in range(count):
     words = [str(rng.choice(WORDS)) for _ in range(int(rng.integers(1, 40)))]
@@ -67,7 +67,7 @@ def test_windows_cover_every_token_and_overlap_by_the_stride(made):
       for window in windows:
         part = ids[window.part]
         assert window.ids[window.offset : window.offset + len(part)].tolist() == part.tolist()
-        expected, types, _ = made.assemble(question, part, 1000)  # nothing was cut
+        expected, types, _ = made.assemble(question, part, 1000)  # nothing is truncated
         assert window.ids.tolist() == expected.tolist() and window.token_types.tolist() == types.tolist()
       for one, next_ in itertools.pairwise(windows):
         assert len(one.ids) == length and one.part.stop - next_.part.start == stride
@@ -106,11 +106,11 @@ def test_labels_are_the_shortest_span_with_the_answer(made):
 
 @pytest.mark.parametrize("no_answer", [False, True])
 def test_decode_of_perfect_logits_returns_all_answers(made, no_answer):
-  """Its logits are noise, but for the labels, and padding, which has the highest."""
+  """Logits are noise, except that labels have high logits, and padding the highest."""
   objective = SpanQA(made, 40, **SMALL | {"stride": 25, "max_question": 3}, no_answer=no_answer)
   known = list(records(2, answerable=0.6 if no_answer else 1.0))
   encoded = [objective.encode_record(record, labelled=True) for record in known]
-  # What no window holds, as it has more tokens than two share, is not learned.
+  # An answer with more tokens than two windows share may be complete in no window, and then has no label.
   learned = [not r["answers"] or any(f.row_labels["begin"] for f in e) for r, e in zip(known, encoded)]
   known, encoded = (list(itertools.compress(x, learned)) for x in (known, encoded))
   examples = [f for each in encoded for f in each]
@@ -137,7 +137,7 @@ def test_decode_of_perfect_logits_returns_all_answers(made, no_answer):
 
 
 def answer(logits, **settings):
-  """The answer in "ab c", read by bytes in windows of 3 that share 2, behind a question of one."""
+  """Return the answer in "ab c", read as bytes in windows of 3 that share 2, after a question of one byte."""
   objective = SpanQA(TOKENIZER, 7, **{"stride": 2, "max_question": 1, "max_answer": 2, **settings})
   record = {"question": "q", "context": "ab c"}
   examples = objective.encode_record(record, labelled=False)
@@ -147,22 +147,22 @@ def answer(logits, **settings):
 
 def test_answers_and_confidences_equal_hand_computation():
   """Spans of "ab ": a 1 + 0, ab 1 + 2, b 0 + 2; of "b c": b 1 + 1, c 3 - 2 ("b c" is longer than 2)."""
-  x = 50.0  # neither question, special tokens nor spaces may be a part of the answer
+  x = 50.0  # of question, special tokens and spaces, which an answer never contains
   first = ([2.0, x, x, 1, 0, x, x], [1.0, x, x, 0, 2, x, x])
   second = ([3.0, x, x, 1, x, 3, x], [0.5, x, x, 1, x, -2, x])
-  spans = {"a": 1, "ab": 3, "b": 2, "c": 1}  # b is in both, with the same score
+  spans = {"a": 1, "ab": 3, "b": 2, "c": 1}  # b is in both windows, with the same score
   total = sum(map(math.exp, spans.values()))
   expected = {"answer": "ab", "start": 0, "end": 2, "score": 3.0, "confidence": round(math.exp(3) / total, 6)}
   expected["answers"] = [{"text": "ab", "start": 0}]
   assert answer([first, second]) == expected
   SpanQA(TOKENIZER, 7, stride=2, max_question=1).check_record(
     {"question": "q", "context": "ab c", **expected}, labelled=True
-  )  # what was predicted can be learned
+  )  # a prediction is a valid label
   assert answer([first, second], max_answer=1)["answer"] == "b"
-  assert answer([first, ([0.0, x, x, 1, x, 5, x], second[1])])["answer"] == "ab"  # a tie is the earlier window's
+  assert answer([first, ([0.0, x, x, 1, x, 5, x], second[1])])["answer"] == "ab"  # the earlier window wins a tie
   assert answer([first, ([0.0, x, x, 1, x, 6, x], second[1])])["answer"] == "c"
 
-  # The first token has 3 in one window and 3.5 in the other: the lesser counts, and is no more than the best span's.
+  # The first token's score is 3 in one window and 3.5 in the other. The smaller counts, and equals the best span's.
   given = answer([first, second], no_answer=True)
   total += math.exp(3)
   assert given == expected | {k: round(math.exp(3) / total, 6) for k in ("confidence", "no_answer_probability")}
@@ -213,7 +213,7 @@ def test_loss_with_padding_is_the_mean_of_two_cross_entropies():
     logits = np.asarray(run(batch)[0], np.float64)
     best = [[logits[row, :size, i].argmax() for row, size in enumerate(sizes)] for i in (0, 1)]
     for i, name, rows in ((0, "begin", slice(0, 3)), (1, "end", slice(2, 4))):
-      labels[name][rows] = best[i][rows]  # else the model would never be right
+      labels[name][rows] = best[i][rows]  # otherwise accuracies would be 0
     sums, metrics = run(dataclasses.replace(batch, labels=labels))[1]
     right = np.stack([labels["begin"] == best[0], labels["end"] == best[1]])
     expected = np.zeros(2)

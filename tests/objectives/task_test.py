@@ -1,4 +1,4 @@
-"""Tasks: what is learned of labelled records, and the answers that come back, whatever the batch and the mesh."""
+"""Classification and tagging: labels, losses and answers, which do not depend on the batch or the mesh."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def source(records):
 
 
 def make(task, **changes):
-  """(model, parameters) that can learn a task."""
+  """Return (model, parameters) with the head of a task."""
   model = Transformer(dataclasses.replace(ENCODER, **task.head, **changes))
   return model, jax.jit(model.init)(jax.random.key(0), dummy_batch())["params"]
 
@@ -71,27 +71,37 @@ def test_labels_are_inferred_and_sorted():
   assert found.labels == ("yes", "no") and found.resolved_config == {"labels": ("yes", "no")}
 
 
-def test_continued_head_keeps_its_labels_or_is_refused():
-  head = {"path": "runs/a", "labels": ["zz", "1", "3", "5"], "scheme": None}
-  found = classifier(REVIEWS[:2], pretrained_head=head)
-  assert found.labels == ("zz", "1", "3", "5") and found.encode_label({"label": 5}) == 3
-  assert classifier(REVIEWS, labels=("5", "3", "1"), pretrained_head=head).labels == (
-    "5",
-    "3",
-    "1",
-  )  # asked for by name
-  assert classifier(REVIEWS, kind="regression", pretrained_head=head).labels == ()
+CLASS_HEAD = {"path": "runs/a", "labels": ["zz", "1", "3", "5"], "scheme": None}
+TAG_HEAD = {"path": "runs/a", "labels": ["O", "B-PER", "I-PER", "B-LOC"], "scheme": "none"}
+
+
+def test_continued_classifier_reuses_the_labels_of_its_head():
+  task = classifier(REVIEWS[:2], pretrained_head=CLASS_HEAD)
+  assert task.labels == ("zz", "1", "3", "5") and task.encode_label({"label": 5}) == 3
+
+
+def test_continued_classifier_prefers_labels_of_the_config():
+  given = ("5", "3", "1")
+  assert classifier(REVIEWS, labels=given, pretrained_head=CLASS_HEAD).labels == given
+  assert classifier(REVIEWS, kind="regression", pretrained_head=CLASS_HEAD).labels == ()
+
+
+def test_continued_classifier_rejects_labels_that_its_head_lacks():
   other = [{"text": "x", "label": label} for label in ("aa", "1")]
-  with pytest.raises(
-    ConfigError, match=r"init_from=runs/a .* labels 'zz', '1', '3', '5', and .* has '1', 'aa'; "
-  ) as error:
-    classifier(other, pretrained_head=head)
+  message = r"init_from=runs/a .* labels 'zz', '1', '3', '5', and .* has '1', 'aa'; "
+  with pytest.raises(ConfigError, match=message) as error:
+    classifier(other, pretrained_head=CLASS_HEAD)
   assert str(error.value).endswith(FRESH_HEAD_HINT) and "\n" not in str(error.value)
-  tags = {"path": "runs/a", "labels": ["O", "B-PER", "I-PER", "B-LOC"], "scheme": "none"}
-  found = tagger(SENTENCES[1:], pretrained_head=tags)
-  assert found.labels == ("O", "B-PER", "I-PER", "B-LOC") and found.scheme == "none"
+
+
+def test_continued_tagger_reuses_labels_and_scheme_of_its_head():
+  task = tagger(SENTENCES[1:], pretrained_head=TAG_HEAD)
+  assert task.labels == ("O", "B-PER", "I-PER", "B-LOC") and task.scheme == "none"
+
+
+def test_continued_tagger_rejects_labels_that_its_head_lacks():
   with pytest.raises(ConfigError, match="has a head for the labels 'O', 'B-PER'"):
-    tagger(SENTENCES, pretrained_head={**tags, "labels": ["O", "B-PER"]})
+    tagger(SENTENCES, pretrained_head={**TAG_HEAD, "labels": ["O", "B-PER"]})
 
 
 def test_resumed_run_keeps_its_labels():
@@ -221,7 +231,7 @@ def test_tagging_of_packed_sentences_equals_each_alone(use_crf):
   total, _ = task.loss(forward, jax.tree.map(jnp.asarray, packed), {})
   each = [task.loss(forward, jax.tree.map(jnp.asarray, b), {})[0]["tag"] for b in alone]
   np.testing.assert_allclose(total["tag"], sum(each), rtol=1e-5)
-  if use_crf:  # of one sentence, by the definition
+  if use_crf:  # one sentence, by the definition
     out = model.apply({"params": params}, alone[0])
     mask = alone[0].weights["tag"] > 0
     scores = np.asarray(out.logits, np.float64)[0][mask[0]]
@@ -289,7 +299,7 @@ def test_bad_task_record_is_one_line(make_task, record, message):
 
 
 def test_classifier_trained_on_csv_predicts_and_is_trained_again(home, capsys):
-  """The command line: labels inferred, a part held out, answers with bad lines, pseudo-labels read back."""
+  """The command line infers labels, holds out a part, reports bad lines and reads its pseudo-labels back."""
   rows = "".join(f"{'good' if i % 2 else 'bad'} number {i},{i % 2 * 4 + 1}\n" for i in range(40))
   (home / "my.csv").write_text("review,stars\n" + rows)
   small = ["--config.data.tokenizer.vocab_size=300", "--config.evals.answers.limit=none"]
@@ -332,7 +342,7 @@ def test_classifier_trained_on_csv_predicts_and_is_trained_again(home, capsys):
 
 
 def test_tagger_is_trained_again_on_its_pseudo_labels(home, capsys):
-  """All from a run: its labels where the new data lack some, a resumed run alike, others refused, a place for each."""
+  """A run that continues another reuses its labels, also when resumed, and rejects others with their location."""
 
   def write(name, records):
     (home / name).write_text("".join(json.dumps(record) + "\n" for record in records))
