@@ -51,13 +51,13 @@ printf '\n'
 if [ "$PWD" -ef "$ROOT" ]; then llmjax=.venv/bin/llmjax; fi
 cat <<TEXT
 
-go on:
+next steps:
   # train this run further: the same command with a larger --config.total_steps
   # on your own text
   bash $(printf '%q' "$0") --config=gpt:size=nano,text=my.txt
   # on the text in a column of your own CSV (or TSV, JSONL, Parquet)
   bash $(printf '%q' "$0") --config=gpt:size=nano,text=my.csv,column=review
-  # what else can be trained
+  # all configs
   $(printf '%q' "$llmjax") configs
   # faster: the same command on a machine with an NVIDIA GPU or on a Cloud TPU installs JAX for it and trains there
 TEXT

@@ -1,6 +1,7 @@
 """Architecture: imports point to lower layers, the command line starts without JAX, scripts stop at an error."""
 
 import ast
+import collections
 import re
 import shutil
 import subprocess
@@ -85,6 +86,45 @@ def test_modules_import_absolutely_and_no_configs():
       if isinstance(node, ast.ImportFrom):
         assert node.level == 0, f"{path}: write `from llmjax import ...`"
         assert node.module.split(".")[0] not in ("configs", "experiments"), f"{path} imports {node.module}"
+
+
+# Names that say nothing outside their file.
+GENERIC_NAMES = set("check draw join load place read run split table write Layout Settings Source".split())
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 430, 80
+
+
+def definitions(path):
+  """Return the functions and classes of a file, with those of its classes."""
+  for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    yield node
+    if isinstance(node, ast.ClassDef):
+      yield from (child for child in node.body if isinstance(child, ast.FunctionDef))
+
+
+def test_generic_names_are_defined_in_one_module_at_most():
+  defined = collections.defaultdict(list)
+  for module, path in modules().items():
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+      if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in GENERIC_NAMES:
+        defined[node.name].append(module)
+  assert not {name: found for name, found in defined.items() if len(found) > 1}
+
+
+def test_files_are_short():
+  lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in modules().items()}
+  assert not {module: length for module, length in lengths.items() if length > MAX_FILE_LINES}
+
+
+def test_long_functions_have_a_comment_with_the_reason():
+  long = []
+  for module, path in modules().items():
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in definitions(path):
+      if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES:
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        if not lines[first - 2].lstrip().startswith("#"):
+          long.append(f"llmjax.{module}:{node.name}")
+  assert not long, f"longer than {MAX_FUNCTION_LINES} lines without a comment above"
 
 
 @pytest.mark.parametrize(

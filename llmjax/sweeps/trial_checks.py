@@ -66,8 +66,8 @@ def check_trials(trials: Mapping[str, Sequence[str]], to_compile: Sequence[str])
 
 
 def use_cpu_devices(count: int) -> None:
-  jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
-  jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", count)
 
 
 def one_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from functools import reduce
 
 import jax
 
@@ -53,7 +52,10 @@ class StepMetrics:
     step, self._due_step = self._due_step, None
     fetched, self._pending = jax.device_get(self._pending), []
     now = time.perf_counter()
-    means = metric_means(reduce(add_metrics, fetched))
+    total = fetched[0]
+    for metrics in fetched[1:]:
+      total = add_metrics(total, metrics)
+    means = metric_means(total)
     check_finite(step, means)
     values = {f"train/{name}": value for name, value in means.items()}
     values["train/learning_rate"] = self._program.learning_rate(step - 1)

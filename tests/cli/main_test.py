@@ -110,7 +110,7 @@ def test_generate_truncates_a_long_prompt_from_stdin(run_x, capsys, monkeypatch)
     (["--prompt=a", "--temperature=nan"], ["temperature=nan"]),
     (["--prompt="], ["prompt is empty", "give a prompt"]),
     (["--prompt=a\udcff"], ["not UTF-8"]),
-    (["--prompt=a\u20ac"], ["U+20AC", "known characters", "data.tokenizer.unknown=True"]),
+    (["--prompt=a\u20ac"], ["U+20AC", "has no character", "data.tokenizer.unknown=True"]),
   ],
 )
 def test_generate_with_wrong_flags_is_one_line_and_exit_code_2(run_x, capsys, flags, fragments):
