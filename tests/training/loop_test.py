@@ -78,7 +78,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-from llmjax.cli import main
+from llmjax.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
 
