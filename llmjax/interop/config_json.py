@@ -41,7 +41,7 @@ def read_model_config(
   head_fields = dict(head.fields)
   try:
     config = {**_default_values(family, config), **config}
-    fields = {ours: field.read_value(config) for ours, field in family.fields.items()}
+    fields = {name: field.read_value(config) for name, field in family.fields.items()}
     fields = {**family.constants, **fields, **family.read_fields(config)}
     if family.untied_by is not None and tensor_names is not None:
       fields["tie_embeddings"] = fields["scale_tied_logits"] or family.untied_by not in tensor_names
@@ -82,12 +82,12 @@ def write_model_config(family: Family, architecture: str, cfg: TransformerConfig
   """Return the config.json of a model, without class names and special tokens."""
   resolved = {"head_dim": cfg.head_width, "d_ff": cfg.ff_width, "num_kv_heads": cfg.kv_heads}
   config = {}
-  for ours, field in family.fields.items():
-    value = getattr(cfg, ours)
+  for name, field in family.fields.items():
+    value = getattr(cfg, name)
     if value is None and field.default is None:
       continue  # some of Transformers' models do not accept null
     if value is None:
-      value = field.default if ours in NON_ARCHITECTURE_FIELDS else resolved.get(ours)
+      value = field.default if name in NON_ARCHITECTURE_FIELDS else resolved.get(name)
     config[field.legacy_name or field.name] = field.json_value(value)
   return {"architectures": [architecture], "model_type": family.model_type, **config, **family.write_fields(cfg)}
 
@@ -107,8 +107,8 @@ def default_class_names(count: int) -> list[str]:
 
 def architecture_differences(cfg: TransformerConfig, other: TransformerConfig) -> dict[str, tuple[Json, Json]]:
   """Return {field: (value in `cfg`, value in `other`)} of the fields that change what a model computes."""
-  ours, theirs = _resolve_architecture(cfg), _resolve_architecture(other)
-  return {name: (ours.get(name), theirs.get(name)) for name in ours | theirs if ours.get(name) != theirs.get(name)}
+  first, second = _resolve_architecture(cfg), _resolve_architecture(other)
+  return {name: (first.get(name), second.get(name)) for name in first | second if first.get(name) != second.get(name)}
 
 
 def _resolve_architecture(cfg: TransformerConfig) -> ModelFields:

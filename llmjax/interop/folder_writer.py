@@ -55,7 +55,7 @@ def choose_family(cfg: TransformerConfig, prefer: str | None = None, only: str |
       if not differences:
         return family, architecture
       if fewest is None or len(differences) < fewest[0]:
-        values = ", ".join(f"model.{k}={ours!r} (there {theirs!r})" for k, (ours, theirs) in differences.items())
+        values = ", ".join(f"model.{k}={own!r} (there {other!r})" for k, (own, other) in differences.items())
         fewest = len(differences), f"the nearest is {architecture}, but for {values}"
   group = "Hugging Face" if only is None else f"the family {only}"
   raise ConfigError(f"no architecture of {group} matches this model; {fewest[1] if fewest else 'none is similar'}")

@@ -43,4 +43,4 @@ def test_init_from_with_another_shape_names_the_first_difference(folders, tmp_pa
   flags = [f"--config.init_from={folders['gpt2']}", f"--workdir={tmp_path / 'run'}", *TINY]
   assert main(["train", f"--config=gpt:debug,text={text}", *flags]) == 2
   error = capsys.readouterr().err
-  assert "init_from=" in error and " there; set it as it is there" in error and error.count("\n") == 1
+  assert "init_from=" in error and "in the folder; set it to that" in error and error.count("\n") == 1

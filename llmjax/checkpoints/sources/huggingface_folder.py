@@ -73,10 +73,8 @@ class HuggingFaceSource(PretrainedSource):
     """Raise ConfigError if a model computes something else than that of the folder."""
     differences = architecture_differences(cfg, self._folder.cfg)
     for field in sorted(set(differences) - {"max_len", *ignored_fields}):
-      ours, theirs = differences[field]
-      raise ConfigError(
-        f"init_from={self.path}: model.{field}={ours!r} here and {theirs!r} there; set it as it is there"
-      )
+      here, there = differences[field]
+      raise ConfigError(f"init_from={self.path}: model.{field}={here!r}, but {there!r} in the folder; set it to that")
 
 
 def _shared_output_parameters(folder: HuggingFaceFolder, kind: str) -> set[str]:

@@ -70,7 +70,7 @@ def _read_scaling(rope: HfConfig, config: HfConfig) -> RotaryScaling | None:
     "original_max_position_embeddings": config.get("original_max_position_embeddings"),
     **{key: value for key, value in rope.items() if value is not None},
   }
-  fields = {ours: scaling[theirs] for theirs, ours in SCALING_FIELDS.items() if scaling.get(theirs) is not None}
+  fields = {name: scaling[hf_name] for hf_name, name in SCALING_FIELDS.items() if scaling.get(hf_name) is not None}
   fields["original_max_len"] = max_len if name == "dynamic" else fields.get("original_max_len", max_len)
   if name == "longrope":
     fields.setdefault("factor", max_len / fields["original_max_len"])
@@ -92,7 +92,7 @@ def write_rotary_fields(cfg: TransformerConfig) -> dict[str, Json]:
   if cfg.rotary_scaling is not None:
     scaling = dataclasses.asdict(cfg.rotary_scaling)
     name = scaling["name"]
-    hf_names = {ours: theirs for theirs, ours in SCALING_FIELDS.items()}
+    hf_names = {name: hf_name for hf_name, name in SCALING_FIELDS.items()}
     used = {hf_names[field]: scaling[field] for field in FIELDS_OF_TYPE[name] if scaling[field] is not None}
     fields["rope_scaling"] = {"rope_type": name, "type": name, **used}
   return fields
